@@ -22,30 +22,37 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
+import torch
 import yaml
 from ceilings import ceilings
 from common import Bar, add_json, line, machine, timings, write_json
+from safetensors.torch import save_file
 
 from qlora_native import _threads
+from qlora_native.calibration.data import FILE, TENSOR
 from qlora_native.cli.demo_model import model_file
 from qlora_native.config import TrainConfig
 from qlora_native.data.standard_library import write_split
 from qlora_native.train.loop import Trainer
 
 THREADS = {"ours": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "libgomp": {"GOMP_SPINCOUNT": "300000"}}
+METHODS = {"idle": "rtn", "busy": "rtn", "calibrated": "wmse"}  # by state
+BARS = {"busy": Bar("passive", 0.8, faster=True), "calibrated": Bar("passive", 1.1)}
 
 
-def config(folder: Path, steps: int, **data: Any) -> dict[str, Any]:
+def config(folder: Path, steps: int, state: str, **data: Any) -> dict[str, Any]:
     """One of SmolLM2-135M, with rows of at most 128 tokens."""
     train = {"steps": steps, "batch_size": 1, "save_every": 0, "eval_every": 0, "log_every": steps}
     data |= {"train": str(folder / "data" / "train.jsonl"), "eval_fraction": 0, "max_length": 128}
-    return {"model": str(model_file()), "output_dir": str(folder / "out"), "data": data, "train": train}
+    files = {"model": str(model_file()), "output_dir": str(folder / "out")}
+    quant = {"method": METHODS[state], "calibration": str(folder / FILE) if state == "calibrated" else None}
+    return {**files, "quant": quant, "data": data, "train": train}
 
 
-def run(folder: Path, settings: dict[str, str], steps: int) -> tuple[float, bytes]:
+def run(folder: Path, settings: dict[str, str], steps: int, state: str) -> tuple[float, bytes]:
     """Seconds of a step, and the adapter, of one run."""
     out = folder / "out"
-    (folder / "config.yaml").write_text(yaml.safe_dump(config(folder, steps)), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config(folder, steps, state)), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in _threads.CHOSEN} | settings
     command = [sys.executable, "-m", "qlora_native", "train", str(folder / "config.yaml")]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -56,8 +63,8 @@ def run(folder: Path, settings: dict[str, str], steps: int) -> tuple[float, byte
     return median(seconds[1:]), adapter
 
 
-def busy(folder: Path, repeats: int, steps: int) -> dict[str, Any]:
-    """All three in turns, beside a program on every core."""
+def busy(folder: Path, repeats: int, steps: int, state: str) -> dict[str, Any]:
+    """All three in turns, beside a program on every core; libgomp's own once, and not after a calibration."""
     seconds: dict[str, list[float]] = {name: [] for name in THREADS}
     adapters = set()
     with ExitStack() as stack:
@@ -66,12 +73,13 @@ def busy(folder: Path, repeats: int, steps: int) -> dict[str, Any]:
             stack.callback(other.kill)
         for number in range(repeats):
             for threads, settings in THREADS.items():
-                if threads == "libgomp" and number:
+                if threads == "libgomp" and (number or state == "calibrated"):
                     continue  # each waits for the other's turn to end
-                took, adapter = run(folder, settings, steps)
+                took, adapter = run(folder, settings, steps, state)
                 seconds[threads].append(took)
                 adapters.add(adapter)
-    return {"match": len(adapters) == 1, **timings(seconds, [Bar("passive", 0.8, faster=True)])}
+    seconds = {name: times for name, times in seconds.items() if times}
+    return {"match": len(adapters) == 1, **timings(seconds, [BARS[state]])}
 
 
 def idle(folder: Path, steps: int) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def idle(folder: Path, steps: int) -> dict[str, Any]:
         now = look()
         _threads._waited = look if is_odd else lambda: now
 
-    values = config(folder, steps, packing=True)  # every step of as many tokens
+    values = config(folder, steps, "idle", packing=True)  # every step of as many tokens
     Trainer(TrainConfig.model_validate(values), on_step=next_step, quiet=True).train()
     return {"match": None, "same_adapter": None, **timings(seconds, [Bar("libgomp", 0.97, faster=True)])}
 
@@ -96,16 +104,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of a run beside others; five times as many if idle")
-    parser.add_argument("--states", nargs="+", choices=("busy", "idle"), default=["idle", "busy"])
+    parser.add_argument("--states", nargs="+", choices=METHODS, default=list(METHODS))
     add_json(parser)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"bench": "busy", "machine": machine(), "ceilings": ceilings(), "rows": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_split(folder / "data", 400, 1)
+        few = torch.randint(1000, (4, 128), dtype=torch.int32)  # nearly all of the time is the search, which needs none
+        save_file({TENSOR: few}, folder / FILE)
         for state in arguments.states:
             steps = arguments.steps
-            measured = busy(folder, arguments.repeats, steps) if state == "busy" else idle(folder, 5 * steps + 1)
+            is_idle = state == "idle"
+            measured = idle(folder, 5 * steps + 1) if is_idle else busy(folder, arguments.repeats, steps, state)
             found["rows"].append({"state": state, "load": round(os.getloadavg()[0], 1), **measured})
             print(line(found["rows"][-1], "state", "load"), flush=True)
     write_json(arguments.json, found)

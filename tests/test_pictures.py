@@ -50,6 +50,15 @@ def assert_labels_apart(axes: Any) -> None:
     assert len(boxes) > 1 and all(left.x1 <= right.x0 for left, right in pairwise(boxes))
 
 
+def assert_values_apart(axes: Any) -> None:
+    """The labels of the y axis, of major and minor ticks: at least two, none over another."""
+    labels = (label for which in ("major", "minor") for label in axes.get_yticklabels(which=which))
+    inside = [label for label in labels if label.get_text() and label.get_visible()]
+    boxes = sorted((label.get_window_extent() for label in inside), key=lambda box: box.y0)
+    boxes = [box for box in boxes if axes.bbox.y0 <= (box.y0 + box.y1) / 2 <= axes.bbox.y1]
+    assert len(boxes) > 1 and all(low.y1 <= high.y0 for low, high in pairwise(boxes))
+
+
 def result_of(name: str) -> Any:
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -125,3 +134,11 @@ def test_losses(drawn: list[Any], tmp_path: Path) -> None:
     (axes,) = drawn
     assert axes.get_yscale() == "log" and names(axes)[-1] == "best: 1.2500 at step 2"
     assert axes.lines[-1].get_xydata().tolist() == [[2.0, 1.25]]
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0.008, 8), (1.5, 1.6), (1.2, 1.9), (0.7, 11), (1e-4, 9), (1e-9, 1e4)])
+def test_the_values_of_losses_can_be_read(lowest: float, highest: float, drawn: list[Any], tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": highest}, {"step": 2, "loss": (lowest * highest) ** 0.5}, {"step": 3, "loss": lowest}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_losses(tmp_path)
+    assert_values_apart(*drawn)

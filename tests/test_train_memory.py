@@ -1,13 +1,17 @@
-"""keep_freed_memory: done under glibc, in a process of its own, and not against the user's settings."""
+"""keep_freed_memory: done under glibc, in a process of its own, and not against the user's settings. What a run's
+memory was: its own, not that of an earlier run in the same process."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from runs import settings, write_files
 
 from qlora_native._memory import USER_SETTINGS, keep_freed_memory
 
@@ -47,3 +51,36 @@ def test_the_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
             assert not keep_freed_memory()
+
+
+# Prints the MiB measured of each of three runs; before the last one more was held, which the system does not forget.
+RUNS = """
+import json, sys, torch
+from pathlib import Path
+from qlora_native.config import TrainConfig
+from qlora_native.train import memory
+from qlora_native.train.loop import Trainer
+write = Path.write_text
+def refused(path, *args, **options):
+    if path.name == "clear_refs":
+        raise PermissionError(13, "Permission denied")
+    return write(path, *args, **options)
+for name, config in json.loads(sys.argv[1]).items():
+    if name == "refused":
+        torch.ones(128 << 20)
+        memory.Path.write_text = refused
+    Trainer(TrainConfig.model_validate(config), quiet=True).train()
+    print(json.loads((Path(config["output_dir"]) / "report.json").read_text())["memory"]["measured"] >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_measured_is_the_memory_of_the_run(tmp_path: Path) -> None:
+    files = write_files(tmp_path, vocab_size=16000, hidden_size=256)
+    lora = {"modules_to_save": ["embed_tokens", "lm_head"]}  # of 125 MiB with gradients and the optimizer's states
+    names = ("first", "second", "refused")
+    configs = {name: settings(files, tmp_path / name, lora=lora, steps=2, paged=False) for name in names}
+    done = subprocess.run([sys.executable, "-c", RUNS, json.dumps(configs)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, refused = map(int, done.stdout.splitlines())
+    assert first > 125 and second == pytest.approx(first, abs=8) and refused == 0

@@ -4,7 +4,10 @@ in TRL's own code, the reference is the base without its adapter, and the logits
 from __future__ import annotations
 
 import copy
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -207,3 +210,44 @@ def test_the_head_gives_what_trls_own_gives(head: str) -> None:
     nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     nothing.log_probs.sum().backward()
     assert nothing.loss == 0
+
+
+# Prints the loss of one step of each trainer on a model with a quantized output embedding, imported in the given order.
+ORDER = """
+import json, sys
+from pathlib import Path
+first, folder, tests = sys.argv[1:]
+sys.path.append(tests)
+for name in (first, "trl", "qlora_native"):
+    __import__(name)
+    if name == "trl":
+        from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
+        from trl.experimental.orpo import ORPOTrainer
+import test_trl
+print("losses:", json.dumps(test_trl.losses_on_a_quantized_head(Path(folder))))
+"""
+
+
+def losses_on_a_quantized_head(folder: Path) -> dict[str, float]:
+    """The first loss of each trainer."""
+    found = {}
+    for kind in KINDS:
+        model = base(folder)
+        model.set_output_embeddings(QuantizedLinear.from_linear(model.lm_head))
+        torch.manual_seed(0)
+        options = {"max_steps": 1, "temperature": 1.0, "top_k": 1} if kind == "grpo" else {"max_steps": 1}
+        trainer = trainer_of(kind, model, folder, folder / "out", (qn.optim.AdamW, {"lr": 1e-2}), **options)
+        (found[kind],) = losses(trainer)
+    return found
+
+
+def test_the_order_of_imports_does_not_matter(folder: Path) -> None:
+    """TRL's trainers import their functions by name, so that a later patch has to find them there."""
+    found = []
+    for first in ("trl", "qlora_native"):
+        command = [sys.executable, "-c", ORDER, first, str(folder), str(Path(__file__).parent)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("losses:")]
+        found.append(json.loads(line.removeprefix("losses:")))
+    assert found[0] == pytest.approx(found[1], abs=1e-4) and list(found[0]) == list(KINDS)

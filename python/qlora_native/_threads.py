@@ -3,11 +3,13 @@
 By default libgomp's threads spin 300,000 turns while they wait for each other: on an idle machine that is faster than
 sleeping, but beside a program on each core it is several times slower (bench/bench_busy.py).
 With more threads in teams than CPUs it takes 100 turns (libgomp's manual, GOMP_SPINCOUNT), at once and until they are
-fewer again. So while threads of this process wait for a CPU, a second team is kept, which does nothing.
+fewer again. So while threads of this process wait for a CPU, a second team is kept, which does nothing. It alone has
+more threads than there are CPUs, however many torch has at that moment: one while a model is calibrated.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -60,5 +62,7 @@ def _watch() -> None:
 
 
 def _second_team(is_idle: threading.Event) -> None:
-    torch.zeros(torch.get_num_threads() << 16).add_(1)  # on every thread
+    runtime = ctypes.CDLL(torch._C.__file__)  # and what torch is linked with
+    with suppress(AttributeError):  # another OpenMP than GCC's
+        runtime.GOMP_parallel(runtime.getpid, None, (os.cpu_count() or 1) + 1, 0)
     is_idle.wait()

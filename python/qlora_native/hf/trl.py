@@ -4,11 +4,13 @@ TRL multiplies by the output embedding's dense weight itself, 4,096 tokens by 32
 the tokens that have no label. Here one that is quantized stays so, on any device; on a CPU the tokens without a label
 are left out, and a chunk of logits is that of ``qn.linear_cross_entropy``.
 
-TRL looks these functions up in this module of its own when a trainer is made and in each forward.
+TRL looks the chunks' functions up in this module of its own in each forward; the one that a trainer calls when it is
+made its modules import by name, so it is replaced in all that are loaded.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from functools import wraps
@@ -94,4 +96,7 @@ if hasattr(utils, "add_fused_lm_head"):  # older versions take the model's own l
     _theirs, _use_triton = utils._ChunkedLogProbFunction, utils._use_triton
     utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)  # with it, labels alone are scored
     utils._ChunkedLogProbFunction = ChunkedLogProbs
-    utils.add_fused_lm_head = _remember_head(utils.add_fused_lm_head)
+    _add, _ours = utils.add_fused_lm_head, _remember_head(utils.add_fused_lm_head)
+    for _names in [vars(module) for name, module in sys.modules.items() if name.startswith("trl.")]:
+        if _names.get("add_fused_lm_head") is _add:
+            _names["add_fused_lm_head"] = _ours

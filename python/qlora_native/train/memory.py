@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,9 +54,9 @@ class MemoryReport:
                 self._fit(estimator, free_device_memory(card).bytes)
         except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
             self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        self._start = self._now()[0]
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
+        release_free_memory()
+        self._start, self._earlier = self._reset()
 
     def _fit(self, estimator: Estimator, free: int) -> None:
         """Has layers stream where the run does not fit a card with so many free bytes."""
@@ -75,9 +76,19 @@ class MemoryReport:
         except (OSError, KeyError):  # not Linux
             return 0, 0
 
+    def _reset(self) -> tuple[int, int]:
+        """As ``_now``, after the peak was set to what is held now; where Linux refuses that it is the process's."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return self._now()
+
     def measured(self) -> int:
-        """The most bytes held so far above the start: anonymous memory, or what torch has allocated on a device."""
-        return max(0, self._now()[1] - self._start)
+        """The most bytes held so far above the start: anonymous memory, or what torch has allocated on a device. 0 if
+        that is not known: the process held as much before."""
+        peak = self._now()[1]
+        return max(0, peak - self._start) if peak > self._earlier else 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, in bytes; ``predicted`` is by part, with the ``mapped`` weights."""
@@ -87,7 +98,7 @@ class MemoryReport:
     def line(self) -> str:
         """Predicted against measured, with the mapped weights in both: the figure of `qlora estimate`."""
         measured = self.measured() and self.measured() + self.mapped
-        result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which this system does not measure"
+        result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which was not measured"
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
         predicted = self.predicted.total

@@ -78,6 +78,7 @@ def plot_losses(output_dir: Path) -> None:
     installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         return
     lines = read_metrics(output_dir / "metrics.jsonl")
@@ -94,8 +95,10 @@ def plot_losses(output_dir: Path) -> None:
             step, loss = min(points, key=lambda point: point[1])
             axes.plot(step, loss, "k*", markersize=11, label=f"best: {loss:.4f} at step {step}")
     axes.set_yscale("log")  # the first step does not flatten the others
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:g}")
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 1e5 * lowest else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.legend()
     axes.grid(alpha=0.3)
     picture = output_dir / "loss.png"
