@@ -342,7 +342,7 @@ def nf4_levels_only_in_core(files: Tree) -> list[str]:
 
 def no_machine_paths(files: Tree) -> list[str]:
     paths = r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
-    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org"
+    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)"  # the address of torch's own CPU builds
     return lines_with(files, f"{paths}|{hosts}", lambda p: True, "a path or host of one machine")
 
 
