@@ -210,12 +210,12 @@ def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: 
         assert set(re.findall(r"`(--[\w-]+)`", options)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out)), name
 
 
-def test_contributing_names_every_room() -> None:
+def test_contributing_names_every_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package = ROOT / "python" / "qlora_native"
-    rooms = {path.stem for path in package.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
+    units = {path.stem for path in package.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
     listed = set(re.findall(r"\w+", text.partition("from the bottom up")[2].partition("`tests/laws.py`")[0]))
-    assert rooms <= listed
+    assert units <= listed
 
 
 def literals() -> list[str]:
