@@ -92,7 +92,9 @@ def includes_point_one_way(files: Tree) -> list[str]:
             beside = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
             target = next((full for full in (beside, "cpp/" + name, name) if full in files), "")
             if native_folder(target) not in MAY_INCLUDE.get(folder, set()):
-                breaches.append(f'{path}: {folder or "no folder"} must not include "{name}" ({target or "no such file"})')
+                breaches.append(
+                    f'{path}: {folder or "no folder"} must not include "{name}" ({target or "no such file"})'
+                )
     return breaches
 
 
@@ -354,7 +356,7 @@ def no_unfinished_marks(files: Tree) -> list[str]:
 def plain_words(files: Tree) -> list[str]:
     """Things do not speak: name what returns, prints, stores or shows it. Pages have the field's words, not our own."""
     breaches = lines_with(files, r"(?i)(?<![a-z])((un)?tol[d]|behel[d])(?![a-z])", lambda p: True, "say it plainly")
-    own = r"(?i)(?<![a-z])(rooms?|short of memory|(mistake|bug) of (ours|yours)|a breach)(?![a-z])"
+    own = r"(?i)(?<![a-z_])(rooms?|short of memory|(mistake|bug) of (ours|yours)|a breach)(?![a-z_])"
     pages = re.compile(r"(README|CONTRIBUTING|SECURITY)\.md|docs/.*\.md")
     return breaches + lines_with(files, own, lambda p: bool(pages.fullmatch(p)), "the field has a word for it")
 
