@@ -181,6 +181,12 @@ def test_the_page_of_trl_has_the_memory_that_was_measured() -> None:
     assert f"at most {max(bar['value'] for bar in bars):.2f} times" in page("trl")
 
 
+def test_the_page_of_other_tools_is_dated_and_has_no_figure_of_its_own() -> None:
+    text = page("compare")
+    assert re.search(r"\b[A-Z][a-z]+ 20\d\d\b", text)
+    assert not re.search(r"\d ?(x|%|times|tokens|nats|[KMG]i?B)\b", text)
+
+
 def test_the_page_on_bitsandbytes_names_what_is_offered() -> None:
     for name in (*bnb.nn.__all__, *bnb.functional.__all__):
         stem = re.sub(r"_(nf4|fp4)$", "", name)
