@@ -23,7 +23,7 @@ MODEL = (
 )
 EDITS = {
     "hf download ": f"{MODEL} --to safetensors --out base-model",
-    "pip install '.[test]' && pytest": "pip install '.[test]' && pytest tests/test_quantize_4bit.py",  # .ci/run runs all
+    "pip install '.[test]' && pytest": "pip install '.[test]' && pytest tests/test_quantize_4bit.py",  # all: .ci/run
 }
 BLOCK = re.compile(r"^(?:```(\w+)(?: title=\"([^\"]+)\")?|(~~~))\n(.*?)^(?:```|~~~)$", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"`((?:run|adapter|best|merged)[\w./-]*/|[\w-]+\.(?:png|jsonl))`")
