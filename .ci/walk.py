@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
     "qlora export $(python -c 'from qlora_native.cli.demo_model import model_file; print(model_file())' | tail -n 1)"
 )
-EDITS = {"hf download ": f"{MODEL} --to safetensors --out base-model"}
+EDITS = {
+    "hf download ": f"{MODEL} --to safetensors --out base-model",
+    "pip install '.[test]' && pytest": "pip install '.[test]' && pytest tests/test_quantize_4bit.py",  # all: .ci/run
+}
 BLOCK = re.compile(r"^(?:```(\w+)(?: title=\"([^\"]+)\")?|(~~~))\n(.*?)^(?:```|~~~)$", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"`((?:run|adapter|best|merged)[\w./-]*/|[\w-]+\.(?:png|jsonl))`")
 
@@ -58,8 +61,9 @@ class Walk:
             if title:
                 (self.clone / title).write_text(body, encoding="utf-8")
             elif language == "sh":
+                printed = ""
                 for command in filter(None, (line.partition("  #")[0].strip() for line in body.splitlines())):
-                    printed = self.run(command)
+                    printed += self.run(command)
                     if command.startswith("qlora config init"):
                         self.run("sed -i 's/^model: .*/model: base-model/' config.yaml")  # as the page says
             elif language in ("python", "py"):

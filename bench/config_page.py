@@ -16,7 +16,7 @@ def page() -> str:
     lines = [
         "# Keys of the config",
         "",
-        "On this page you find every key of a training config, with its values and its default.",
+        "After this page you can set every key of a training config; each is here with its values and its default.",
         "Every key can be given on the command line as `--key value`, by its whole name or its last part.",
         "A file with an unknown key is refused.",
         "",

@@ -7,7 +7,7 @@ python bench/memory_page.py --check      # exit status 1 if docs/memory.md has o
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import births
@@ -15,6 +15,46 @@ from pages import results_of, rewritten, side_by_side, table, write_or_check
 
 PAGE = Path(__file__).parents[1] / "docs/memory.md"
 GIB = 1 << 30
+SIZES = {  # hidden, MLP, layers, heads, heads of k and v, vocabulary, tied
+    "0.36B, as SmolLM2": (960, 2560, 32, 15, 5, 49152, True),
+    "0.5B, as Qwen2.5": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B, as Qwen2.5": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B, as Llama 3.2": (3072, 8192, 28, 24, 8, 128256, True),
+    "8B, as Llama 3": (4096, 14336, 32, 32, 8, 128256, False),
+    "14B, as Qwen2.5": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B, as Qwen2.5": (5120, 27648, 64, 40, 8, 152064, False),
+    "70B, as Llama 3": (8192, 28672, 80, 64, 8, 128256, False),
+}
+LENGTHS = (512, 2048)
+
+
+@cache
+def sizes(device: str) -> list[str]:
+    """GiB of a step by size of the model: with checkpointing, without, and streamed with it."""
+    from transformers import AutoConfig
+
+    from qlora_native.estimate import Estimator, Setting
+    from qlora_native.hf.device_layers import layer_units
+    from qlora_native.hf.residency import least_residency
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    body = []
+    for name, shape in SIZES.items():
+        values = dict(zip((*names, "vocab_size", "tie_word_embeddings"), shape, strict=True))
+        config = AutoConfig.for_model("llama", **values)
+        estimator = Estimator(config, Setting(device=device, batch_size=1))
+        units = layer_units(estimator.modules)
+        left_out = sum(unit.num_bytes for unit in units) - least_residency(units).num_bytes
+        if device == "cpu" and not config.tie_word_embeddings:  # the rows of a batch are read from the file
+            left_out += 2 * config.vocab_size * config.hidden_size
+        totals = []
+        for length in LENGTHS:
+            on, off = (estimator.at(length=length, checkpointing=checkpointing) for checkpointing in (True, False))
+            streaming = estimator.at(length=length, cuda_graph=False)
+            totals += [on.total + on.reserve, off.total + off.reserve, streaming.total + streaming.reserve - left_out]
+        body.append([name, *(f"{total / GIB:.{1 if total < 10 * GIB else 0}f}" for total in totals)])
+    head = [f"{length:,} tokens, {how}" for length in LENGTHS for how in ("checkpointing", "without", "streamed")]
+    return table(["GiB", *head], body)
 
 
 def measured() -> list[str]:
@@ -105,7 +145,14 @@ def streamed() -> list[str]:
     ]
 
 
-page = partial(rewritten, "memory_page.py", {"measured": measured, "saved": saved, "streamed": streamed})
+BLOCKS = {
+    "cpu": lambda: sizes("cpu"),
+    "cuda": lambda: sizes("cuda"),
+    "measured": measured,
+    "saved": saved,
+    "streamed": streamed,
+}
+page = partial(rewritten, "memory_page.py", BLOCKS)
 
 if __name__ == "__main__":
     write_or_check(__doc__, PAGE, page, "bench/results")

@@ -368,7 +368,7 @@ def little_memory(folder: Path) -> list[str]:
 
 
 def summary(folder: Path) -> list[str]:
-    """The picture and the training table of README.md, the runs in little memory, and how many bars were met."""
+    """The training table of README.md, the runs in little memory, and how many bars were met."""
     results = results_of("train", folder)
     body = [
         [
@@ -385,8 +385,6 @@ def summary(folder: Path) -> list[str]:
     every_goal = goals.found(folder)
     missed = sum(not goal.met for goal in every_goal)
     return [
-        "![Tokens a second and peak memory of training, against the peers](docs/train.png)",
-        "",
         "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
         f"Machine: {machines(results)}.",
         *births.lines(results),

@@ -74,25 +74,27 @@ MAY_INCLUDE = {
 }
 
 
-def native_room(path: str) -> str:
-    return next((room for room in sorted(MAY_INCLUDE, key=len, reverse=True) if path.startswith(room + "/")), "")
+def native_folder(path: str) -> str:
+    return next((folder for folder in sorted(MAY_INCLUDE, key=len, reverse=True) if path.startswith(folder + "/")), "")
 
 
 def includes_point_one_way(files: Tree) -> list[str]:
     breaches = []
     for path in filter(is_native, files):
-        room = native_room(path)
+        folder = native_folder(path)
         for bracket, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', files[path], re.MULTILINE):
             if bracket == "<":
-                core_breach = room == "cpp/core" and ("." in name or "/" in name)
-                python_breach = re.match(r"pybind11/|Python\.h", name) and not room.endswith("/python")
+                core_breach = folder == "cpp/core" and ("." in name or "/" in name)
+                python_breach = re.match(r"pybind11/|Python\.h", name) and not folder.endswith("/python")
                 if core_breach or python_breach:
-                    breaches.append(f"{path}: {room} must not include <{name}>")
+                    breaches.append(f"{path}: {folder} must not include <{name}>")
                 continue
             beside = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
             target = next((full for full in (beside, "cpp/" + name, name) if full in files), "")
-            if native_room(target) not in MAY_INCLUDE.get(room, set()):
-                breaches.append(f'{path}: {room or "no room"} must not include "{name}" ({target or "no such file"})')
+            if native_folder(target) not in MAY_INCLUDE.get(folder, set()):
+                breaches.append(
+                    f'{path}: {folder or "no folder"} must not include "{name}" ({target or "no such file"})'
+                )
     return breaches
 
 
@@ -170,7 +172,7 @@ def package_files(files: Tree) -> Iterator[tuple[str, str]]:
 
 
 def unit_of(path: str) -> str:
-    """The room of a file of the package: `ops` for ops.py and for ops/linear_4bit.py."""
+    """The unit of a file of the package: `ops` for ops.py and for ops/linear_4bit.py."""
     return path.removeprefix(PACKAGE).split("/")[0].removesuffix(".py")
 
 
@@ -184,7 +186,7 @@ def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -
     """Absolute dotted names of everything that a file of the package imports at run time, lazily or not; with `lazy`
     of :func:`lazy_attributes`, `qn.load_model` counts as an import of its module.
 
-    Only the package's own `__init__.py` may offer rooms above it, lazily: there the top level counts alone.
+    Only the package's own `__init__.py` may offer units above it, lazily: there the top level counts alone.
     """
     parsed, lazy = ast.parse(text), lazy or {}
     for node in ast.walk(parsed):
@@ -211,7 +213,7 @@ def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -
 
 
 def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
-    """(path, importing unit, imported unit) for each import of one room of the package by another."""
+    """(path, importing unit, imported unit) for each import of one unit of the package by another."""
     units, lazy = {*(unit_of(path) for path, _ in package_files(files)), "_C", "_cuda"}, lazy_attributes(files)
     for path, text in package_files(files):
         for name in imported_modules(path, text, lazy):
@@ -238,7 +240,7 @@ def imports_point_one_way(files: Tree) -> list[str]:
     ]
 
 
-def rooms_do_not_import_each_other(files: Tree) -> list[str]:
+def units_do_not_import_each_other(files: Tree) -> list[str]:
     graph: dict[str, set[str]] = {}
     for _, unit, target in package_imports(files):
         graph.setdefault(unit, set()).add(target)
@@ -250,7 +252,7 @@ def rooms_do_not_import_each_other(files: Tree) -> list[str]:
 
 
 def train_is_imported_by_its_commands(files: Tree) -> list[str]:
-    """The training loop is no library for the other rooms; what they share with it lies below it."""
+    """The training loop is no library for the other units; what they share with it lies below it."""
     commands = tuple(f"{PACKAGE}cli/{name}.py" for name in ("train", "demo"))
     return [
         f"{path}: only `qlora train` and `qlora demo` may import train; move what is shared below it"
@@ -282,8 +284,8 @@ NOT_AN_OP = re.compile(
     # Parts of a CUDA op that fill files of their own.
     r"|linear_4bit_(bf16|fp16|decode|fragment|gguf|small|split_k|tile)|dequantize_4bit_gguf"
 )
-# The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
-KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
+# The folders of kernels, and what a file there needs beside it and in the folder of its bindings.
+KERNEL_FOLDERS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
 
 
 def op_stems(files: Tree) -> set[str]:
@@ -305,13 +307,13 @@ def one_stem_per_op(files: Tree) -> list[str]:
         wanted = [f"{PACKAGE}ops/{stem}.py", f"tests/test_{stem}.py"]
         breaches += [f"{stem}: {path} is missing" for path in wanted if path not in files]
     for path in files:
-        room, _, name = path.rpartition("/")
+        folder, _, name = path.rpartition("/")
         stem = posixpath.splitext(name)[0]
-        if room in KERNEL_ROOMS and not NOT_AN_OP.fullmatch(stem):
+        if folder in KERNEL_FOLDERS and not NOT_AN_OP.fullmatch(stem):
             if stem not in stems:
                 breaches.append(f"{path}: no op of this name in SCHEMAS")
-            bindings = f"{room.split('/')[0]}/python/bind_{stem}.cc"
-            wanted = [*(f"{room}/{stem}{suffix}" for suffix in KERNEL_ROOMS[room]), bindings]
+            bindings = f"{folder.split('/')[0]}/python/bind_{stem}.cc"
+            wanted = [*(f"{folder}/{stem}{suffix}" for suffix in KERNEL_FOLDERS[folder]), bindings]
             breaches += [f"{path}: {other} is missing" for other in wanted if other not in files]
         bound = re.fullmatch(r"(?:cpp|cuda)/python/bind_(\w+)\.cc", path)
         if bound and bound[1] not in stems and not NOT_AN_OP.fullmatch(bound[1]):
@@ -342,7 +344,7 @@ def nf4_levels_only_in_core(files: Tree) -> list[str]:
 
 def no_machine_paths(files: Tree) -> list[str]:
     paths = r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
-    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org"
+    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)"  # the address of torch's own CPU builds
     return lines_with(files, f"{paths}|{hosts}", lambda p: True, "a path or host of one machine")
 
 
@@ -352,8 +354,11 @@ def no_unfinished_marks(files: Tree) -> list[str]:
 
 
 def plain_words(files: Tree) -> list[str]:
-    """Things do not speak: name what returns, prints, stores or shows it."""
-    return lines_with(files, r"(?i)(?<![a-z])((un)?tol[d]|behel[d])(?![a-z])", lambda p: True, "say it plainly")
+    """Things do not speak: name what returns, prints, stores or shows it. Pages have the field's words, not our own."""
+    breaches = lines_with(files, r"(?i)(?<![a-z])((un)?tol[d]|behel[d])(?![a-z])", lambda p: True, "say it plainly")
+    own = r"(?i)(?<![a-z_])(rooms?|short of memory|(mistake|bug) of (ours|yours)|a breach)(?![a-z_])"
+    pages = re.compile(r"(README|CONTRIBUTING|SECURITY)\.md|docs/.*\.md")
+    return breaches + lines_with(files, own, lambda p: bool(pages.fullmatch(p)), "the field has a word for it")
 
 
 def sentences_belong_to_tests(files: Tree) -> list[str]:

@@ -32,6 +32,7 @@ from births import without_marks
 from pages import results_of
 
 Capture = pytest.CaptureFixture[str]
+TWO_COMMANDS = {"demo": ["qlora", "demo"], "test": ["pytest"]}  # extra -> what it runs
 STEPS = "4"  # of a run of the tutorial, for which a reader has more time
 
 
@@ -79,7 +80,7 @@ NOT_RUN = {  # how a command begins that no test runs, and why
     "cmake": "compiles for minutes; .ci/run and .ci/full have such lines",
     "ctest": "runs what they compile",
     "build/": "a program that they compile",
-    "pytest -k": "runs this suite",
+    "pytest": "runs this suite",
 }
 
 
@@ -181,6 +182,12 @@ def test_the_page_of_trl_has_the_memory_that_was_measured() -> None:
     assert f"at most {max(bar['value'] for bar in bars):.2f} times" in page("trl")
 
 
+def test_the_page_of_other_tools_is_dated_and_has_no_figure_of_its_own() -> None:
+    text = page("compare")
+    assert re.search(r"\b[A-Z][a-z]+ 20\d\d\b", text)
+    assert not re.search(r"\d ?(x|%|times|tokens|nats|[KMG]i?B)\b", text)
+
+
 def test_the_page_on_bitsandbytes_names_what_is_offered() -> None:
     for name in (*bnb.nn.__all__, *bnb.functional.__all__):
         stem = re.sub(r"_(nf4|fp4)$", "", name)
@@ -210,12 +217,12 @@ def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: 
         assert set(re.findall(r"`(--[\w-]+)`", options)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out)), name
 
 
-def test_contributing_names_every_room() -> None:
+def test_contributing_names_every_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package = ROOT / "python" / "qlora_native"
-    rooms = {path.stem for path in package.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
+    units = {path.stem for path in package.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
     listed = set(re.findall(r"\w+", text.partition("from the bottom up")[2].partition("`tests/laws.py`")[0]))
-    assert rooms <= listed
+    assert units <= listed
 
 
 def literals() -> list[str]:
@@ -252,7 +259,35 @@ def test_the_readme_begins_with_what_it_needs_and_is_no_table_of_benches() -> No
     first_commands = text.partition("```sh")[0]
     assert all(words in first_commands for words in ("git clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
     benches = text.partition("<!-- bench/readme.py begins -->")[2].partition("<!-- bench/readme.py ends -->")[0]
-    assert 0 < len(benches) < len(text) / 5
+    assert 0 < len(benches) < len(text) / 4
+
+
+def test_the_readme_is_short_and_has_two_commands_first() -> None:
+    blocks = [text for tag, _, text in blocks_of(ROOT / "README.md") if tag == "sh"]
+    commands = [shlex.split(line, comments=True) for line in blocks[0].splitlines()]
+    assert commands == [["pip", "install", f".[{name}]", "&&", *run] for name, run in TWO_COMMANDS.items()]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 130 and text.partition("```sh")[0].count("![") == 1
+
+
+def test_what_is_kept_of_an_adapter_and_gained_by_calibration_was_measured() -> None:
+    readme, shipped, cost = (
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in (ROOT / "README.md", ROOT / "docs/shipping.md", ROOT / "docs/quality.md")
+    )
+    (shipping,) = results_of("shipping").values()
+    usual = {row["form"]: row["texts"].values() for row in shipping["rows"] if row["setting"] == "usual"}
+    for form in ("rtn-base", "gptq-base", "rtn-original"):
+        kept = span([text["retention"][0] for text in usual[form]])
+        assert kept in readme and kept in shipped, (form, kept)
+    (quality,) = results_of("quality").values()
+    ends = {row["base"]: row["texts"] for row in quality["rows"] if row["kind"] == "lora"}
+    shares = [1 - ends[base][text]["gap"] / ends["rtn"][text]["gap"] for base in ("wmse", "gptq") for text in "AB"]
+    assert span(shares) in readme and span(shares) in cost
+
+
+def span(shares: list[float]) -> str:
+    return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
 
 
 def test_no_page_installs_from_an_index_that_does_not_have_it() -> None:

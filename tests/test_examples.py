@@ -63,7 +63,7 @@ def check_command(words: list[str], parse: Callable[[list[str]], None]) -> None:
         words = ["qlora", *words[words.index("qlora_native") + 1 :]]
     if words[0] == "qlora":
         parse(words[1:])
-    elif words[0] in ("python", "bash", "pytest") and not words[1].startswith("-"):
+    elif words[0] in ("python", "bash", "pytest") and len(words) > 1 and not words[1].startswith("-"):
         source = (ROOT / words[1]).read_text(encoding="utf-8")
         if words[0] == "pytest":
             source = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")

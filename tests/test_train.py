@@ -330,8 +330,8 @@ def test_one_process_imports_few_files() -> None:
     code += "print(*(name for name, module in sys.modules.items() if getattr(module, '__file__', None)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = [name for name in done.stdout.split() if name.startswith("qlora_native")]
-    rooms = {name.split(".")[1] for name in ours if "." in name}
-    assert not rooms & {"calibration", "cli", "estimate", "evaluate", "export"}
+    units = {name.split(".")[1] for name in ours if "." in name}
+    assert not units & {"calibration", "cli", "estimate", "evaluate", "export"}
     assert "qlora_native.distributed.ranks" not in ours
     assert len(ours) <= 70, ours
 

@@ -18,8 +18,8 @@ def add_quantizing(parser: argparse.ArgumentParser, keeps: bool = True) -> None:
     """How to quantize what is not 4-bit yet; ``keeps`` allows a GGUF file's weights as they are. What is not given is
     None: the default of load_model, or of the run."""
     add = parser.add_argument
-    levels = "the 16 levels; keep: a GGUF file's weights as they are (default: keep for such a file, else nf4)"
-    types, text = (("nf4", "fp4", "keep"), levels) if keeps else (("nf4", "fp4"), "the 16 levels (default: nf4)")
+    levels = "4-bit data type; keep: a GGUF file's weights as they are (default: keep for such a file, else nf4)"
+    types, text = (("nf4", "fp4", "keep"), levels) if keeps else (("nf4", "fp4"), "4-bit data type (default: nf4)")
     add("--quant-type", choices=types, help=text)
     add("--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)")
     add("--double-quant", action=argparse.BooleanOptionalAction, help="store the scales in 8 bits (default: yes)")

@@ -4,7 +4,7 @@ A command is one module in this folder, named like the command, with ``configure
 imported only when it is named. Its heavy imports stand in ``run``: ``--help`` costs the import of torch, which the
 package itself makes, and no more.
 
-Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C,
+Exit codes: 0 success, 2 user error (one sentence on stderr), 1 internal error (with its trace), 130 stopped by Ctrl-C,
 143 by SIGTERM, 129 by SIGHUP.
 """
 
@@ -53,11 +53,11 @@ COMMANDS: dict[str, Command] = {
         _CONFIG,
         first="the config file or the model",
     ),
-    "quantize": Command("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", _MODEL),
-    "convert": Command("turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", _MODEL),
-    "chat": Command("answer, base model and adapter side by side", (*_MODEL, "jinja2")),
-    "merge": Command("add an adapter to its base model and report what that cost", _MODEL),
-    "export": Command("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", _MODEL),
+    "quantize": Command("quantize a 16-bit model to 4 bits, as a folder in bitsandbytes' format", _MODEL),
+    "convert": Command("convert a model folder between 16-bit, 4-bit and bitsandbytes' 4-bit weights", _MODEL),
+    "chat": Command("talk to a model, with base and adapter side by side", (*_MODEL, "jinja2")),
+    "merge": Command("merge an adapter into its base model and report what that cost", _MODEL),
+    "export": Command("write a model or its adapter for other programs: safetensors, GGUF, PEFT, the hub", _MODEL),
     "eval": Command("measure whether an adapter is better than its base, and what 4 bits lost", _MODEL),
     "config": Command("list, write or check config files", first="what to do (list, init or check)"),
     "data": Command(

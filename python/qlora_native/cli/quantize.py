@@ -26,10 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
     add("--method", choices=("rtn", "rtn_signed", "wmse", "gptq"), help=method)
     add("--calibration", metavar="FILE", help="text for wmse and gptq: a file that qlora train reads (.jsonl, ...)")
-    add("--calibration-format", metavar="NAME", help="of its rows, such as text or messages (default: found out)")
+    add("--calibration-format", metavar="NAME", help="of its rows, such as text or messages (default: detected)")
     add("--calibration-rows", type=int, metavar="N", help="sequences taken of it (default: 16 for wmse, 128 for gptq)")
     add("--calibration-length", type=int, metavar="N", help="tokens of each (default: 512)")
-    add("--seed", type=int, default=0, help="of the order in which its rows are drawn (default: 0)")
+    add("--seed", type=int, default=0, help="of the order in which its rows are sampled (default: 0)")
     add_shard_size(parser)
     add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """It writes config.json with a quantization_config, model.safetensors (in shards if it is large)
