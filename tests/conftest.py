@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+BYTES_OF_A_WORKER = 2 << 30  # torch, transformers, PEFT, TRL, a demo model and what a test does with it
+
 pytest_plugins = ["sentences", "skips"]
 
 
@@ -35,6 +37,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")
     parser.addoption("--long", action="store_true", help="also what is marked so: siblings of tests that run always")
     parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
+
+
+def workers(cores: int, free: int) -> int:
+    """Processes for the whole suite: two more than cores, since tests wait for disks and processes too, and at most as
+    many as ``free`` bytes of memory serve."""
+    return max(1, min(cores + 2, 4, free // BYTES_OF_A_WORKER))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` without files, -k or -n runs whole files side by side, as .ci/run does; -n 0 keeps to one process."""
+    option = config.option
+    alone = option.keyword or option.rewrite_sentences or option.usepdb or option.collectonly
+    if hasattr(config, "workerinput") or config.args_source is not config.ArgsSource.TESTPATHS or alone:
+        return
+    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
+        from qlora_native._memory import free_memory
+
+        free = free_memory()
+        option.numprocesses = workers(os.cpu_count() or 1, free.bytes if free else BYTES_OF_A_WORKER)
+        option.dist, option.maxworkerrestart = "loadfile", "0"  # xdist waits forever for one in place of a crashed one
 
 
 def pytest_configure() -> None:
