@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
+# Tests run in pairs: a thread with nothing to do gives its core away. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import isa_env  # noqa: I001  (before torch)
 
@@ -15,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest_plugins = ["sentences"]
+BYTES_OF_A_WORKER = 2 << 30  # torch, transformers, PEFT, TRL, a demo model and what a test does with it
+
+pytest_plugins = ["sentences", "skips"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,16 +39,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
 
 
+def workers(cores: int, free: int) -> int:
+    """Processes for the whole suite: two more than cores, since tests wait for disks and processes too, and at most as
+    many as ``free`` bytes of memory serve."""
+    return max(1, min(cores + 2, 4, free // BYTES_OF_A_WORKER))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` without files, -k or -n runs whole files side by side, as .ci/run does; -n 0 keeps to one process."""
+    option = config.option
+    alone = option.keyword or option.rewrite_sentences or option.usepdb or option.collectonly
+    if hasattr(config, "workerinput") or config.args_source is not config.ArgsSource.TESTPATHS or alone:
+        return
+    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
+        from qlora_native._memory import free_memory
+
+        free = free_memory()
+        option.numprocesses = workers(os.cpu_count() or 1, free.bytes if free else BYTES_OF_A_WORKER)
+        option.dist, option.maxworkerrestart = "loadfile", "0"  # xdist waits forever for one in place of a crashed one
+
+
 def pytest_configure() -> None:
     if os.environ.get("QLORA_NATIVE_ISA"):
         isa_env.limits()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
+    left = [item for item in items if item.get_closest_marker("long")] if not config.getoption("--long") else []
+    if not torch.cuda.is_available():  # a test of each device is the CPU's here
+        left += [item for item in items if isinstance(item, pytest.Function) and on_a_card(item)]
     if left:
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
+
+
+def on_a_card(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -86,8 +117,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device that new tensors stand on: "cpu", "cuda", or "cpu" with the CUDA kernels run by the emulator."""
     name = request.param
     if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("torch finds no CUDA device")
         with torch.device("cuda"):
             yield name
     elif name == "emulated":

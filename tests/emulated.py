@@ -53,7 +53,7 @@ def module_or_skip(config: pytest.Config, name: str = "_cuda_emulated") -> Modul
     module = load(folder, name)
     if module is None:
         pytest.skip(
-            "the kernels are not built over the emulator: "
+            "no emulator of a GPU in build/emulated: "
             "cmake -S . -B build/emulated -DQLORA_NATIVE_CUDA_ON_CPU=ON && "
             f"cmake --build build/emulated --target {name}"
         )

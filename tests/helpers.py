@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,24 @@ needs_page_files = pytest.mark.skipif(
     sys.platform != "linux" or _C.lies_in_memory(tempfile.gettempdir()),
     reason="page files are Linux's, and the folder for temporary files is to be on a disk",
 )
+
+
+def demo_model_or_skip() -> Path:
+    """The demo's model, from the cache or from its package."""
+    from qlora_native.cli.demo_model import available_model_file
+
+    file = available_model_file()
+    if file is None:
+        pytest.skip("no demo model in the cache: `qlora demo` fetches it")
+    return file
+
+
+def program(name: str) -> str:
+    """The path of a program, without which the test is skipped."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name} on PATH")
+    return found
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import program
 from laws import ROOT
 
+MINIMUM = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8").partition("\n")[0]
 CUDA_12_0 = "50 60 70 75 80 86 87 89 90"
 CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 
@@ -37,18 +38,17 @@ CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 )
 def test_architectures(known: str, cards: str | None, wanted: str, expected: str, tmp_path: Path) -> None:
     """For an nvcc that supports ``known``, beside cards of these capabilities; None: no driver."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("there is no cmake here: pip install cmake")
+    cmake = program("cmake")
     programs = {"nvcc": " ".join(f"sm_{arch}" for arch in known.split())}
     if cards is not None:
         programs["nvidia-smi"] = cards
     for name, words in programs.items():
-        program = tmp_path / name
-        program.write_text(f"#!/bin/sh\nprintf '%s\\n' {words}\n[ -n '{words}' ]\n")
-        program.chmod(0o755)
+        file = tmp_path / name
+        file.write_text(f"#!/bin/sh\nprintf '%s\\n' {words}\n[ -n '{words}' ]\n")
+        file.chmod(0o755)
     script = tmp_path / "choose.cmake"
     script.write_text(
+        f"{MINIMUM}\n"  # without it the policies of the oldest cmake hold, which does not have IN_LIST
         f'include("{ROOT}/cmake/cuda_archs.cmake")\n'
         f'choose_cuda_archs(chosen "{tmp_path}/nvcc" "{wanted}")\nmessage("${{chosen}}")\n'
     )
@@ -71,9 +71,7 @@ esac
 @pytest.fixture(scope="module")
 def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """CMake over an nvcc as of CUDA 12.0, for the CUDA library alone, in the folder ``build`` of its result."""
-    cmake, nvcc = shutil.which("cmake"), shutil.which("nvcc")
-    if cmake is None or nvcc is None or shutil.which("ninja") is None:
-        pytest.skip("there is no cmake, ninja or nvcc here")
+    cmake, nvcc, _ = map(program, ("cmake", "nvcc", "ninja"))
     folder = tmp_path_factory.mktemp("cuda_12_0")
     wrapper = folder / "nvcc"
     wrapper.write_text(NVCC_12_0.format(known=CUDA_12_0, nvcc=nvcc))
@@ -138,10 +136,10 @@ def weak_functions(listing: str) -> set[str]:
 
 def test_no_kernel_object_offers_code_for_all() -> None:
     """Of equal weak functions the linker keeps any one: one with AVX-512 in it would end other CPUs with SIGILL."""
-    nm = shutil.which("nm")
+    nm = program("nm")
     archives = sorted(ROOT.glob("build/cp3*/libqlora_native_cpu.a"))
-    if nm is None or not archives:
-        pytest.skip("there is no build folder here, or no nm")
+    if not archives:
+        pytest.skip("no build folder, so the library was built elsewhere")
     for archive in archives:
         listing = subprocess.run([nm, "-C", "--defined-only", str(archive)], capture_output=True, text=True, check=True)
         assert "isa_scalar" in listing.stdout and not weak_functions(listing.stdout), archive
@@ -150,9 +148,7 @@ def test_no_kernel_object_offers_code_for_all() -> None:
 @pytest.mark.parametrize("kind", ["Debug", "MinSizeRel"])
 def test_kernels_are_optimized_in_every_kind_of_build(kind: str, tmp_path: Path) -> None:
     """Without inlining their objects would offer weak functions with AVX-512 in them."""
-    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
-    if cmake is None or ninja is None:
-        pytest.skip("there is no cmake or ninja here")
+    cmake, _ = map(program, ("cmake", "ninja"))
     options = [f"-DCMAKE_BUILD_TYPE={kind}", "-DQLORA_NATIVE_PYTHON=OFF", "-DQLORA_NATIVE_CUDA=OFF"]
     subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options], capture_output=True, check=True)
     commands = {

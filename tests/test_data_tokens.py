@@ -9,10 +9,10 @@ import random
 from typing import Any
 
 import pytest
+from helpers import demo_model_or_skip
 from test_data_template import BOTH, CHATML, SlowTokenizer, byte_tokenizer, chat, encode, marked, maybe_slow, row
 from transformers import AutoTokenizer
 
-from qlora_native.cli.demo_model import available_model_file
 from qlora_native.data.formats import Row
 from qlora_native.data.template import IGNORE_INDEX, ChatEncoder, padding_id
 
@@ -158,10 +158,7 @@ def test_padding_id() -> None:
 
 @pytest.mark.long
 def test_the_tokenizer_of_the_demo_model() -> None:
-    pytest.importorskip("gguf")
-    file = available_model_file()
-    if file is None:
-        pytest.skip("the demo model is not here: `qlora demo` fetches it")
+    file = demo_model_or_skip()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert encode(tokenizer, row("u:def f():\n    pass", "a:Do nothing.", "u:Why?", "a:\n  It must (é).")) == (

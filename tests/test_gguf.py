@@ -15,7 +15,7 @@ import torch
 import transformers
 from adapters import IDS
 from gguf_files import MIX, write_gguf
-from helpers import relative_error
+from helpers import demo_model_or_skip, relative_error
 from runs import Crash, crash_at, settings
 from test_export import KINDS, MORE, export, model_of
 from tiny_models import distance
@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.cli._weights import as_trained
-from qlora_native.cli.demo_model import available_model_file
 from qlora_native.data.dataset import load_dataset
 from qlora_native.evaluate.measure import measure
 from qlora_native.hf.build import four_bit_parts
@@ -241,9 +240,7 @@ def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
 @torch.no_grad()
 def test_a_published_file_keeps_its_loss() -> None:
     """SmolLM2-135M's Q4_1 file on source text, against its values without blocks, which rounding to NF4 is far from."""
-    path = available_model_file()
-    if path is None:
-        pytest.skip("the demo's model is not here")
+    path = demo_model_or_skip()
     ids = torch.tensor([load_tokenizer(path)(Path(json.__file__).read_text(encoding="utf-8"))["input_ids"][:128]])
     kept, dense, rounded = (
         float(causal_lm_loss(model, {"input_ids": ids, "labels": ids}))

@@ -89,13 +89,11 @@ def test_quantized(golden: dict[str, Tensor], base: str, case: str, quant_type: 
         assert (ours.scales() - theirs.scales()).abs().max() <= 0.02 * spread + 1e-12
 
 
-@pytest.mark.parametrize("name", ["normal", "logspread", "withzeros"])
+@pytest.mark.parametrize("name", ["logspread", "withzeros"])  # of whole nested blocks
 def test_nested_codes_are_exact(golden: dict[str, Tensor], name: str) -> None:
     """Scales whose mean is zero go through the same 8-bit rounding as bitsandbytes' blockwise quantization."""
     x = golden[f"b8/{name}/in"].reshape(-1).float()
     mirrored = torch.cat([x, -x])
-    if x.numel() % 256:
-        pytest.skip("whole nested blocks only")
     codes = torch.empty(mirrored.numel(), dtype=torch.uint8)
     absmax, offset = torch.empty(mirrored.numel() // 256), torch.empty(())
     pointers = codes.data_ptr(), absmax.data_ptr(), offset.data_ptr()

@@ -20,11 +20,12 @@ def exact(grads: list[torch.Tensor]) -> float:
     return math.sqrt(math.fsum(float(x) ** 2 for grad in grads for x in grad.double().reshape(-1).tolist()))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(dtype, scale) for dtype in FLOAT_DTYPES for scale in (1.0, 1e-30, 1e30) if scale == 1 or dtype != torch.float16],
+    ids=str,
+)
 def test_is_the_norm(dtype: torch.dtype, scale: float) -> None:
-    if dtype == torch.float16 and scale != 1:
-        pytest.skip("beyond the range of float16")
     grads = [(torch.randn(n) * scale).to(dtype) for n in SIZES]
     assert float(OP(grads)) == pytest.approx(exact(grads), rel=1e-14, abs=0)
     assert float(reference.gradient_norm(grads)) == pytest.approx(exact(grads), rel=1e-13, abs=0)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import runs
 import yaml
+from helpers import program
 from PIL import Image
 from runs import Crash, crash_at
 
@@ -306,9 +307,7 @@ FRAME = """<body style="margin:0"><iframe src="measured.html" style="border:0; w
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_chromium(folder: Path, tmp_path: Path, width: int, is_dark: bool) -> None:
     """In a frame as wide as the device, since a window has a least width; with a script that the page would refuse."""
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("chromium is not installed")
+    browser = program("chromium")
     text = (folder / "out" / "report.html").read_text(encoding="utf-8")
     own = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', MEASURE, text)
     assert own != text

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 MIB = 1 << 20
 STEPS, NUMEL = 4, 16 * MIB  # 64 MiB of parameters and of gradients, 128 MiB of states

@@ -249,7 +249,7 @@ def test_a_rank_that_hangs_ends_the_rest_after_the_timeout(folder: Path) -> None
 def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     """Two processes of torchrun, one of which is killed again and again at steps of chance."""
     if not pytestconfig.getoption("--torchrun"):
-        pytest.skip("starts torchrun only with --torchrun")
+        pytest.skip("--torchrun was not given; .ci/full gives it")
     kills, chance = pytestconfig.getoption("--rank-kills"), random.Random(11)
     train = {"save_every": 5, "steps": 15 * kills + 15}
     run(folder, "one, longer", train=train)
@@ -285,7 +285,7 @@ def children(pid: int) -> list[int]:
 def test_a_small_dev_shm(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     """64 KiB, as some containers have less than they need: nothing of ours lies there."""
     if not pytestconfig.getoption("--torchrun"):
-        pytest.skip("starts torchrun only with --torchrun")
+        pytest.skip("--torchrun was not given; .ci/full gives it")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config(folder, "small shm", parallel="fsdp").model_dump(mode="json")))
     mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
