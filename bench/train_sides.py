@@ -30,11 +30,7 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
 
     import qlora_native as qn
     from qlora_native import reference
-    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, model_file
-    from qlora_native.data.batching import BatchSampler, collate
-    from qlora_native.data.dataset import load_dataset
-    from qlora_native.data.standard_library import write_split
-    from qlora_native.data.template import padding_id
+    from qlora_native.cli.demo import model_file
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.nn import QuantizedLinear
 
@@ -59,6 +55,23 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
+    batches = task_batches(folder, tokenizer, steps, seed, full_length)
+    torch.save(batches, folder / "batches.pt")
+    with torch.no_grad():
+        loss = float(dense.float()(**batches["train"][0]).loss)
+    return {"loss": loss, "frozen": frozen, "head": head, "adapters": adapters}
+
+
+def task_batches(
+    folder: Path, tokenizer: Any, steps: int, seed: int, full_length: bool
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """The batches of every step, and the held-out ones, of the demo's task, whose rows go to ``folder``."""
+    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS
+    from qlora_native.data.batching import BatchSampler, collate
+    from qlora_native.data.dataset import load_dataset
+    from qlora_native.data.standard_library import write_split
+    from qlora_native.data.template import padding_id
+
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
@@ -77,10 +90,7 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
         collate([held_out[i] for i in range(at, min(at + ROWS, len(held_out)))], pad)
         for at in range(0, len(held_out), ROWS)
     ]
-    torch.save({"train": batches, "held_out": evaluation}, folder / "batches.pt")
-    with torch.no_grad():
-        loss = float(dense.float()(**batches[0]).loss)
-    return {"loss": loss, "frozen": frozen, "head": head, "adapters": adapters}
+    return {"train": batches, "held_out": evaluation}
 
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -128,7 +138,6 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
     is_ours = side == "ours" or peer == "ours-fp32"
-    stack = ExitStack()  # kept until the process ends
     if side == "ours":
         model, loss_of = our_side(folder)
     elif is_ours:
@@ -136,11 +145,25 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     else:
         dtype = {"plain": torch.bfloat16, "fp32": torch.float32}.get(peer)
         model, loss_of = their_side(folder, dtype is None, dtype or peer_dtype())
+    if peer == "bitsandbytes-tuned":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    serve_training(model, loss_of, torch.load(folder / "batches.pt"), lr, is_ours, imported)
+
+
+def serve_training(
+    model: Any,
+    loss_of: Loss,
+    batches: dict[str, list[dict[str, torch.Tensor]]],
+    lr: float,
+    is_ours: bool,
+    imported: float,
+) -> None:
+    """Answers "step i", "evaluate", "memory"; ``imported`` is the process's memory before the model was loaded."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if peer == "bitsandbytes-tuned":
-        for parameter in parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    stack = ExitStack()  # kept until the process ends
     if is_ours:  # as `qlora train` has it: the step clips, and old objects are no garbage
         from qlora_native._memory import without_old_objects
         from qlora_native.optim import AdamW
@@ -149,7 +172,6 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
         optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
-    batches = torch.load(folder / "batches.pt")
 
     def held_out_loss() -> float:
         # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in evaluation

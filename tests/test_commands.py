@@ -208,7 +208,7 @@ def test_the_demo_from_end_to_end(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model in place of the packaged one, which .ci/full takes: data, calibration, answers, adapter."""
-    monkeypatch.setattr(demo, "model_file", lambda: model)
+    monkeypatch.setattr(demo, "model_file", lambda name: model)
     out = tmp_path / "out"
     assert main.main(["demo", "--steps", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -224,8 +224,9 @@ def test_the_demo_from_end_to_end(
     assert qn.load_adapter(again, out / "adapter") is not None
 
 
+@pytest.mark.parametrize("option", ["--keep", "--model=1.5b"])
 def test_the_demo_with_the_files_own_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
     from gguf_files import write_gguf
@@ -233,8 +234,18 @@ def test_the_demo_with_the_files_own_weights(
     few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
     monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
     file, out = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1), tmp_path / "out"
-    monkeypatch.setattr(demo, "model_file", lambda: file)
-    assert main.main(["demo", "--keep", "--steps", "2", "--out", str(out)]) == 0
+    asked: list[str] = []
+
+    def model_file(name: str) -> Path:
+        asked.append(name)
+        return file
+
+    monkeypatch.setattr(demo, "model_file", model_file)
+    assert main.main(["demo", option, "--steps", "2", "--out", str(out)]) == 0
+    made = yaml.safe_load((out / "adapter" / "config.yaml").read_text())
+    large = option == "--model=1.5b"
+    assert asked == ["1.5b" if large else "smollm2"] and made["quant"]["type"] == "keep"
+    assert made["train"].get("grad_checkpointing", False) is large
     printed = capsys.readouterr().out
     for part in ("its own weights as they are", "MiB, the file's own", "  after:  ", "held-out loss: "):
         assert part in printed
@@ -252,7 +263,7 @@ def test_the_demo_in_float16(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
     monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
-    monkeypatch.setattr(demo, "model_file", lambda: model)
+    monkeypatch.setattr(demo, "model_file", lambda name: model)
     monkeypatch.setattr(demo, "_answer", answer)
     assert main.main(["demo", "--steps", "1", "--dtype", "float16", "--out", str(tmp_path / "out")]) == 0
     made = yaml.safe_load((tmp_path / "out" / "adapter" / "config.yaml").read_text())

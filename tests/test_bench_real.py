@@ -1,0 +1,63 @@
+"""bench/bench_real.py on a tiny GGUF file: what it compares, not how fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_real as bench
+import pytest
+
+from qlora_native.data import standard_library
+
+pytest.importorskip("gguf")
+CEILINGS = {"read_gb_per_s": 20.0, "write_gb_per_s": 20.0, "copy_gb_per_s": 20.0, "bf16_gflop_per_s": 100.0}
+COUNTS = ("--steps", "2", "--learn-steps", "2", "--new-tokens", "3", "--repeats", "1", "--threads", "1")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of a real one, a short task, and no llama.cpp, which does not load so small a model."""
+    from gguf_files import write_gguf
+
+    few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
+    monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
+    monkeypatch.setattr(bench, "ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "has_llama_cpp", lambda: False)
+    file = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1)
+    monkeypatch.setattr(bench, "model_file", lambda name: file)
+    return file
+
+
+def measured(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, Any]]:
+    command = ["bench_real.py", "--models", "1.5b", *COUNTS, "--json", str(out), "--work", str(out.parent / "work")]
+    monkeypatch.setattr(sys, "argv", [*command, *words])
+    bench.main()
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def test_rows(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides compute the same; a second run measures nothing that is there, and only what was asked for."""
+    monkeypatch.setattr(bench, "BARS", dict.fromkeys(("amx", "avx512_bf16", "avx512", "avx2", "scalar"), (2.4, 0.45)))
+    rows = measured(tmp_path / "real.json", monkeypatch)
+    kinds = [(row["part"], row.get("checkpointing")) for row in rows]
+    assert kinds == [("train", True), ("train", False), ("learn", False), ("generate", None)]
+    assert all(row["match"] and row["kept"] and row["model"] == "1.5b" for row in rows)
+    bars = [[(bar["measure"], bar["bar"]) for bar in row["bars"]] for row in rows]
+    nats = ("nats from the held-out loss", 0.02)
+    assert bars == [[("times as fast", 2.4), ("of the peak memory", 0.45)], [], [nats], []]
+    assert all(row["of_floor"] > 0 and row["peak_rss_mib"]["ours"] > 0 for row in rows[:3])
+    before, after = rows[2]["held_out_loss"]["theirs"]
+    assert after < before and rows[2]["bars"][0]["met"]
+    assert set(rows[3]["tokens_per_second"]) == {"ours", "ours+adapter", "theirs", "theirs+adapter"}
+
+    def no_child(*_: object) -> None:
+        raise AssertionError("a row was measured again")
+
+    monkeypatch.setattr(bench, "child", no_child)
+    assert measured(tmp_path / "again.json", monkeypatch, "--parts", "learn") == [rows[2]]
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(tmp_path / "other.json", monkeypatch, "--parts", "learn", "--lr", "1e-3")
