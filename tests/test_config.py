@@ -46,6 +46,26 @@ def test_defaults(tmp_path: Path) -> None:
         assert (written[section] if section else written)[leaf] == value, key
 
 
+@pytest.mark.parametrize(("card", "chosen"), [(None, "bfloat16"), (True, "bfloat16"), (False, "float16")])
+def test_the_dtype_is_what_the_card_multiplies_in(
+    card: bool | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:  # a T4 emulates it
+        asked.append(including_emulation)
+        return including_emulation or bool(card)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: card is not None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_bf16_supported)
+    for section in ({}, {"train": {"lr": 1e-4}}, {"train": {"dtype": "auto"}}):
+        config = TrainConfig.from_values({**yaml.safe_load(MINIMAL), **section})
+        assert config.train.dtype == yaml.safe_load(config.to_yaml())["train"]["dtype"] == chosen
+    assert asked == [False] * len(asked) and bool(asked) == (card is not None)
+    for given in ("bfloat16", "float32"):
+        assert TrainConfig.from_values({**yaml.safe_load(MINIMAL), "train": {"dtype": given}}).train.dtype == given
+
+
 def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path, sentence: Check) -> None:
     text = "modle: base\ndata:\n  train: rows.jsonl\n  max_lenght: 512\nquant:\n  type: nf5\n"
     text += "train:\n  lr: fast\n  steps: 0\n  grad_checkpointing: perhaps\n"

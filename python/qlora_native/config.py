@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -275,15 +276,25 @@ class LoopSection(_Section):
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
     log_every: Positive = _key(10, "steps between printed lines when the output is not a terminal")
-    dtype: Literal["bfloat16", "float16", "float32"] = _key(
-        "bfloat16",
-        "type of activations and of the unquantized weights; float16, with a scaled loss, for cards without bfloat16",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key(
+        "auto",
+        "type of activations and of the unquantized weights; auto = bfloat16, and on a card without it float16, with a "
+        "scaled loss",
+        validate_default=True,
     )
 
     @field_validator("cuda_graph", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads it as false
+
+    @field_validator("dtype")
+    @classmethod
+    def _of_the_card(cls, value: str) -> str:
+        if value != "auto":
+            return value
+        has_it = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_it else "float16"
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopSection:
@@ -324,7 +335,7 @@ class TrainConfig(_Section):
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
-    train: LoopSection = LoopSection()
+    train: LoopSection = Field(default_factory=LoopSection)  # not at the import: it looks at the card
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
