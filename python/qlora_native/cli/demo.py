@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data.standard_library import write_split
     from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer
+    from qlora_native.hf.trained import read_record
+    from qlora_native.train.card import peft_snippet
     from qlora_native.train.loop import Trainer
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
@@ -103,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if args.keep:
         print(f"for llama.cpp, over {model_path}:\n  qlora export {summary.adapter_dir} --to gguf-adapter")
     else:
-        print(f"to load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
+        adapter = summary.adapter_dir
+        print(f"to load it in PEFT:\n{peft_snippet(config, read_record(adapter), str(adapter))}")
     return 0
 
 
@@ -140,12 +143,3 @@ def _answer(model: Any, tokenizer: Any, message: dict[str, str]) -> str:
     model.train(training)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return printable(text.splitlines()[0]) if text else ""
-
-
-def peft_snippet(model: Path, adapter: Path) -> str:
-    """The lines that load the adapter on the same base with PEFT and without this package."""
-    return f"""  from peft import PeftModel
-  from transformers import AutoModelForCausalLM, GgufConfig
-  base = AutoModelForCausalLM.from_pretrained("{model.parent}", gguf_file="{model.name}",
-                                              quantization_config=GgufConfig(dequantize=True))
-  model = PeftModel.from_pretrained(base, "{adapter}")"""
