@@ -157,7 +157,7 @@ def test_a_run_and_its_second_half(file: Path, tmp_path: Path) -> None:
     assert whole.read_bytes() == again.read_bytes()
     given = dict.fromkeys(("quant_type", "block_size", "double_quant", "skip_modules"))
     given |= {"model": file, "adapter": tmp_path / "half" / "adapter"}
-    assert as_trained(Namespace(**given), True)["quant_type"] == "keep"
+    assert as_trained(Namespace(**given)).options == {"quant_type": "keep", "block_size": 64, "double_quant": True}
     card, stored = ((tmp_path / "half" / "adapter" / name).read_text() for name in ("README.md", "config.yaml"))
     assert "GGUF file" in card and "type: keep" in stored
 

@@ -190,9 +190,17 @@ def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: st
     return torch.tensor(taken[: whole * length], dtype=torch.int64).view(whole, length)
 
 
-def quantize_command(model: str, quant: Mapping[str, Any], dtype: str, calibration: Path | str | None, out: str) -> str:
+def quantize_command(
+    model: str,
+    quant: Mapping[str, Any],
+    dtype: str,
+    calibration: Path | str | None,
+    out: str,
+    skipped: Sequence[str] = (),
+) -> str:
     """The shell command ``qlora quantize`` that makes the 4-bit weights of a training run from its 16-bit ``model``,
-    section ``quant`` of the config and ``train.dtype``, and the text or the sequences that it kept."""
+    section ``quant`` of the config and ``train.dtype``, the text or the sequences that it kept, and the modules that
+    stayed dense if they are not the default."""
     words = ["qlora", "quantize", model, "--method", quant.get("method", "rtn")]
     for option, value, default in (
         ("--calibration", calibration, None),
@@ -202,6 +210,7 @@ def quantize_command(model: str, quant: Mapping[str, Any], dtype: str, calibrati
     ):
         words += [option, str(value)] if value != default else []
     words += [] if quant.get("double_quant", True) else ["--no-double-quant"]
+    words += ["--skip-modules", *skipped] if skipped else []
     return shlex.join([*words, "--out", out])
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qlora_native._io import user_path
 from qlora_native.cases import BLOCK_SIZES
 from qlora_native.cli._run import parse_size, require
 from qlora_native.errors import UserError
 from qlora_native.weight import CALIBRATED
+
+if TYPE_CHECKING:
+    from qlora_native.config import QuantConfig
+    from qlora_native.hf.trained import TrainedBase
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -29,7 +38,14 @@ def add_quantizing(parser: argparse.ArgumentParser, keeps: bool = True) -> None:
 def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_quantizing` that were given, as load_model takes them."""
     names = ("quant_type", "block_size", "double_quant", "skip_modules")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Which weights an adapter is added to; None for those of :func:`merge_base`."""
+    base = "add the adapter to the weights in MODEL, or to the 4-bit ones made of them, decoded (default: those that "
+    base += "it was trained on where that is known, else original)"
+    parser.add_argument("--base", choices=("original", "dequantized"), help=base)
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -53,39 +69,111 @@ def is_four_bit(model: Path) -> bool:
     return bool(open_source(model).four_bit_config)
 
 
-def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
-    """The options of quantizing that were given; for the others, those of the config beside the adapter.
+@dataclass(frozen=True)
+class Run:
+    """What the config beside an adapter says of the weights that it was trained on."""
 
-    Raises UserError if 16-bit weights are to become those of the run (``rounds``) and the run calibrated them, which
-    rounding to nearest cannot repeat.
-    """
-    given = quantizing(args)
-    config = args.adapter / "config.yaml" if args.adapter else None
-    if config is None or not config.is_file() or is_four_bit(args.model):
-        return given
+    model: str
+    quant: QuantConfig
+    dtype: str
+    skips: Callable[[bool], list[str]]  # modules that stayed dense, of weights that are kept or new
+
+    def options(self, is_kept: bool) -> dict[str, Any]:
+        """As load_model takes them."""
+        skipped = self.skips(is_kept)
+        return self.quant.options | ({"skip_modules": skipped} if skipped else {})
+
+
+def run_of(adapter: Path | None) -> Run | None:
+    """The run of an adapter, if its config lies beside it."""
+    config = adapter / "config.yaml" if adapter else None
+    if config is None or not config.is_file():
+        return None
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
     from qlora_native.config import QuantConfig, read_yaml
     from qlora_native.hf.build import dense_beside
-    from qlora_native.hf.source import open_source
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]
         quant = QuantConfig.model_validate(settings.get("quant") or {})
         dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
         lora = settings.get("lora") or {}
-        trained = [list(lora.get(name) or ()) for name in ("modules_to_save", "trainable_tokens")]
-    method = quant.method
-    if rounds and method != "rtn":
-        from qlora_native.calibration.data import kept_calibration, quantize_command
+        trained, tokens = (list(lora.get(name) or ()) for name in ("modules_to_save", "trainable_tokens"))
 
-        kept = kept_calibration(args.adapter) or quant.calibration
-        text = kept or ("FILE" if method in CALIBRATED else None)
-        command = quantize_command(str(args.model), quant.model_dump(), dtype, text, "DIR")
+    def skips(is_kept: bool) -> list[str]:
+        return dense_beside(trained, tokens, is_kept) if trained or tokens else []
+
+    return Run(str(settings.get("model", "the base")), quant, dtype, skips)
+
+
+def as_trained(args: argparse.Namespace) -> TrainedBase:
+    """The weights that an adapter was trained on, for chat, eval, merge and export alike.
+
+    These are those in ``args.model``, those that the run made from it and stored, or it rounded to nearest as the run
+    did. UserError if it is none of these.
+
+    Without an adapter, or one whose run is unknown, ``args.model`` with the options of quantizing that were given;
+    these come before those of the run.
+    """
+    from qlora_native.hf.config import METADATA
+    from qlora_native.hf.source import open_source
+    from qlora_native.hf.trained import TrainedBase, digest, read_record, stored_base
+
+    model, adapter, given = args.model, args.adapter, quantizing(args)
+    run, record = run_of(adapter), {} if adapter is None else read_record(adapter)
+    if adapter is None or (run is None and not record):
+        return TrainedBase(model, given)
+    source, base = open_source(model), "the base" if run is None else run.model
+    is_kept = run is not None and run.quant.type == "keep"
+    options = given if run is None or source.is_four_bit else run.options(is_kept) | given
+    other = f"and {model} holds others: give {base} in its place"
+    folder = None if "folder" not in record else Path(os.path.abspath(adapter)).parent / record["folder"]
+    if folder is not None and not source.is_four_bit:
+        if stored := stored_base(adapter, source):
+            return TrainedBase(stored.path, {})
+        if digest(source) != record["made_from"]:
+            raise UserError(f"{adapter} was trained on weights made from {base}, {other}")
+        again = "" if run is None else f": make it with `{_command(run, model, adapter, str(folder))}`"
+        raise UserError(f"{adapter} was trained on the weights in {folder}, which is not there as it was{again}")
+    if record:
+        if digest(source) == record["sha256"]:
+            return TrainedBase(model, options)
+        raise UserError(f"{adapter} was trained on the weights of {folder or base}, {other}")
+    assert run is not None
+    method, metadata = run.quant.method, (source.four_bit_config or {}).get(METADATA)
+    if source.is_four_bit:
+        made = str((metadata if isinstance(metadata, dict) else {}).get("method") or method)
+        if made != method and user_path(run.model) != model:
+            raise UserError(f"{adapter} was trained on weights made by {method}, {other}")
+    elif method != "rtn":
         raise UserError(
-            f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
-            f"`{command}`, and give DIR in its place"
+            f"{adapter} was trained on weights made by {method}, and {model} holds others: make them again with "
+            f"`{_command(run, model, adapter, 'DIR')}`, and give DIR in its place"
         )
-    is_kept = any(trained) and open_source(args.model).keeps(quant.type)
-    skip = {"skip_modules": dense_beside(trained[0], trained[1], is_kept)} if any(trained) else {}
-    return quant.options | skip | given
+    return TrainedBase(model, options)
+
+
+def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
+    """The shell command that makes the weights of a run again."""
+    from qlora_native.calibration.data import kept_calibration, quantize_command
+
+    kept = kept_calibration(adapter) or run.quant.calibration
+    text = kept or ("FILE" if run.quant.method in CALIBRATED else None)
+    return quantize_command(str(model), run.quant.model_dump(), run.dtype, text, out, run.skips(False))
+
+
+def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
+    """``--base``, and what it is of: by default the weights that the adapter was trained on, where its run is known or
+    MODEL has no others, else the original ones."""
+    from qlora_native.hf.trained import TrainedBase
+
+    run = run_of(args.adapter)
+    base = args.base or ("original" if run is None and not is_four_bit(args.model) else "dequantized")
+    if base == "dequantized":
+        trained = as_trained(args)
+        if args.base is None and args.adapter is not None and trained.options.get("quant_type") != "keep":
+            print(f"base: the 4-bit weights of {trained.path}, on which it was trained", file=sys.stderr)
+        return base, trained
+    options = {} if run is None else run.options(run.quant.type == "keep")
+    return base, TrainedBase(args.model, options | quantizing(args))

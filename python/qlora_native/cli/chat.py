@@ -169,8 +169,9 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(str(args.model), args.adapter)
         device = "cuda" if torch.cuda.is_available() else None
         note = partial(print, file=sys.stderr)
-        options = as_trained(args, rounds=True) | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
-        model: Any = load_to_device(args.model, device=device, note=note, **options)
+        base = as_trained(args)
+        options = base.options | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
+        model: Any = load_to_device(base.path, device=device, note=note, **options)
         if args.adapter:
             qn.load_adapter(model, args.adapter)
         stream_if_needed(model, None, BESIDE, note)

@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer
+    from qlora_native.hf.trained import read_record
+    from qlora_native.train.card import peft_snippet
     from qlora_native.train.loop import Trainer
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
@@ -126,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
     if keep:
         print(f"for llama.cpp, over {model_path}:\n  qlora export {summary.adapter_dir} --to gguf-adapter")
     else:
-        print(f"to load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
+        adapter = summary.adapter_dir
+        print(f"to load it in PEFT:\n{peft_snippet(config, read_record(adapter), str(adapter))}")
     return 0
 
 
@@ -163,12 +166,3 @@ def _answer(model: Any, encoder: ChatEncoder, message: dict[str, str]) -> str:
     model.train(training)
     text = encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return printable(text.splitlines()[0]) if text else ""
-
-
-def peft_snippet(model: Path, adapter: Path) -> str:
-    """The lines that load the adapter on the same base with PEFT and without this package."""
-    return f"""  from peft import PeftModel
-  from transformers import AutoModelForCausalLM, GgufConfig
-  base = AutoModelForCausalLM.from_pretrained("{model.parent}", gguf_file="{model.name}",
-                                              quantization_config=GgufConfig(dequantize=True))
-  model = PeftModel.from_pretrained(base, "{adapter}")"""

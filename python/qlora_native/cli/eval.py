@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_native._io import as_user_error, as_write_error, reading, user_path
 from qlora_native.cli._run import print_result, printable, require
-from qlora_native.cli._weights import DTYPES
+from qlora_native.cli._weights import DTYPES, as_trained
 from qlora_native.errors import UserError
 
 
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--choices", None, str, argparse.SUPPRESS, {"nargs": "*"}),  # of older versions
         ("--columns", "KEY=COLUMN", str, "columns of the files, as data.columns (default: the adapter's)", several),
         ("--lm-eval", "TASK", str, "tasks of lm-eval, if it is installed", several),
-        ("--adapter", "DIR", user_path, "an adapter, measured on the first 4-bit form", {}),
+        ("--adapter", "DIR", user_path, "an adapter, measured on the weights that it was trained on", {}),
         ("--shipped", "DIR", user_path, "a model that the adapter was merged into: what it keeps", {}),
         ("--compare", "METHOD", str, methods, several),
         ("--calibration", "FILE", user_path, "text for wmse and gptq; not one that is evaluated", {}),
@@ -69,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         options["dtype"] = getattr(torch, args.dtype)
     with as_user_error():
+        trained = as_trained(args)
         variants = Variants(
             args.model,
             methods=list(dict.fromkeys(args.compare)),
             adapter=args.adapter,
+            trained=trained if trained.options or trained.path != args.model else None,
             shipped=args.shipped,
             reference=args.reference,
             calibration=args.calibration,

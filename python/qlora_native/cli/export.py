@@ -6,13 +6,22 @@ import argparse
 import json
 import shlex
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from qlora_native._io import as_user_error, as_write_error, atomic_file, atomic_folder, read_json, reason, user_path
 from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch
-from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit
+from qlora_native.cli._weights import (
+    add_base,
+    add_quantizing,
+    add_shard_size,
+    as_trained,
+    is_four_bit,
+    merge_base,
+    run_of,
+)
 from qlora_native.cli.merge import write_merged
 from qlora_native.errors import UserError
 
@@ -30,13 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", "-o", type=user_path, metavar="PATH", help=out)
     kind = (
         "of the matrices; safetensors takes f16, bf16 and f32; keep: MODEL's own, a GGUF file's (default: bf16, for "
-        "gguf f16)"
+        "gguf f16, or q8_0 where MODEL is a GGUF file of fewer bits)"
     )
     add("--type", choices=("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl", "keep"), help=kind)
     text = "--type keep: text such as the model will meet, any file that training reads"
     add("--calibration", metavar="FILE", help=text)
-    base = "add the adapter to the weights in MODEL, or to their 4-bit form (default: original)"
-    add("--base", choices=("original", "dequantized"), default="original", help=base)
+    add_base(parser)
     add_quantizing(parser)
     add_shard_size(parser)
     add("--json", action="store_true", help="print the result as one JSON object")
@@ -87,8 +95,9 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
     from qlora_native.hf.merge import Merging
 
     # Where nothing is added there is nothing to choose.
-    base = "dequantized" if not args.adapter and is_four_bit(args.model) else args.base
-    return Merging(args.model, args.adapter, base=base, to=to, **as_trained(args, base == "dequantized"))
+    args.base = args.base if args.adapter or not is_four_bit(args.model) else None
+    args.base, base = merge_base(args)
+    return Merging(base.path, args.adapter, base=args.base, to=to, **base.options)
 
 
 def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -102,9 +111,9 @@ def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
-    from qlora_native.export.gguf import export_gguf
+    from qlora_native.export.gguf import export_gguf, near_type
     from qlora_native.export.gguf_kept import export_kept
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.hf.source import load_tokenizer, open_source
 
     work = _merging(args, "fp32")
     if (args.type == "keep") != bool(args.calibration):
@@ -114,21 +123,27 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.type == "keep":
         with as_write_error(out), atomic_file(out) as partial:
             return export_kept(work, partial, args.adapter, args.calibration)
-    tokenizer = None if work.source.path.suffix == ".gguf" else load_tokenizer(str(args.model), args.adapter)
+    source = open_source(args.model)
+    is_gguf = source.path.suffix == ".gguf"
+    tokenizer = source.path if is_gguf else load_tokenizer(str(args.model), args.adapter)
+    if args.type is None:
+        args.type = near_type(source) if is_gguf else "f16"
+        print(f"type {args.type}{f', near that of {source.path.name}' * is_gguf}; --type sets another", file=sys.stderr)
     with as_write_error(out), atomic_file(out) as partial:
-        return export_gguf(work, partial, args.type or "f16", tokenizer)
+        return export_gguf(work, partial, args.type, tokenizer, source.path)
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.data.template import TEMPLATE
+    from qlora_native.hf.source import open_source
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
 
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
-    args.base = "dequantized" if is_four_bit(args.model) else "original"
-    _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
+    work = _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
     config = read_json(args.adapter / CONFIG_NAME)
-    config["base_model_name_or_path"] = str(args.model)
+    is_stored = work.source.path != open_source(args.model).path
+    config["base_model_name_or_path"] = str(work.source.path if is_stored else args.model)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
@@ -143,6 +158,13 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
     if args.type is not None:
         raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")
+    run = run_of(args.adapter)
+    if args.base is None and run is not None and as_trained(args).options.get("quant_type") != "keep":
+        command = shlex.join(["qlora", "export", str(args.model), "--adapter", str(args.adapter), "--to", "gguf"])
+        raise UserError(
+            f"{args.adapter} was trained on 4-bit weights that llama.cpp does not have, which adds it to those of a "
+            f"GGUF file: `{command} --out tuned.gguf` writes the model that was trained, --base original this adapter"
+        )
     args.base = "dequantized" if is_four_bit(args.model) else "original"
     work = _merging(args, "fp32")
     with as_write_error(out), atomic_file(out) as partial:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import as_user_error, as_write_error, atomic_folder, user_path, write_whole
 from qlora_native.cli._run import refuse_existing, stopwatch
-from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained
+from qlora_native.cli._weights import add_base, add_quantizing, add_shard_size, as_trained, merge_base
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("model", type=user_path, metavar="MODEL", help="the base: a model folder or a .gguf file")
     add("adapter", type=user_path, metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
     add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
-    base = (
-        "add the adapter to the weights in MODEL, or to their 4-bit form, on which it was trained (default: original)"
-    )
-    add("--base", choices=("original", "dequantized"), default="original", help=base)
+    add_base(parser)
     add("--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)")
     methods = "--to nf4: rtn rounds the sum to nearest, gptq hands on what rounding loses to later columns "
     methods += "(default: gptq with --calibration, else rtn)"
@@ -48,7 +45,8 @@ The options of quantizing describe how MODEL was loaded for training; the defaul
 
 examples:
   qlora merge Llama-3.1-8B-Instruct run/adapter --out merged
-  qlora merge Llama-3.1-8B-Instruct run/adapter --out merged --base dequantized --check --sample heldout.jsonl"""
+  qlora merge Llama-3.1-8B-Instruct run/adapter --out merged --check --sample heldout.jsonl
+  qlora merge Llama-3.1-8B-Instruct run/adapter --out merged --base original"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(str(source)) if args.check else None
         rows = check.sample_rows(args.sample, tokenizer) if args.check else []
         seconds = stopwatch()
-        given = as_trained(args, args.base == "dequantized" or args.check)
-        work = Merging(source, adapter, base=args.base, to=args.to, **given)
+        args.base, base = merge_base(args)
+        trained = as_trained(args) if args.check else base
+        work = Merging(base.path, adapter, base=args.base, to=args.to, **base.options)
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                     work.codes = calibrated_codes(work, adapter, calibration, Path(folder))
                     write_merged(work, out, args.shard_size)
                 else:
-                    write_calibrated(work, args, given, Path(folder))
+                    write_calibrated(work, args, base.options, Path(folder))
         result: dict[str, Any] = {
             "out": str(out),
             "model": str(source),
@@ -104,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
         if args.check:
             result["weights"] = check.check_weights(work, out)
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
-            result["logits"] = check.check_logits(work, out, rows)
+            result["logits"] = check.check_logits(work, trained, out, rows)
             result["verdict"] = check.verdict(result)
             if args.sample:
-                result["retention"] = check.check_retention(work, adapter, out, args.sample, tokenizer)
+                result["retention"] = check.check_retention(work, trained, out, args.sample, tokenizer)
             with as_write_error(out):
                 write_whole(out / f"{REPORT}.json", json.dumps(result, indent=2) + "\n")
                 write_whole(out / f"{REPORT}.md", check.report_markdown(result))

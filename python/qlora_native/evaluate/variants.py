@@ -12,6 +12,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.device_layers import load_to_device
 from qlora_native.hf.load import load_dense
 from qlora_native.hf.source import AUTO, open_source
+from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
 
@@ -24,14 +25,15 @@ class Variants:
 
     A 16-bit model is its own reference, and each of ``methods`` makes a 4-bit form of it. A model whose files are 4-bit
     is one form, and ``reference`` may name the 16-bit model it was made from. A GGUF file whose weights are kept is
-    such a form too, unless methods are named. The adapter is measured on the first form, and ``shipped`` is a model
-    into which it was merged.
+    such a form too, unless methods are named. The adapter is measured on the first form, which is what it was
+    ``trained`` on, and ``shipped`` is a model into which it was merged.
     """
 
     model: Path
     methods: Sequence[str] = ()
     adapter: Path | None = None
     shipped: Path | None = None
+    trained: TrainedBase | None = None  # what the adapter was trained on, if that is not the first form
     reference: Path | None = None
     calibration: Any = None  # as load_model takes it
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
@@ -70,6 +72,12 @@ class Variants:
         for method in () if forms else self.methods or (self.base,):
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
+        if (base := self.trained) is not None:
+            source = open_source(base.path)
+            is_kept = not source.is_four_bit and source.keeps(base.options.get("quant_type", AUTO))
+            name = FOUR_BIT if source.is_four_bit else KEPT if is_kept else "rtn"
+            others = [form for form in forms if form[0] in self.methods and form[0] != name]
+            forms = [(name, partial(load_to_device, base.path, **base.options | self.options)), *others]
         yield from forms[:1]
         if (adapter := self.adapter) is not None:
             name, load = forms[0]

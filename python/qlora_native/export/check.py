@@ -17,6 +17,7 @@ from qlora_native.hf.checkpoint import Checkpoint
 from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted
+from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
@@ -63,33 +64,35 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_logits(work: Merging, folder: Path, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def check_logits(
+    work: Merging, trained: TrainedBase, folder: Path, rows: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
     """Compare the merged model's logits on rows of token numbers with those of the base with the adapter beside it.
 
-    One entry, or two where the merge took the original weights, since the adapter was trained on the 4-bit base: each
+    One entry, or two where the merge took the original weights and the adapter was ``trained`` on 4-bit ones: each
     has ``against``, and the measures of :func:`drift`. The models are in memory one after the other, in 16 or 4 bits,
     and compute in fp32, so that the result is the error of the merge without that of bf16 activations.
     """
+    name = "base + adapter, as trained" if work.is_kept else "base + adapter, 4-bit, as trained"
+    expected = {name: _logits(trained, rows, work.adapter)}
+    if not work.four_bit and not work.rounded and not work.is_kept:
+        expected = {"base + adapter, 16-bit": _logits(work.source.path, rows, work.adapter)} | expected
     four_bit = {**work.options, "skip_modules": work.skip_modules}
-    references = {"base + adapter, 4-bit, as trained": four_bit}
-    if not work.four_bit and not work.rounded:
-        references = {"base + adapter, 16-bit": {}} | references
-    expected = {name: _logits(work.source.path, options, rows, work.adapter) for name, options in references.items()}
-    merged = _logits(folder, four_bit if work.target != "16bit" else {}, rows)
+    merged = _logits(TrainedBase(folder, four_bit) if work.target != "16bit" else folder, rows)
     return [{"against": name, **drift(logits, merged)} for name, logits in expected.items()]
 
 
-def check_retention(work: Merging, adapter: Path, folder: Path, sample: Path, tokenizer: Any) -> dict[str, Any]:
+def check_retention(work: Merging, trained: TrainedBase, folder: Path, sample: Path, tokenizer: Any) -> dict[str, Any]:
     """How much of what the adapter learned the merged model keeps on the first HELD_OUT_ROWS rows of ``sample``; the
     models are in memory one after the other."""
     rows = load_text(sample, tokenizer, max_length=HELD_OUT_TOKENS, limit=HELD_OUT_ROWS).rows
-    options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
 
     def scores(model: Any) -> Scores:
         return measure(model, rows, padding_id(tokenizer))[0]
 
-    base: Any = load_model(work.source.path, **options)
-    before, adapted = scores(base), scores(load_adapter(base, adapter))
+    assert work.adapter_folder is not None
+    base: Any = load_model(trained.path, **trained.options)
+    before, adapted = scores(base), scores(load_adapter(base, work.adapter_folder))
     del base
     return retention(before, adapted, scores((load_dense if work.target == "16bit" else load_model)(folder)))
 
@@ -129,13 +132,13 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logits(
-    path: Path, options: dict[str, Any], rows: Sequence[Sequence[int]], adapter: StoredAdapter | None = None
+    base: TrainedBase | Path, rows: Sequence[Sequence[int]], adapter: StoredAdapter | None = None
 ) -> list[Tensor]:
-    """fp32 [tokens, vocabulary] of each row, by the model loaded in 4 bits with ``options``, or 16-bit without any."""
-    if options:
-        model: Any = load_model(path, **options, dtype=torch.bfloat16, fuse=False)
+    """fp32 [tokens, vocabulary] of each row, by a model as it was trained, or 16-bit if there is a path alone."""
+    if isinstance(base, TrainedBase):
+        model: Any = load_model(base.path, **base.options, dtype=torch.bfloat16, fuse=False)
     else:
-        model = load_dense(path, dtype=torch.bfloat16, fuse=False)
+        model = load_dense(base, dtype=torch.bfloat16, fuse=False)
     if adapter is not None:
         _put_beside(model, adapter)
     _compute_in_fp32(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,7 @@ from qlora_native.hf.gguf import ARCHITECTURES, Architecture, interleaved, reord
 from qlora_native.hf.gguf_source import GgufSource
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted, FourBit, Plain
+from qlora_native.hf.source import Source
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file
@@ -75,13 +77,14 @@ class _Tensor(NamedTuple):
             encode(part.float(), self.kind).tofile(file)
 
 
-def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dict[str, Any]:
+def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model: Path) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
     Matrices are stored as ``out_type``, vectors as F32. The embedding and the output are Q8_0 where that has 4 bits,
     and rows that are no whole blocks Q5_0 or F16; ``other_types`` of the result has these types by name. Memory is that
-    of :class:`Merging`; for llama and mistral, q and k are in memory whole, one at a time. A GGUF file keeps its own
-    tokenizer. UserError if the architecture, its rotary scaling or its tokenizer is not mapped to GGUF here.
+    of :class:`Merging`; for llama and mistral, q and k are in memory whole, one at a time. ``tokenizer`` lies
+    in the folder ``model``; or it is a GGUF file, whose own is copied. UserError if the architecture, its rotary
+    scaling or its tokenizer is not mapped to GGUF here.
     """
     config = work.source.config
     architecture = ARCHITECTURES.get(config.model_type)
@@ -92,18 +95,18 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
         )
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
-        if isinstance(work.source, GgufSource):
+        if isinstance(tokenizer, Path):
             if work.adapter.config.trainable_tokens:
                 raise UserError(
-                    f"{work.source.path} keeps its own tokenizer, and the adapter trains tokens: `qlora merge` both "
+                    f"{tokenizer} keeps its own tokenizer, and the adapter trains tokens: `qlora merge` both "
                     "into a folder, and export that."
                 )
-            for name, field in gguf.GGUFReader(work.source.path).fields.items():
+            for name, field in gguf.GGUFReader(tokenizer).fields.items():
                 if name.startswith("tokenizer."):
                     kind, *rest = field.types
                     writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
         else:
-            _add_tokenizer(writer, tokenizer, work.source.path, config.vocab_size)
+            _add_tokenizer(writer, tokenizer, model, config.vocab_size)
         tensors = list(_tensors(work, architecture, OUT_TYPES[out_type][0]))
         for one in tensors:
             writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.nbytes, raw_dtype=one.kind)
@@ -121,6 +124,17 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
             if len(one.shape) > 1 and one.kind is not OUT_TYPES[out_type][0]
         },
     }
+
+
+def near_type(source: Source) -> str:
+    """The type for a merged model of a GGUF file that is near the file's own: that of most of its bytes if these are
+    floats, else Q8_0, since rounding a sum to fewer bits again loses much of what an adapter adds."""
+    assert isinstance(source, GgufSource)
+    sizes: Counter[str] = Counter()
+    for tensor in source.gguf.tensors.values():
+        sizes[tensor.kind.name.lower()] += tensor.num_bytes
+    kind = sizes.most_common(1)[0][0]
+    return kind if kind in ("f16", "bf16", "f32") else "q8_0"
 
 
 def _kind_of(name: str, shape: torch.Size, kind: Kind) -> Kind:

@@ -243,7 +243,8 @@ class Merging(Conversion):
             if stacks := sorted(name for name in self.rounded if not name.endswith(".weight")):
                 raise UserError(
                     f"{source.path} has stacks of experts ({stacks[0]}), which are merged from 4 bits only where they "
-                    f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder."
+                    f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder; "
+                    "or merge into the 16-bit weights with --base original."
                 )
         self.codes: dict[str, Path] = {}
         for name in self.transposed:  # an adapter is read for linear layers

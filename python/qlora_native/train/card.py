@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_native._version import __version__
+from qlora_native.calibration.data import FILE, quantize_command
 from qlora_native.config import TrainConfig
 from qlora_native.hf.build import dense_beside
+from qlora_native.hf.trained import read_record
 from qlora_native.weight import CALIBRATED
 
 
 def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]) -> None:
-    """Write ``folder``/README.md. ``facts`` are the fields of the loop's ``TrainState``, ``hashes`` the SHA-256 of the
-    data files by their paths. The front matter is PEFT's, from which the Hugging Face hub reads the adapter's base."""
+    """Write ``folder``/README.md, in which what is recorded of the base lies already.
+
+    ``facts`` are the fields of the loop's ``TrainState``, ``hashes`` the SHA-256 of the data files by their paths. The
+    front matter is PEFT's, from which the Hugging Face hub reads the adapter's base.
+    """
     model, quant, lora = config.model, config.quant, config.lora
+    record, is_kept = read_record(folder), quant.type == "keep"
+    is_stored, is_made = "folder" in record, bool(record)
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
     made, base = "", f"base in 4 bits ({quant.type}, blocks of {quant.block_size}"
     base += ", double quantization)" if quant.double_quant else ")"
-    if quant.type == "keep":
-        arguments, base = repr(model), "GGUF file whose weights stayed as they are"
-    if lora.modules_to_save or lora.trainable_tokens:
-        skipped = dense_beside(lora.modules_to_save, lora.trainable_tokens, quant.type == "keep")
+    if is_made:
+        base = "GGUF file whose weights stayed as they are" if is_kept else "base in 4 bits"
+        arguments = repr(str(Path(config.output_dir) / record["folder"]) if is_stored else model)
+    trains_more = bool(lora.modules_to_save or lora.trainable_tokens)
+    skipped = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept) if trains_more else []
+    if skipped and (is_kept or not is_made):
         arguments += f", skip_modules={skipped!r}"
-    if quant.method != "rtn":  # too slow to do on each load
-        from qlora_native.calibration.data import FILE, quantize_command
-
-        kept = Path(config.output_dir) / FILE if quant.method in CALIBRATED else None
-        command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit")
-        made = f" Make it with `{command}`:"
-        arguments = "'base-4bit'"
+    merged = model
+    if quant.method != "rtn" and not is_made:  # too slow to do on each load
+        made = f" Make it with `{_command(config, skipped)}`:"
+        arguments, merged = "'base-4bit'", "base-4bit"
     data = [("training rows", path) for path in config.data.files]
     data += [("held-out rows", config.data.eval)] if config.data.eval is not None else []
     files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data]
@@ -76,8 +84,13 @@ model = qn.load_model({arguments})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 
-{_elsewhere(model, quant.type == "keep")}
-As a model of its own: `qlora merge {model} path/to/this/folder --out merged --check`
+With PEFT:{_made_for_peft(config, record, skipped)}
+
+```python
+{peft_snippet(config, record, "path/to/this/folder")}
+```
+{_llama_cpp(config) if is_kept and not trains_more and lora.init == "zero" else ""}
+As a model of its own: `{shlex.join(["qlora", "merge", merged, "path/to/this/folder"])} --out merged --check`
 
 {answers}## Data
 
@@ -98,21 +111,52 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _elsewhere(model: str, is_kept: bool) -> str:
-    """How other programs load the adapter."""
-    if is_kept:
-        return f"""In llama.cpp, over the same file:
+def _command(config: TrainConfig, skipped: Sequence[str]) -> str:
+    """The command that makes the 4-bit base."""
+    kept = Path(config.output_dir) / FILE if config.quant.method in CALIBRATED else None
+    return quantize_command(config.model, config.quant.model_dump(), config.train.dtype, kept, "base-4bit", skipped)
+
+
+def _made_for_peft(config: TrainConfig, record: Mapping[str, str], skipped: Sequence[str]) -> str:
+    """How to make the base that PEFT loads, where transformers does not make it."""
+    if record or _is_bitsandbytes(config):
+        return ""
+    return f" on the base that `{_command(config, skipped)}` makes"
+
+
+def _is_bitsandbytes(config: TrainConfig) -> bool:
+    """Whether bitsandbytes makes the 4-bit weights of the run of the files, whose name alone is looked at."""
+    return config.quant.method == "rtn" and config.quant.block_size == 64 and not config.model.endswith(".gguf")
+
+
+def peft_snippet(config: TrainConfig, record: Mapping[str, str], adapter: str) -> str:
+    """The lines that load the adapter on its base with PEFT and without this package."""
+    quant, dtype, model = config.quant, config.train.dtype, Path(config.model)
+    if "folder" in record:
+        place, names = repr(str(Path(config.output_dir) / record["folder"])), ""
+    elif quant.type == "keep":
+        place, names = f"{str(model.parent)!r}, gguf_file={model.name!r}", ", GgufConfig"
+        place += ", quantization_config=GgufConfig(dequantize=True)"
+    elif record:
+        place, names = repr(config.model), ""
+    elif _is_bitsandbytes(config):
+        place, names = f"{config.model!r}, quantization_config=four_bit", ", BitsAndBytesConfig"
+    else:
+        place, names = "'base-4bit'", ""
+    lines = ["from peft import PeftModel", f"from transformers import AutoModelForCausalLM{names}", ""]
+    if names == ", BitsAndBytesConfig":
+        options = f"bnb_4bit_quant_type={quant.type!r}, bnb_4bit_use_double_quant={quant.double_quant}"
+        lines += [f"four_bit = BitsAndBytesConfig(load_in_4bit=True, {options}, bnb_4bit_compute_dtype={dtype!r})"]
+    lines += [f"base = AutoModelForCausalLM.from_pretrained({place}, dtype={dtype!r})"]
+    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"])
+
+
+def _llama_cpp(config: TrainConfig) -> str:
+    return f"""
+In llama.cpp, over the same file:
 
 ```sh
 qlora export path/to/this/folder --to gguf-adapter --out adapter.gguf
-llama-cli -m {model} --lora adapter.gguf
-```
-"""
-    return """With PEFT:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+llama-cli -m {shlex.quote(config.model)} --lora adapter.gguf
 ```
 """

@@ -209,7 +209,7 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, b
             f"{block}.{key} {was} -> {value}"
             for block in ("quant", "lora", "train")
             for key, value in now[block].items()
-            if (block != "train" or key in _FIXED_KEYS) and f"{block}.{key}" != but
+            if (block != "train" or key in _FIXED_KEYS) and f"{block}.{key}" not in (but, "quant.save")
             if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
         ]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved

@@ -35,6 +35,7 @@ from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.hf.source import load_tokenizer, open_source
+from qlora_native.hf.trained import check_base, record_of, stored_base, write_record
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
 from qlora_native.train.checkpoint import (
@@ -170,16 +171,20 @@ class Trainer:
             fell_back = settle_method(config, source, rows)
             if resume is not None:  # now that the method is known
                 checkpoint = find_checkpoint(config, self.output_dir, resume)
+            stored = stored_base(checkpoint or config.adapter, source)
             self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
         memory = None
         if source is not None and not ranks.is_sharded:
-            memory = MemoryReport(config, source, config.data.longest(rows), len(rows))
+            memory = MemoryReport(config, stored or source, config.data.longest(rows), len(rows))
         budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
-        options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
+        options_of_it: dict[str, Any] = {"source": source, "stored": stored, "layers_budget": budget}
+        options_of_it |= {"tokenizer": self.tokenizer, "quiet": self.quiet}
         options_of_it["adapter"] = config.adapter if checkpoint is None else None
-        self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
+        self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it)
+        self.base = record_of(model, source, stored, self.output_dir)
+        check_base(config.adapter, self.base, config.model)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
         check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, rows.stats.path)
@@ -301,7 +306,7 @@ class Trainer:
                     saved = save_checkpoint(
                         self.output_dir,
                         state.step,
-                        save_adapter=lambda folder: save_adapter(model, folder, write=ranks.is_first),
+                        save_adapter=self._write_adapter,
                         optimizer=optimizer,
                         state=asdict(state),
                         config=config.to_yaml(),
@@ -396,15 +401,20 @@ class Trainer:
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         page.note(f"{what}: not finite, step skipped")
 
+    def _write_adapter(self, folder: Path) -> None:
+        save_adapter(self.model, folder, write=self.ranks.is_first)  # every rank takes part in gathering it
+        if self.ranks.is_first:
+            write_record(folder, self.base)
+
     def _save_adapter(self, folder: Path, state: TrainState, retention: dict[str, Any] | None = None) -> Path:
         with self.ranks.together():
             if not self.ranks.is_first:
-                save_adapter(self.model, folder, write=False)  # takes part in gathering it
+                self._write_adapter(folder)
             else:
                 from qlora_native.train.card import write_card
 
                 with as_write_error(folder), atomic_folder(folder) as partial:
-                    save_adapter(self.model, partial)
+                    self._write_adapter(partial)
                     (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
                     if self.config.lora.trainable_tokens:
                         self.tokenizer.save_pretrained(partial)

@@ -19,6 +19,7 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
 from qlora_native.hf.source import AUTO, Source, open_source
+from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.nn import QuantizedLinear
@@ -37,6 +38,7 @@ def prepare_model(
     ranks: OneProcess | None = None,
     *,
     source: Source | None = None,
+    stored: Source | None = None,
     tokenizer: Any = None,
     layers_budget: int | None = None,
     adapter: Path | None = None,
@@ -48,6 +50,7 @@ def prepare_model(
         model: used instead of loading ``config.model``; adapters are added unless it has some.
         rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
         source: of ``config.model``, if it is open already.
+        stored: the weights that the first part of this run made of it.
         tokenizer: of the run, which names the rows that ``lora.trainable_tokens`` trains.
         adapter: the folder of the adapter to start from.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
@@ -63,13 +66,16 @@ def prepare_model(
         if model is None:
             source = open_source(source or user_path(config.model))
             on_card = torch.cuda.is_available() and layers_budget is None
-            model = _load(config, source, lora, rows, ranks, progress, "cuda" if on_card else None)
+            model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
+            model.load_report = replace(model.load_report, path=source.path)
             if layers_budget is not None:
                 from qlora_native.hf.device_layers import stream_layers
 
                 stream_layers(model, "cuda", layers_budget)
         else:
             fuse(model)
+        if not _has_adapters(model) and config.quant.save and ranks.world == 1 and stored is None:
+            _store(model, source, user_path(config.output_dir) / STORED, tokenizer, progress)
         if adapter is not None:
             load_adapter(model, adapter)
             for _, layer in lora_layers(model):
@@ -170,6 +176,15 @@ def _in_words(count: float) -> str:
     while count >= 999.5 and unit != " B":
         count, unit = count / 1000, next(units)
     return f"{count:.3g}{unit}"
+
+
+def _store(model: Any, source: Source | None, folder: Path, tokenizer: Any, progress: Progress) -> None:
+    """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
+    source = source_of(model, source)
+    if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
+        store_base(model, folder, tokenizer)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
 
 
 def _has_adapters(model: Any) -> bool:
