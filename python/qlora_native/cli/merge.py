@@ -53,6 +53,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
+    from qlora_native.data.template import check_vocabulary
     from qlora_native.export import check
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         seconds = stopwatch()
         given = as_trained(args, args.base == "dequantized" or args.check)
         work = Merging(source, adapter, base=args.base, to=args.to, **given)
+        if rows:
+            check_vocabulary(max(map(max, rows)), tokenizer, work.meta.model, str(args.sample or "--check"))
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.data.template import padding_id
+from qlora_native.data.template import check_vocabulary, padding_id
 from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.retention import describe, retention
 from qlora_native.evaluate.texts import load_text
@@ -83,6 +83,8 @@ def check_retention(work: Merging, adapter: Path, folder: Path, sample: Path, to
     """How much of what the adapter learned the merged model keeps on the first HELD_OUT_ROWS rows of ``sample``; the
     models are in memory one after the other."""
     rows = load_text(sample, tokenizer, max_length=HELD_OUT_TOKENS, limit=HELD_OUT_ROWS).rows
+    highest = max(int(row["input_ids"].max()) for row in rows)
+    check_vocabulary(highest, tokenizer, work.meta.model, str(sample))
     options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
 
     def scores(model: Any) -> Scores:
