@@ -98,10 +98,18 @@ def check_folder(folder: Path) -> None:
                 regular(path, _MAX_BYTES.get(path.name))
 
 
-def read_json(path: Path, advice: str = "copy the file again") -> dict[str, Any]:
-    """The JSON object in a file of bounded size; UserError for anything else."""
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For JSON: ValueError for an object with a key twice, of which the parser would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def read_json(path: Path, advice: str = "copy the file again", **options: Any) -> dict[str, Any]:
+    """The JSON object in a file of bounded size; UserError for anything else. ``options`` are those of json.loads."""
     with reading(path, advice):
-        value = json.loads(regular(path, _MAX_BYTES.get(path.name, MAX_JSON_BYTES)).read_bytes())
+        value = json.loads(regular(path, _MAX_BYTES.get(path.name, MAX_JSON_BYTES)).read_bytes(), **options)
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, not a {type(value).__name__}")
         return value

@@ -411,11 +411,14 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
 
+MOST_SCALE = 65504  # float16's largest number: no weight of a model that was ever run is as large
+
+
 def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()) -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
     Maps that equal the built-in tables are dropped, others are kept and honored. Scales under keys in ``unread`` are
-    not checked for NaN and infinities.
+    not checked for NaN and numbers too large for a weight.
 
     Raises ValueError, naming the key, if one is missing or does not fit the others.
     """
@@ -453,9 +456,9 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
             and full not in unread
             and tensor.is_floating_point()
             and not tensor.is_meta
-            and not bool(tensor.isfinite().all())
+            and not bool((tensor.abs() <= MOST_SCALE).all())
         ):
-            raise ValueError(f"from_bnb: '{full}' holds a NaN or an infinity: expected finite numbers.")
+            raise ValueError(f"from_bnb: '{full}' holds a number over {MOST_SCALE:,}, or a NaN: expected smaller ones.")
         return tensor.contiguous().reshape(-1)
 
     stored = tensors.get(prefix)

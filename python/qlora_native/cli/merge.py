@@ -51,6 +51,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
+    from qlora_native.data.template import check_vocabulary
     from qlora_native.export import check
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         args.base, base = merge_base(args)
         trained = as_trained(args) if args.check else base
         work = Merging(base.path, adapter, base=args.base, to=args.to, **base.options)
+        if rows:
+            check_vocabulary(max(map(max, rows)), tokenizer, work.meta.model, str(args.sample or "--check"))
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:

@@ -229,7 +229,12 @@ def _tools(row: SourceRow, value: Any) -> tuple[dict[str, Any], ...]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise row.error(f"tools[{index}] has no 'name', expected a function with name and parameters.")
-        tools.append({"type": "function", "function": _without_nulls(function)})
+        try:
+            tools.append({"type": "function", "function": _without_nulls(function)})
+        except RecursionError:
+            raise row.error(
+                f"tools[{index}] is nested too deep for a schema; remove the row."
+            ) from None
     return tuple(tools)
 
 

@@ -50,7 +50,8 @@ DEFAULT_CHAT_TEMPLATE = (
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-MOST_SECONDS = 60.0  # that the process may compute for one row: templates are programs, and can loop
+# That the process may compute for a row, and for each of its texts: templates are programs, and can loop.
+MOST_SECONDS, TEXT_SECONDS = 60.0, 5.0
 
 
 class _TimeIsUp(BaseException):  # which no template can catch
@@ -73,12 +74,27 @@ def _limited(where: str) -> Iterator[None]:
         yield
     except _TimeIsUp:
         raise UserError(
-            f"{where}: the chat template took over {MOST_SECONDS:g} s of computing time for one conversation: expected "
-            "a template that ends, and fewer messages in a row."
+            f"{where}: the chat template took over {TEXT_SECONDS:g} s of computing time for one text, or over "
+            f"{MOST_SECONDS:g} s for one conversation: expected a template that ends, and fewer messages in a row."
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _limited_text() -> Iterator[None]:
+    """For one rendering the limit that is nearer."""
+    left = signal.getitimer(signal.ITIMER_VIRTUAL)[0] if hasattr(signal, "getitimer") else 0.0
+    if left <= TEXT_SECONDS or threading.current_thread() is not threading.main_thread():  # 0: not limited
+        yield
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEXT_SECONDS)
+    try:
+        yield
+    finally:
+        spent = TEXT_SECONDS - signal.getitimer(signal.ITIMER_VIRTUAL)[0]
+        signal.setitimer(signal.ITIMER_VIRTUAL, left - spent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +323,8 @@ class ChatEncoder:
             return self.tokenizer.apply_chat_template(list(messages), **template, **options)
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:
-        return str(self._apply_template(messages, tokenize=False, **options))
+        with _limited_text():
+            return str(self._apply_template(messages, tokenize=False, **options))
 
     def _try_render(self, messages: Sequence[Message], **options: bool) -> str | None:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.data.template import padding_id
+from qlora_native.data.template import check_vocabulary, padding_id
 from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.retention import describe, retention
 from qlora_native.evaluate.texts import load_text
@@ -86,6 +86,8 @@ def check_retention(work: Merging, trained: TrainedBase, folder: Path, sample: P
     """How much of what the adapter learned the merged model keeps on the first HELD_OUT_ROWS rows of ``sample``; the
     models are in memory one after the other."""
     rows = load_text(sample, tokenizer, max_length=HELD_OUT_TOKENS, limit=HELD_OUT_ROWS).rows
+    highest = max(int(row["input_ids"].max()) for row in rows)
+    check_vocabulary(highest, tokenizer, work.meta.model, str(sample))
 
     def scores(model: Any) -> Scores:
         return measure(model, rows, padding_id(tokenizer))[0]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
-from qlora_native._io import read_json, reading, reason, regular
+from qlora_native._io import read_json, reading, reason, regular, unique_keys
 from qlora_native.errors import UserError
 from qlora_native.reference import is_finite
 
@@ -228,7 +228,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise _truncated(path, 8 + length)
             raw = file.read(length)
     try:
-        entries: dict[str, object] = json.loads(raw, object_pairs_hook=_unique)
+        entries: dict[str, object] = json.loads(raw, object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise _corrupted(path, f"its header is not JSON ({reason(error)})") from error
@@ -243,13 +243,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if end < size:
         raise _corrupted(path, f"it has {size:,} bytes, its tensors end at {end:,}")
     return tensors
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
@@ -275,7 +268,7 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
 
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
-    names = read_json(index).get("weight_map")
+    names = read_json(index, object_pairs_hook=unique_keys).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.')
     files = sorted(set(names.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -238,11 +239,10 @@ class GgufSource(Source):
             values |= more_of_config(self.gguf, kind, values)
         config = CONFIG_MAPPING[kind].from_dict(values)
         layers, tensors = config.num_hidden_layers, self.gguf.tensors
-        if layers and not any(name.startswith(f"blk.{layers - 1}.") for name in tensors):
-            # transformers takes minutes to find out of a few hundred layers
-            raise UserError(
-                f"{self.path} is said to have {layers} layers and has no tensor of the last; copy it again."
-            )
+        blocks = [int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))]
+        if layers != (there := max(blocks, default=-1) + 1):
+            # transformers takes minutes to find out of a few hundred layers, and drops those beyond the number
+            raise UserError(f"{self.path} is said to have {layers} layers and has tensors of {there}; copy it again.")
         if kind in ARCHITECTURES and ROPE_FACTORS in tensors:
             factors = decode(tensors[ROPE_FACTORS].kind, self.gguf.bytes_of(tensors[ROPE_FACTORS]))
             config.rope_parameters = rope_of(config, factors.flatten())

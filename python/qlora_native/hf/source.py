@@ -146,17 +146,20 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
 _COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
 MOST_LAYERS = 2048
 _DROPOUT = re.compile("dropout|pdrop|layerdrop")
+_WIDTH = re.compile("hidden_size|n_embd|d_model")
 _HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
 def check_config(path: Path, values: dict[str, Any]) -> None:
-    """UserError for numbers of layers that no model has, which would take all memory, for shares to drop that are none,
-    and for code of the hub."""
+    """UserError for numbers of layers that no model has, which would take all memory, for a width of none, for shares
+    to drop that are none, and for code of the hub."""
     for key, value in values.items():
         if isinstance(value, dict):
             check_config(path, value)
         elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
             raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
+        elif isinstance(value, int) and _WIDTH.fullmatch(key) and value < 1:
+            raise UserError(f"{path}: {key} is {value:,}: expected 1 or more.")
         elif type(value) in (int, float) and _DROPOUT.search(key) and not 0 <= value < 1:
             raise UserError(f"{path}: {key} is {value}: expected 0 or more and less than 1.")
         elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
