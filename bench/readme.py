@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import real_page
 from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
 
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
@@ -314,6 +315,7 @@ def paged_learning(results: Results) -> list[str]:
 
 
 SECTIONS = (
+    ("real", real_page.section),
     ("train", training),
     ("train_learn", training),
     ("generate", decoding),
@@ -380,6 +382,7 @@ def summary(folder: Path) -> list[str]:
     return [
         "![Tokens a second and peak memory of training, against the peers](docs/train.png)",
         "",
+        *real_page.headline(results_of("real", folder)),
         "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
         f"Machine: {machines(results)}.",
         "",

@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
     parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")
+    parser.addoption("--real", action="store_true", help="also with real models, which are downloaded: up to 1.9 GB")
     parser.addoption("--long", action="store_true", help="also what is marked so: siblings of tests that run always")
     parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
 
@@ -41,7 +42,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
+    closed = [marker for marker in ("long", "real") if not config.getoption(f"--{marker}")]
+    left = [item for item in items if any(item.get_closest_marker(marker) for marker in closed)]
     if left:
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
@@ -95,6 +97,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
     else:
         yield name
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """The file of a model of `qlora demo`, by its name there, downloaded into the user's cache; for tests marked so."""
+    from qlora_native.cli.demo_model import model_file
+
+    return model_file
 
 
 @pytest.fixture
