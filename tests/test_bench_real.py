@@ -26,6 +26,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
     monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
     monkeypatch.setattr(bench, "ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "birth", lambda: {"commit": "c0ffee", "changed": False})
     monkeypatch.setattr(bench, "has_llama_cpp", lambda: False)
     file = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1)
     monkeypatch.setattr(bench, "model_file", lambda name: file)
