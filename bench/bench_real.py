@@ -30,6 +30,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -131,24 +132,25 @@ def has_llama_cpp() -> bool:
 
 def generated(task: dict[str, Any], prepared: dict[str, Any], count: int, repeats: int) -> dict[str, Any]:
     """All sides in turn; a row."""
-    names = ["ours", "ours+adapter", "theirs", "theirs+adapter"]
-    if has_llama_cpp():
-        names += ["llama.cpp"] + ["llama.cpp+adapter"] * prepared["kept"]
     task = {**task, "part": "generate", "prompt": prepared["prompt"]}
-    sides = {name: child(name, task) for name in names}
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(repeats + 1):
-        for name in names[:: -1 if turn % 2 else 1]:
-            answers[name].append(sides[name].ask(f"decode {count}"))
-    seconds = {name: [answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
+    answers: dict[str, list[dict[str, Any]]] = {}
     agree = {}
-    for suffix in ("", "+adapter"):
-        ours, theirs = (torch.tensor(answers[name + suffix][-1]["tokens"]) for name in ("ours", "theirs"))
+    for suffix in ("", "+adapter"):  # one after the other: the peer's weights are in memory once
+        names = [name + suffix for name in ("ours", "theirs")]
+        if has_llama_cpp() and (not suffix or prepared["kept"]):
+            names.append("llama.cpp" + suffix)
+        sides = {name: child(name, task) for name in names}
+        answers |= {name: [] for name in names}
+        for turn in range(repeats + 1):
+            for name in names[:: -1 if turn % 2 else 1]:
+                answers[name].append(sides[name].ask(f"decode {count}"))
+        ours, theirs = (torch.tensor(answers[name][-1]["tokens"]) for name in names[:2])
         at = first_difference(ours, theirs)
         lead = None if at is None else sides["theirs" + suffix].ask(f"lead {at}")["lead"]
         agree["with adapter" if suffix else "base"] = {"first_difference": at, "lead_of_the_peer_there": lead}
-    for side in sides.values():
-        side.end()
+        for side in sides.values():
+            side.end()
+    seconds = {name: [answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
     row: dict[str, Any] = {"kept": prepared["kept"], "prompt_tokens": len(prepared["prompt"]), "new_tokens": count}
     row["match"] = all((found["lead_of_the_peer_there"] or 0) <= NEAR_TIE for found in agree.values())
     row |= {"tokens": agree, "peer_dtype": str(peer_dtype()).removeprefix("torch."), **timings(seconds)}
@@ -176,7 +178,8 @@ def measure(name: str, arguments: argparse.Namespace, work: Path, measured: Ceil
     """The rows of one model."""
     source, folder, here, born = model_file(name), work / name, machine(), birth()
     steps = {"train": arguments.steps, "learn": arguments.learn_steps}
-    key = {"model": name, "steps": steps, "seed": arguments.seed, "commit": born["commit"], "isa": here["cpu_isa"]}
+    commit = born["commit"] + f", changed, {time.time()}" * born["changed"]  # which no other run has
+    key = {"model": name, "steps": steps, "seed": arguments.seed, "commit": commit, "isa": here["cpu_isa"]}
 
     def fresh() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import births
 import goals
+import real_page
 from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
 
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
@@ -319,6 +320,7 @@ def paged_learning(results: Results) -> list[str]:
 
 
 SECTIONS = (
+    ("real", real_page.section),
     ("train", training),
     ("train_learn", training),
     ("generate", decoding),
@@ -385,6 +387,7 @@ def summary(folder: Path) -> list[str]:
     every_goal = goals.found(folder)
     missed = sum(not goal.met for goal in every_goal)
     return [
+        *real_page.headline(results_of("real", folder)),
         "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
         f"Machine: {machines(results)}.",
         *births.lines(results),

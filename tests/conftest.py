@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
     parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")
+    parser.addoption("--real", action="store_true", help="also with real models, which are downloaded: up to 1.9 GB")
     parser.addoption("--long", action="store_true", help="also what is marked so: siblings of tests that run always")
     parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
 
@@ -66,7 +67,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left = [item for item in items if item.get_closest_marker("long")] if not config.getoption("--long") else []
+    closed = [marker for marker in ("long", "real") if not config.getoption(f"--{marker}")]
+    left = [item for item in items if any(item.get_closest_marker(marker) for marker in closed)]
     if not torch.cuda.is_available():  # a test of each device is the CPU's here
         left += [item for item in items if isinstance(item, pytest.Function) and on_a_card(item)]
     if left:
@@ -124,6 +126,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
     else:
         yield name
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """The file of a model of `qlora demo`, by its name there, downloaded into the user's cache; for tests marked so."""
+    from qlora_native.cli.demo_model import model_file
+
+    return model_file
 
 
 @pytest.fixture

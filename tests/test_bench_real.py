@@ -9,6 +9,7 @@ from typing import Any
 
 import bench_real as bench
 import pytest
+import real_page
 
 from qlora_native.data import standard_library
 
@@ -25,10 +26,42 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
     monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
     monkeypatch.setattr(bench, "ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "birth", lambda: {"commit": "c0ffee", "changed": False})
     monkeypatch.setattr(bench, "has_llama_cpp", lambda: False)
     file = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1)
     monkeypatch.setattr(bench, "model_file", lambda name: file)
     return file
+
+
+def row(model: str, part: str, **values: Any) -> dict[str, Any]:
+    return {"model": model, "part": part, "kept": model != "gemma-270m", "bars": [], **values}
+
+
+def test_the_pages_have_a_row_for_each_model() -> None:
+    """In README.md one with all figures of a model, in docs/performance.md one in each table."""
+    machine = {"cpu": "A", "threads": 2, "torch": "2", "cpu_isa": "amx"}
+    rows = []
+    for model in ("gemma-270m", "1.5b"):
+        for checkpointing in (True, False):
+            speeds = {"ours": [1.0, 127.0, 140.0], "theirs": [50.0, 54.0, 55.0]}
+            step: dict[str, Any] = {"ours_over": {"theirs": [0.4, 0.425, 0.5]}, "tokens_per_second": speeds}
+            step |= {"peak_rss_mib": {"ours": 2400, "theirs": 6200}, "of_floor": 0.5, "peer_dtype": "bfloat16"}
+            rows.append(row(model, "train", checkpointing=checkpointing, **step))
+    losses = {"ours": [3.0, 2.001], "theirs": [3.0, 2.002]}
+    rows.append(row("1.5b", "learn", steps=100, held_out_loss=losses))
+    speeds = {"ours": [8.0, 8.1, 8.2], "theirs": [4.0, 4.1, 4.2], "llama.cpp": [9.0, 10.1, 11.0]}
+    speeds["ours+adapter"] = [7.0, 7.1, 7.2]
+    rows.append(row("1.5b", "generate", tokens_per_second=speeds, new_tokens=64))
+    results = {"amx": {"bench": "real", "machine": machine, "rows": rows}}
+    tables = [line for line in real_page.headline(results) if line.startswith("| ")]
+    assert tables[1:] == [
+        "| Gemma 3 270M (NF4) | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 |  |  |",
+        "| Qwen2.5-Coder-1.5B-Instruct | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 | 2.001 / 2.002 | 8.1 / 4.1 / 10.1 |",
+    ]
+    tables = [line for line in real_page.section(results) if line.startswith("| ")]
+    assert len(tables) == 3 + 4 + 1 + 2
+    assert "| Qwen2.5-Coder-1.5B-Instruct | with | 7.1 |  |  |" in tables
+    assert real_page.headline({}) == []
 
 
 def measured(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from laws import ROOT
 
 from qlora_native.cli import demo_model, demo_models
 from qlora_native.errors import UserError
@@ -150,11 +151,29 @@ def test_a_part_from_elsewhere_is_found_in_the_end(index: Path, tmp_path: Path) 
 
 
 def test_a_disk_without_room_is_found_first(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model.shutil, "disk_usage", lambda path: SimpleNamespace(free=29_999))
-    monkeypatch.setattr(sys, "executable", "/no/python")
-    with pytest.raises(UserError, match=r"a disk with 0 MB free: .* needs 0 MB; .* QLORA_NATIVE_CACHE"):
-        demo_model.model_file("1.5b")  # 22,000 bytes, and a wheel
+    """The file and a wheel of it must fit: 22,000 bytes and 8,000."""
+    room = SimpleNamespace(free=len(CONTENT) + PART - 1)
+    monkeypatch.setattr(demo_model.shutil, "disk_usage", lambda path: room)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/python")
+        with pytest.raises(UserError, match="QLORA_NATIVE_CACHE"):
+            demo_model.model_file("1.5b")
     expect_nothing_kept(tmp_path)
+    room.free += 1
+    assert demo_model.model_file("1.5b").read_bytes() == CONTENT
+
+
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    """docs/any-file.md: what is downloaded, the disk that it takes, the license and the steps."""
+    text = (ROOT / "docs" / "any-file.md").read_text(encoding="utf-8")
+    for name, model in demo_models.MODELS.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        _, file, download, disk, license, trains_on, steps = [cell.strip() for cell in line.strip("|").split("|")]
+        assert file.startswith(model.title) and license == model.license and int(steps) == model.steps
+        most = (model.num_bytes + model.part_bytes) / 1e6
+        assert download == f"{model.wheels_mb:,}" and disk == f"{most:,.0f}"
+        assert trains_on.startswith("the file's own weights") is model.keep
+        assert ("checkpointing" in trains_on) is model.grad_checkpointing
 
 
 def test_a_damaged_file_is_downloaded_again(index: Path) -> None:
