@@ -77,10 +77,12 @@ def start(config: dict[str, Any], folder: Path, driver: str = "", **environment:
     )
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 180) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 180
+) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "nothing happened"
         time.sleep(0.002)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
 
-class UserError(Exception):
+
+class Brief(BaseException):
+    """What IPython shows as its message alone, without a trace."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's name
+        traceback.clear_frames(self.__traceback__)  # IPython keeps them, and with them a model
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(Brief, Exception):
     """A mistake in a file, a path or an option, in one sentence: what was got, what was expected, what to do.
 
-    The command line prints the message alone and exits with 2. Of several mistakes, the arguments, each has a line.
-    Wrong arguments to a Python function are ``ValueError``.
+    The command line prints the message alone and exits with 2; a notebook shows it without a trace. Of several
+    mistakes, the arguments, each has a line. Wrong arguments to a Python function are ``ValueError``.
     """
 
     def __str__(self) -> str:

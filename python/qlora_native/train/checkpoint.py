@@ -40,7 +40,7 @@ from qlora_native._io import (
 )
 from qlora_native.config import LoraSection, TrainConfig, read_yaml
 from qlora_native.distributed import OneProcess
-from qlora_native.errors import UserError
+from qlora_native.errors import Brief, UserError
 
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 BEFORE = "delete that checkpoint, and --resume continues from the one before it"
@@ -226,7 +226,7 @@ SAME_SIGNAL_SECONDS = 5.0
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Brief, KeyboardInterrupt):
     """Training was stopped by a signal after everything was saved; the message names the checkpoint."""
 
 
@@ -249,7 +249,7 @@ class StopRequest:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
-            print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+            print("\nfinishing this step and saving; interrupt again (Ctrl-C) to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
