@@ -4,16 +4,18 @@ scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
 export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 export QLORA_NATIVE_WERROR=ON
-# Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
-export OMP_WAIT_POLICY=passive
 no_hang=(-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)  # a test that hangs says where and fails
-# Two workers more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a
-# module's fixtures load is loaded once. One that crashes is not replaced: xdist would wait for its replacement forever.
-tests_in_parallel=(-n "$(($(nproc) + 2))" --maxprocesses 4 --dist loadfile --max-worker-restart 0 "${no_hang[@]}")
 export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()
 failures=0
+optional=()  # names of sections that may be left out, where neither pip nor apt brings what they need
+
+left_out() {  # left_out REASON: at the end of a section that cannot run here; a failure, unless it is optional
+    reason=$*
+    echo "$reason"
+    return 77
+}
 
 cpu_seconds() {  # of all processes that ended and were waited for, from `times`, which knows those of its own shell
     awk -F '[ms ]+' 'END {print int(60 * ($1 + $3) + $2 + $4)}' "$scratch/times"
@@ -28,9 +30,10 @@ section() {  # section NAME COMMAND...: runs it in this shell, prints its second
     "$@" </dev/null || status=$?
     times >"$scratch/times"
     cpu=$(($(cpu_seconds) - cpu))
-    if [ "$status" -eq 77 ]; then  # what it needs cannot be had here; it has said what that is
-        verdict='left out'
-        status=0
+    if [ "$status" -eq 77 ]; then
+        verdict="left out: ${reason:-for no reason}"
+        [[ " ${optional[*]/#/|} " == *"|$name "* ]] && status=0 || verdict="FAILED: $verdict"
+        [ "$status" -eq 0 ] || failures=$((failures + 1))
     elif [ "$status" -ne 0 ]; then
         verdict="FAILED (status $status)"
         failures=$((failures + 1))
@@ -89,9 +92,10 @@ cuda_tools() {
     local nvcc_folder
     if ! { command -v nvcc && command -v cuobjdump && command -v nvdisasm; } >/dev/null; then
         if ! nvcc_wheels 13.0; then
-            command -v nvcc || echo 'There is no nvcc here, and its wheels cannot be installed: no CUDA build.'
-            echo 'The GPU code is not looked at.'
-            return 77
+            "$(find_python)" -m pip index versions nvidia-cuda-nvcc && return 1  # they are there: it must not fail
+            command -v nvcc >/dev/null && left_out 'the index has nothing that reads GPU code' ||
+                left_out 'no nvcc, and the index has no wheel of it'
+            return
         fi
         export PATH=$PATH:$nvcc_folder
     fi
@@ -110,8 +114,8 @@ arm64_tools() {
         --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; then
         return 0
     fi
-    echo 'Missing: g++-aarch64-linux-gnu, qemu-user. They could not be installed here: ask for them.'
-    return 77
+    [ "$(id -u)" -ne 0 ] || ! apt-cache show g++-aarch64-linux-gnu qemu-user >/dev/null || return 1
+    left_out 'no g++-aarch64-linux-gnu or qemu-user, and they cannot be installed here'
 }
 
 # on_each_isa ISAS COMMAND...: tests on instruction sets side by side, since most take one thread.
@@ -122,12 +126,20 @@ on_each_isa() {
         pids+=($!)
     done
     for isa in $1; do
-        wait "${pids[0]}" || [ $? -eq 77 ] || status=1  # 77: not one of this architecture
+        wait "${pids[0]}" || status=1  # 77, too: one that this machine lacks was not run
         pids=("${pids[@]:1}")
         echo "QLORA_NATIVE_ISA=$isa"
         cat "$log-$isa"
     done
     return "$status"
+}
+
+# every_ctest FOLDER [OPTION...]: those of this machine's architecture, none of which may be skipped.
+every_ctest() {
+    ctest --test-dir "$1" -j "$(nproc)" --output-on-failure --no-tests=error -E neon "${@:2}" >"$1/ctest.log" 2>&1
+    local status=$?
+    cat "$1/ctest.log"
+    ! grep -qF '***Skipped' "$1/ctest.log" && return "$status"
 }
 
 arm64_build() {  # arm64_build [OPTION...]: the native tests, cross-compiled; needs cmake and ninja

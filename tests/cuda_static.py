@@ -79,9 +79,9 @@ def find_tool(name: str) -> str | None:
 def missing_tools() -> str:
     """Why nothing can be read here, in words; empty if all is there."""
     pip = "pip install -r .ci/requirements-cubin.txt"
-    wanted = {"cuobjdump": pip, "nvdisasm": pip, "c++filt": "it comes with binutils"}
-    absent = [f"{name} ({advice})" for name, advice in wanted.items() if find_tool(name) is None]
-    return "missing: " + ", ".join(absent) if absent else ""
+    wanted = {"cuobjdump": pip, "nvdisasm": pip, "c++filt": "install binutils"}
+    absent = [f"no {name} reads GPU code here: {advice}" for name, advice in wanted.items() if find_tool(name) is None]
+    return next(iter(absent), "")
 
 
 def short_name(demangled: str) -> str:

@@ -1,6 +1,6 @@
 """Why a test may be skipped. A skip for a reason that is not listed here fails the run: nothing is left out in silence.
 
-``pytest --present cmake,nvcc`` says which programs are here: a skip for want of one of them fails the run too.
+``pytest --present cmake,nvcc`` says which programs and packages are here: a skip for want of one fails the run too.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ import pytest
 # A pattern of the whole reason -> why the test is right to be skipped. A group `program` names what is missing.
 REASONS = {
     r"no (?P<program>cmake|ninja|nm|c\+\+|g\+\+|cc|gcc) on PATH": "checks the build; an installed copy needs none",
-    r"no (?P<program>nvcc) on PATH": "compiles CUDA code; the build does without",
+    r"no (?P<program>nvcc) on PATH( when this was built)?": "checks CUDA code; the build does without",
     r"no (?P<program>chromium) on PATH": "looks at a report's page; .ci/full installs it",
     r"no (?P<program>emulator) of a GPU in build/emulated: .*": "runs CUDA kernels on the CPU; .ci/run builds it",
-    r"this build has no CUDA part": "without nvcc there is none",
-    r"the GPU code cannot be read here, missing: .*": "reads machine code; .ci/run installs the tools",
+    r"no (?P<program>cuobjdump|nvdisasm|c\+\+filt) reads GPU code here: .*": "reads machine code; .ci/run installs it",
     r"torch finds no CUDA device": "needs a GPU; bench/gpu_check.sh asks for one",
     r"there is a (GPU: .*|CUDA device.*)": "shows what happens without a GPU",
     r"no build folder, so the library was built elsewhere": "reads the objects of an install from this folder",
-    r"could not import '(scikit_build_core|pybind11)': .*": "builds the package again; .ci/run installs them",
-    r"could not import '(mlflow|wandb|trackio|lm_eval|scipy)': .*": "they are large; .ci/full installs them",
+    r"could not import '(?P<program>scikit_build_core|pybind11)': .*": "builds the package; .ci/run installs them",
+    r"could not import '(?P<program>mlflow|wandb|trackio|lm_eval|scipy)': .*": "they are large; .ci/full installs them",
     r"--[a-z-]+ was not given; \.ci/full gives it": "takes minutes or other packages",
-    r"no demo model in the cache: .*": "a download of 93 MB; .ci/run fetches it first",
+    r"no (?P<program>demo) model in the cache: .*": "a download of 93 MB; .ci/run fetches it first",
     r"root may write anywhere": "shows what a folder without permission does",
     r"this CPU cannot flush subnormals": "checks that flushing them changes nothing",
-    r"this kernel gives none|the system does not (list its|let a process choose) .*": "huge pages and NUMA are optional",
+    r"this kernel gives none|the system does not (list its|let a process choose) .*": "kernels differ in what they have",
     r"no tmpfs here|no file system may be mounted here": "containers differ in what they may mount",
     r"temporary files lie in memory here: .*|page files are Linux's, and .*": "needs temporary files on a disk",
     r"an x86-64 CPU's instructions": "limits them, as other CPUs cannot",
-    r"(needs|reads|files are mapped on|forks, .*|libgomp is) ?(Linux|/proc).*|/proc is Linux's|.* are Linux's": "not Linux",
+    r"(needs|reads|files are mapped on|libgomp is) (Linux|/proc).*|/proc is Linux's|forks, .*": "another system",
+    r"no pseudo-terminals|limits the size of files by setrlimit": "Windows has neither",
     r"only glibc's malloc is configured": "another C library",
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--present", default="", help="programs that are here: no test may be skipped for want of them")
+    parser.addoption("--present", default="", help="programs that are here: no test may be skipped for want of one")
 
 
 def reason_of(report: Any) -> str:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import cuda_static
 import pytest
-from helpers import program
 from cuda_static import Budget, Instruction, Key, Loop, Usage
+from helpers import program
 from laws import ROOT
 
 import qlora_native as qn
@@ -110,12 +110,12 @@ def module(request: pytest.FixtureRequest) -> Path:
     """The file that is read: that of --cuda-binary, or the installed module."""
     reason = cuda_static.missing_tools()
     if reason:
-        pytest.skip(f"the GPU code cannot be read here, {reason}")
+        pytest.skip(reason)
     given = request.config.getoption("--cuda-binary")
     if given:
         return Path(given)
     if not qn.build_info()["cuda"]:
-        pytest.skip("this build has no CUDA part")
+        pytest.skip("no nvcc on PATH when this was built")
     from qlora_native import _cuda
 
     return Path(_cuda.__file__)

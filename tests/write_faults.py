@@ -10,7 +10,6 @@ import errno
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
