@@ -123,7 +123,7 @@ def products(results: Results) -> list[str]:
     lines = [
         "## Products with a 4-bit weight",
         "",
-        "A row has the time of one product, the share of its floor, and the speed relative to each rival.",
+        "A row has the time of one product, the share of its floor, and the speed relative to each peer.",
         "The floor is the longer of reading the bytes once and the operations at oneDNN's best rate in the same run.",
         "Ratios are medians of paired rounds.",
         "For M <= 16 the weights rotate over copies that take four times the cache.",
