@@ -64,8 +64,6 @@ class Walk:
                 printed = ""
                 for command in filter(None, (line.partition("  #")[0].strip() for line in body.splitlines())):
                     printed += self.run(command)
-                    if command.startswith("qlora config init"):
-                        self.run("sed -i 's/^model: .*/model: base-model/' config.yaml")  # as the page says
             elif language in ("python", "py"):
                 code += body  # a block goes on where the one before ended
                 self.run("python -", code)
@@ -97,7 +95,7 @@ def main() -> None:
     for name in FILES.findall((ROOT / "docs/tutorial.md").read_text(encoding="utf-8")):
         if not (walk.clone / name).exists() and not (walk.clone / "run" / name).exists():
             raise SystemExit(f"FAILED: the tutorial names {name}, which no command left")
-    walk.run("mv config.yaml tutorial.yaml && ln -s base-model SmolLM2-135M")
+    walk.run("ln -s base-model SmolLM2-135M")
     walk.page("README.md")
     print("every command of README.md and docs/tutorial.md ran")
 

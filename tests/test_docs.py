@@ -57,8 +57,8 @@ PAGES = {
     "any-file": ("gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
     "tutorial": (
         "",
-        "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft "
-        "base.gguf run-gguf/adapter",
+        "run/adapter/README.md run/report.html run-more/adapter run-2/adapter merged/merge_report.md tuned.gguf "
+        "for-peft base.gguf run-gguf/adapter",
     ),
     "README": ("", "adapter/adapter_model.safetensors"),
     "reference/training": ("", "qlora-out/adapter/adapter_model.safetensors"),
@@ -145,7 +145,8 @@ def run_page(name: str) -> dict[str, Any]:
 def run_command(command: str) -> None:
     if command.startswith(tuple(NOT_RUN)):
         return
-    program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
+    command = command.replace("step-000060", f"step-{int(STEPS):06}").replace("--steps 60", f"--steps {STEPS}")
+    program, *words = shlex.split(command)
     steps = ["--steps", STEPS] if words[0] == "train" and "--steps" not in words else []
     with redirect_stdout(io.StringIO()) as printed:
         assert program == "qlora" and main([*words, *steps]) == 0, command

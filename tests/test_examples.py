@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from laws import ROOT
+from safetensors.torch import save_file
 from test_docs import NOT_RUN, blocks_of, pages, runs_in_test
 
 from qlora_native.cli import main
@@ -28,8 +30,15 @@ TEXTS = ("cpp", "text")  # an outline that no kernel has; Ollama's Modelfile, wh
 
 
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Callable[[list[str]], None]:
-    """Fails unless a command of ours takes these words; it does not run."""
+def parse(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> Callable[[list[str]], None]:
+    """Fails unless a command of ours takes these words; it does not run. A config reads the adapter that it names."""
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    sides = {f"base_model.model.q_proj.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    save_file(sides, adapter / "adapter_model.safetensors")
+    monkeypatch.chdir(tmp_path)
 
     def check(words: list[str]) -> None:
         assert words and words[0] in main.COMMANDS, words
