@@ -282,6 +282,9 @@ def paging(results: Results) -> list[str]:
         "",
         f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them in the page file.",
         f"The disk reads {'; '.join(disks)}.",
+        "Between its steps the disk writes what others left, which slows torch's step more than ours:",
+        "its ratios are not those of the table of optimizer steps, where nothing is paged.",
+        *(["There each parameter has its own gradient, too; here all share one."] * ("gradients" not in first)),
         about(results),
         *notes,
         "",
@@ -336,7 +339,7 @@ SECTIONS = (
 def performance(folder: Path) -> list[str]:
     """The tables of docs/performance.md."""
     lines = [
-        "Ratios come from runs in which both sides take turns: they carry over to another machine better than times do.",
+        "Ratios come from runs in which both sides take turns: they carry over to another machine better than times.",
         "A bar is a goal that this project set itself.",
         births.FOOTNOTE,
     ]
