@@ -20,6 +20,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,20 @@ LEAST_BUDGET = 32 << 20  # a few chunks are all that is resident when 100 % are 
 ADAMW: Any = qn.optim.AdamW
 
 
+@cache
+def gradients(count: int, numel: int) -> list[torch.Tensor]:
+    """The same for all optimizers."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(numel, generator=generator) * 1e-2 for _ in range(count)]
+
+
 def parameters(count: int, numel: int) -> list[torch.nn.Parameter]:
-    """The same values every time; all share one gradient."""
+    """The same values every time, each with its gradient, as in bench_optim; large ones share one."""
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(numel, generator=generator) * 1e-2
     made = [torch.nn.Parameter(torch.randn(numel, generator=generator)) for _ in range(count)]
-    for parameter in made:
-        parameter.grad = grad
+    grads = gradients(count if numel < LARGE_NUMEL else 1, numel)
+    for number, parameter in enumerate(made):
+        parameter.grad = grads[number % len(grads)]
     return made
 
 
@@ -139,6 +147,7 @@ def shares(folder: str, repeats: int, notes: list[str]) -> list[Row]:
         after = ours[share].paging_statistics()
         moved = {f"{key}_a_step": after[key] - before[key] for key in ("bytes_in", "bytes_out")}
         row: Row = {"case": "shares", "optimizer": "AdamW 32-bit", "parameters": COUNT * NUMEL, "paged_out": share}
+        row["gradients"] = COUNT
         row |= {"match": match, **moved} | timings({"ours": seconds[f"ours {share}"], **rivals})
         rows.append(row)
         print(line(row, "case", "paged_out"), flush=True)

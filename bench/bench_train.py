@@ -3,11 +3,12 @@
     python bench/bench_train.py --json
     python bench/bench_train.py --peers bitsandbytes --learn 100 --json
 
-The peers (`--peers`) are `plain`, LoRA with fp32 adapters on the bf16 weights themselves; `fp32`, the same with the
-weights and all that is computed in fp32; `ours-fp32`, our own step with fp32 activations; `bitsandbytes-tuned`, NF4
-with double quantization, with bf16 adapters on both sides and, for the peer, a malloc that keeps its memory; and
-`bitsandbytes`, the same with fp32 adapters and malloc as it is. A CPU without a dot product for bf16 is compared with
-`fp32` and `ours-fp32` unless `--peers` is given: `plain` takes minutes a step there, and bitsandbytes computes in fp32.
+The peers (`--peers`) are set up as somebody who knows them would: adapters in the dtype that is fastest, and a malloc
+that keeps its memory. Our side is as `qlora train` has it. `plain-tuned` is LoRA on the bf16 weights themselves;
+`bitsandbytes-tuned` is NF4 with double quantization, bf16 adapters on both sides; `fp32-both` is LoRA on fp32 weights
+against our own step in fp32: equal dtypes. A CPU without a dot product for bf16 is compared with `fp32-tuned`, fp32
+against our bf16, and `fp32-both`: bf16 products take minutes a step there. `bitsandbytes` has fp32 adapters and
+malloc as it is; `ours-fp32` is our own step in fp32 against the one in bf16.
 Rows are 4 x 256 tokens, all trained; with `--learn`, answers of at most 256 tokens, so many steps, and the held-out
 loss before and after. Checkpointing is off.
 
@@ -17,9 +18,9 @@ meet the same machine; each side's memory is its own process's peak, loading inc
 loss is that of transformers' code in fp32 on the decoded weights, to 0.5 %.
 
 `products` is the floor: the time of all products but attention's at this run's best rate in bf16 (in fp32 without a dot
-product for bf16). Counted are those of each token with the frozen layers, forward and input gradient (4 operations a
-weight); with the adapters, forward, input gradient and their own gradients (6); and of each trained token with the
-output embedding, forward and input gradient (4). Needs the extra `bench`.
+product for bf16, or where our side is in fp32). Counted are those of each token with the frozen layers, forward and
+input gradient (4 operations a weight); with the adapters, forward, input gradient and their own gradients (6); and of
+each trained token with the output embedding, forward and input gradient (4). Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -36,19 +37,31 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
 from children import Child
-from common import Bar, add_json, line, machine, multiplies_bf16, quartiles, rounded, timings, write_json
+from common import (
+    Bar,
+    add_json,
+    bitsandbytes_kernels,
+    line,
+    machine,
+    multiplies_bf16,
+    quartiles,
+    rounded,
+    timings,
+    write_json,
+)
 from train_sides import LENGTH, PEERS, RANK, ROWS, prepare, worker
 
 WARM_UP = 3  # steps that are not counted
 LOSS_TOLERANCE = 5e-3
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
 SPEED_BARS = {
-    "plain": (Bar("theirs", 1.8, faster=True),),
-    "fp32": (Bar("theirs", 1.35, faster=True),),
+    "plain-tuned": (Bar("theirs", 1.8, faster=True),),
+    "fp32-tuned": (Bar("theirs", 1.35, faster=True),),
+    "fp32-both": (Bar("theirs", 1.0, faster=True),),
     "ours-fp32": (Bar("theirs", 1.0, faster=True),),
     "bitsandbytes-tuned": (Bar("theirs", 1.3, faster=True),),
 }
-MEMORY_BARS = {"plain": 0.60, "fp32": 0.45, "bitsandbytes-tuned": 0.75}
+MEMORY_BARS = {"plain-tuned": 0.60, "fp32-tuned": 0.45, "bitsandbytes-tuned": 0.75}
 FLOOR_BAR = 0.75
 
 
@@ -56,7 +69,7 @@ def side(name: str, peer: str, arguments: argparse.Namespace, folder: Path) -> C
     """The process of one side."""
     command = [os.path.abspath(__file__), "--worker", name, "--folder", str(folder), "--peers", peer]
     command += ["--lr", str(arguments.lr), "--threads", str(arguments.threads)]
-    return Child(name, command, TUNED_MALLOC if name == "theirs" and peer == "bitsandbytes-tuned" else None)
+    return Child(name, command, TUNED_MALLOC if name == "theirs" and PEERS[peer].tuned_malloc else None)
 
 
 def products(batches: list[dict[str, torch.Tensor]], prepared: dict[str, float]) -> dict[str, float]:
@@ -97,10 +110,11 @@ def compare(
     bars = () if arguments.learn else SPEED_BARS.get(peer, ())
     row |= timings(counted, bars)
     operations = products(batches[warm], prepared)
-    least = floor(measured, 0, flops=1e9 * sum(operations.values()))
+    dtype = "fp32" if PEERS[peer].ours == torch.float32 else "bf16"
+    least = floor(measured, 0, flops=1e9 * sum(operations.values()), dtype=dtype)
     reached = rounded([least / median(counted["ours"])])[0]
     row["products"] = {"gflop": operations, "floor_ms": rounded([least], 1e3)[0], "of_floor": reached}
-    if bars and peer in ("plain", "fp32"):
+    if bars and peer in ("plain-tuned", "fp32-tuned"):
         verdict = {"rival": "products", "measure": "of the floor", "bar": FLOOR_BAR}
         row["bars"].append(verdict | {"value": reached, "met": reached >= FLOOR_BAR})
     row["tokens_per_second"] = {
@@ -122,7 +136,8 @@ def compare(
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    default = ["plain", "bitsandbytes-tuned"] if multiplies_bf16() else ["fp32", "ours-fp32"]
+    default = ["plain-tuned", "bitsandbytes-tuned"] if multiplies_bf16() else ["fp32-tuned"]
+    default.append("fp32-both")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=default)
     parser.add_argument("--steps", type=int, default=15, help=f"{WARM_UP} of them to warm up")
     parser.add_argument("--learn", type=int, metavar="STEPS", help="steps on answers, with the held-out loss")
@@ -152,6 +167,8 @@ def main() -> None:
             row = compare(peer, arguments, folder, prepared, result["ceilings"])
             result["rows"].append(row)
             print(line(row, "peer"), row["tokens_per_second"], row["first_loss"], row.get("held_out_loss", ""))
+    if any(PEERS[peer].base == "nf4" for peer in arguments.peers):
+        result["bitsandbytes_kernels"] = bitsandbytes_kernels()
     write_json(arguments.json, result, "train_learn" if arguments.learn else None)
 
 

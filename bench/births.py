@@ -22,7 +22,10 @@ _PACKAGE = "python/qlora_native"
 _KERNELS = ("cpp/core", "cpp/cpu/isa*", "cpp/cpu/vec*", "cpp/cpu/parallel.h")
 _PRODUCTS = (
     *_KERNELS,
-    *(f"cpp/cpu/{name}*" for name in ("gemm", "linear_4bit", "tiles", "kernels-gemm", "kernels-linear", "kernels-tile")),
+    *(
+        f"cpp/cpu/{name}*"
+        for name in ("gemm", "linear_4bit", "tiles", "kernels-gemm", "kernels-linear", "kernels-tile")
+    ),
     *(f"{_PACKAGE}/ops/{name}.py" for name in ("linear_4bit", "_operands", "_direct")),
 )
 _OPTIMIZER = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from functools import cache
@@ -38,6 +41,7 @@ __all__ = [
     "add_json",
     "birth",
     "birth_in",
+    "bitsandbytes_kernels",
     "cache_bytes",
     "cpu_name",
     "interleaved",
@@ -154,11 +158,11 @@ def birth() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    try:
+    commit, changed = os.environ.get("BENCH_COMMIT"), None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = git("rev-parse", "HEAD")
-        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs"))
-    except (OSError, subprocess.CalledProcessError):
-        commit, changed = os.environ.get("BENCH_COMMIT"), None
+        pages = (":!bench/results", ":!docs", ":!README.md")
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", *pages))
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     return {"commit": commit, "changed": changed, "date": today, "versions": versions}
 
@@ -203,6 +207,13 @@ def limit_bitsandbytes() -> None:
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
+def bitsandbytes_kernels() -> bool:
+    """Whether bitsandbytes multiplies by its kernels from a hub, which the package ``kernels`` fetches on import; else
+    by those of its wheel. They are for inference alone, on CPUs with a dot product for bf16."""
+    backend = importlib.import_module("bitsandbytes.backends.cpu.ops")
+    return multiplies_bf16() and getattr(backend, "gemm_4bit_forward_kernel", None) is not None
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``, whose value is for :func:`write_json`."""
     birth()
@@ -217,6 +228,8 @@ def write_json(path: str | None, result: dict[str, Any], name: str | None = None
     if path is not None:
         file = Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
         born = {"birth": birth(), **result}
+        if "bitsandbytes" in sys.modules:
+            born["bitsandbytes_kernels"] = bitsandbytes_kernels()
         file.write_text(_short_lists(json.dumps(born, indent=1)) + "\n", encoding="utf-8")
 
 

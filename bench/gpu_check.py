@@ -283,7 +283,14 @@ def result() -> dict[str, Any]:
     """All records that are there, as one result."""
     from common import birth  # brings torch, which groups load in processes of their own
 
-    found: dict[str, Any] = {"bench": "gpu_check", "birth": birth(), "card": {}, "ceilings": {}, "groups": {}, "rows": []}
+    found: dict[str, Any] = {
+        "bench": "gpu_check",
+        "birth": birth(),
+        "card": {},
+        "ceilings": {},
+        "groups": {},
+        "rows": [],
+    }
     for group in GROUPS:
         records = read(WORK / f"{group.name}.jsonl")
         entry = next((record for record in reversed(records) if "group" in record), None)

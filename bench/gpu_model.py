@@ -13,7 +13,8 @@ Assumptions:
 - Two-step products decode to 16 bits, which the GEMM reads again: over L2 if the panel fits half of it. A GEMM of M
   rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands once more.
 - A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
-  the loss and the optimizer; or the host's time if that is longer. Rivals are not predicted. Clocks are the boost clocks, without throttling.
+  the loss and the optimizer; or the host's time if that is longer. Clocks are the boost clocks, without throttling.
+- Rivals are measured, not predicted.
 
 Uncertainty: about 25 % a row, 12 % our steps, 50 % host rows. The first run shows where it errs.
 """

@@ -83,7 +83,7 @@ def measured() -> list[str]:
         about = f"{machine['cpu']}, torch {machine['torch']}, {machine['threads']} thread, {machine['cpu_isa']}"
         lines += [
             f"The largest error is {100 * worst:.1f} % ({about}).",
-            f"Of the bytes of weights and scales it is {100 * weights:.1f} %, of optimizer states {100 * states:.1f} %.",
+            f"Of weights and scales it is {100 * weights:.1f} %, of optimizer states {100 * states:.1f} %.",
         ]
     return births.marked("estimate", [*lines, *births.lines(results), births.FOOTNOTE, ""], results)
 

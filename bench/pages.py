@@ -66,8 +66,9 @@ def rewritten(script: str, blocks: Mapping[str, Callable[[], Iterable[str]]], te
 
 
 def write_or_check(about: str | None, page: Path, make: Callable[[str], str], source: str) -> None:
-    """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale but for
-    marks.
+    """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale.
+
+    Marks of old figures do not count (births.py).
 
     Args:
         about: the script's docstring. make: new text from old text. source: where the figures come from.

@@ -14,6 +14,8 @@ from pages import results_of, source
 
 SIDES = (("ours", "qlora_native", "#e8590c"), ("theirs", "peer", "#868e96"))
 PEERS = {
+    "plain-tuned": "transformers + PEFT\nbf16 weights",
+    "fp32-tuned": "transformers + PEFT\nfp32",
     "plain": "transformers + PEFT\nbf16 weights",
     "bitsandbytes-tuned": "transformers + PEFT\n+ bitsandbytes NF4",
     "fp32": "transformers + PEFT\nfp32",

@@ -93,10 +93,11 @@ def state(bar: dict[str, Any]) -> str:
     return "met" if bar["met"] else "missed"
 
 
-def block(cpu: str, result: dict[str, Any]) -> str:
+def block(result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
-    about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
+    cpu = machine["cpu_isa"]
+    about = f"{machine['cpu']}, torch {machine['torch']}, {cpu}"
     script = "[bench/bench_quality.py](../bench/bench_quality.py)"
     lines = [f"Made by {script} ({about}).", *births.lines({cpu: result}), births.FOOTNOTE, "", *methods(result)]
     lines += ["![What is lost](quality.png)", "", *learning(result)]
@@ -133,8 +134,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    found = results_of("quality")
-    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
+    results = list(results_of("quality").values())
+    blocks = list(map(block, results))
     write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/quality-*.json")
     plot(results[0], PICTURE)
 

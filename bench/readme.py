@@ -42,6 +42,9 @@ NAMES = {
     "32-bit": "the run with 32-bit states",
 }
 PEERS = {
+    "plain-tuned": "transformers + PEFT, bf16 weights and adapters, tuned malloc",
+    "fp32-tuned": "transformers + PEFT, all in fp32, tuned malloc",
+    "fp32-both": "transformers + PEFT, all in fp32, tuned malloc; ours in fp32 too",
     "fp32": "transformers + PEFT, all in fp32",
     "ours-fp32": "our own step in fp32",
     "plain": "transformers + PEFT, bf16 weights, fp32 adapters",
@@ -280,6 +283,8 @@ def paging(results: Results) -> list[str]:
         "",
         f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them in the page file.",
         f"The disk reads {'; '.join(disks)}.",
+        "Ratios here do not compare with the table of optimizer steps: between these steps the disk writes.",
+        *(["Here all parameters share one gradient, too; there each has its own."] * ("gradients" not in first)),
         about(results),
         *notes,
         "",
@@ -335,7 +340,7 @@ SECTIONS = (
 def performance(folder: Path) -> list[str]:
     """The tables of docs/performance.md."""
     lines = [
-        "Ratios come from runs in which both sides take turns; times do not carry over to another machine, ratios better.",
+        "Ratios come from runs in which both sides take turns: they carry over to another machine better than times.",
         "A bar is a goal that this project set itself.",
         births.FOOTNOTE,
     ]
@@ -395,7 +400,9 @@ def summary(folder: Path) -> list[str]:
         "",
         *births.marked(
             "train",
-            table(["peer", "CPU class", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
+            table(
+                ["peer", "CPU class", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body
+            ),
             results,
         ),
         "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",

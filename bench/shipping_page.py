@@ -68,10 +68,11 @@ def state(bar: dict[str, Any]) -> str:
     return f"{'at least' if bar['at_least'] else 'at most'} {bar['bar']:g} {'met' if bar['met'] else 'missed'}"
 
 
-def block(cpu: str, result: dict[str, Any]) -> str:
+def block(result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
-    about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
+    cpu = machine["cpu_isa"]
+    about = f"{machine['cpu']}, torch {machine['torch']}, {cpu}"
     script = "[bench/bench_shipping.py](../bench/bench_shipping.py)"
     lines = [
         f"Made by {script} ({about}).",
@@ -114,8 +115,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    found = results_of("shipping")
-    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
+    results = list(results_of("shipping").values())
+    blocks = list(map(block, results))
     write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/shipping-*.json")
     if results:
         plot(results[0], PICTURE)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from children import serve
@@ -14,7 +14,27 @@ from common import peer_dtype
 
 ROWS, LENGTH = 4, 256
 RANK, ALPHA = 16, 32
-PEERS = ("plain", "fp32", "ours-fp32", "bitsandbytes-tuned", "bitsandbytes")
+
+
+class Peer(NamedTuple):
+    """How a peer is set up; our side is as `qlora train` has it but for what is named here."""
+
+    base: str  # "dense" or "nf4", both transformers + peft; "ours"
+    dtype: torch.dtype | None = None  # of the weights and of what is computed; None: in which it is fastest here
+    adapters: torch.dtype = torch.float32
+    tuned_malloc: bool = False
+    ours: torch.dtype = torch.bfloat16  # what our side computes in
+    our_adapters: torch.dtype = torch.float32
+
+
+PEERS = {
+    "plain-tuned": Peer("dense", torch.bfloat16, torch.bfloat16, tuned_malloc=True),
+    "fp32-tuned": Peer("dense", torch.float32, tuned_malloc=True),
+    "fp32-both": Peer("dense", torch.float32, tuned_malloc=True, ours=torch.float32),
+    "bitsandbytes-tuned": Peer("nf4", None, torch.bfloat16, tuned_malloc=True, our_adapters=torch.bfloat16),
+    "bitsandbytes": Peer("nf4"),
+    "ours-fp32": Peer("ours", torch.float32),
+}
 
 
 def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str, float]:
@@ -111,7 +131,7 @@ def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Lo
 
 
 def their_side(folder: Path, quantized: bool, dtype: torch.dtype) -> tuple[Any, Loss]:
-    """The usual stack: a dense model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
+    """The usual stack: a dense model or a BitsAndBytesConfig, a PEFT adapter, and the model's own loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -137,18 +157,16 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
-    is_ours = side == "ours" or peer == "ours-fp32"
-    if side == "ours":
-        model, loss_of = our_side(folder)
-    elif is_ours:
-        model, loss_of = our_side(folder, torch.float32)
+    chosen = PEERS[peer]
+    is_ours = side == "ours" or chosen.base == "ours"
+    dtype = chosen.ours if side == "ours" else chosen.dtype or peer_dtype()
+    if is_ours:
+        model, loss_of = our_side(folder, dtype)
     else:
-        dtype = {"plain": torch.bfloat16, "fp32": torch.float32}.get(peer)
-        model, loss_of = their_side(folder, dtype is None, dtype or peer_dtype())
-    if peer == "bitsandbytes-tuned":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        model, loss_of = their_side(folder, chosen.base == "nf4", dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(chosen.our_adapters if side == "ours" else chosen.adapters)
     serve_training(model, loss_of, torch.load(folder / "batches.pt"), lr, is_ours, imported)
 
 

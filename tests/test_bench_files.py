@@ -72,7 +72,7 @@ def test_bars_of_runs() -> None:
 
     result |= {"machine": {"cpu_isa": "avx2"}, "file_bytes": 5e9, "disk_bytes_per_second": 1e8}
     result["rows"].pop()
-    assert any_file_page.trained("8B", result)[1][2] == "4 GiB"
+    assert any_file_page.trained("8B", result)[1][3] == "4 GiB"
     assert any_file_page.compared("mapped", result)[0] == "1.010 x"
 
 

@@ -322,7 +322,9 @@ def test_what_no_card_has_measured_is_called_predicted_and_rivals_are_not(tmp_pa
     (tmp_path / "model.json").write_bytes(gpu_model.MODEL.read_bytes())
     page = gpu_page.page(gpu_page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert page.startswith("# Predicted, not measured\n")
-    assert not [row for row in gpu_page.predictions() if row.startswith(tuple(f"{rival} step" for rival in gpu_models.RIVALS))]
+    assert not [
+        row for row in gpu_page.predictions() if row.startswith(tuple(f"{rival} step" for rival in gpu_models.RIVALS))
+    ]
 
 
 def test_the_page_is_of_the_results() -> None:
