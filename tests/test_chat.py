@@ -143,6 +143,18 @@ def test_side_by_side_on_a_terminal(
         assert chat.printable(text).split()[0][:8] in printed
 
 
+def test_a_notebook_gets_plain_lines(
+    files: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ``!command`` runs in a terminal that does not move its cursor."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    assert run(files, "--prompt", PROMPT) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and len(printed.splitlines()) == 2
+    assert [line.split(": ")[0] for line in printed.splitlines()] == ["base", "adapter"]
+
+
 def test_an_answer_cannot_command_the_terminal() -> None:
     assert chat.printable("a\tb\n\x1b[2J\r\x9bc\u202e \u00e9\ud800") == (
         "a\tb\n" + r"\x1b[2J\r\x9bc\u202e" + " \u00e9" + r"\ud800"

@@ -217,12 +217,16 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert report["build"] == qn.build_info()
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     plain = importlib.util.find_spec
-    gone = ("gguf", "yaml")
+    gone = {"gguf", "yaml", "peft"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else plain(name))
     assert main.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert f"{qn.build_info()['cpu_isa']} in use" in printed
     assert "missing: pyyaml, gguf; " in printed and "pip install pyyaml gguf\n" in printed
+    gone -= {"gguf", "yaml"}
+    assert main.main(["doctor"]) == 0
+    *_, last, optional = capsys.readouterr().out.splitlines()
+    assert last == "nothing is missing" and "peft" in optional and "missing" not in optional
 
 
 @needs_page_files

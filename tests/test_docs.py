@@ -47,7 +47,10 @@ def page(name: str) -> str:
 # What a page needs beside the library, and some of what its scripts leave behind. Others with scripts need and leave
 # nothing.
 PAGES = {
-    "transformers": ("", "four-bit/model.safetensors dense/model.safetensors"),
+    "transformers": (
+        "",
+        "four-bit/model.safetensors dense/model.safetensors trainer-adapter/adapter_model.safetensors",
+    ),
     "peft": ("peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
     "trl": (
         "peft trl datasets",
@@ -114,7 +117,8 @@ def test_every_script_of_the_page_runs(name: str, tmp_path: Path, monkeypatch: p
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    run_page(name)
+    names = run_page(name)
+    assert name != "transformers" or names["losses"][-1] < names["losses"][0]
     assert all(Path(file).exists() for file in leaves.split())
     if name == "bitsandbytes":
         ours, again = (safe_open(f"base-model-{end}/model.safetensors", "pt") for end in ("nf4", "nf4-again"))

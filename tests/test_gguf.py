@@ -19,7 +19,7 @@ from helpers import demo_model_or_skip, relative_error
 from runs import Crash, crash_at, settings
 from test_export import KINDS, MORE, export, model_of
 from tiny_models import distance
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import main
@@ -212,6 +212,18 @@ def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsy
     run(capsys, "quantize", file, "--out", tmp_path / "nf4")
     assert load_model(tmp_path / "nf4").model.layers[0].mlp.up_proj.quantized.quant_type == "nf4"
     run(capsys, "export", adapter, "--to", "gguf-adapter", "--out", tmp_path / "adapter.gguf")
+
+
+def test_its_tokenizer_is_transformers_without_reading_twice(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    plain, read = gguf.GGUFReader, list[Path]()
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(Path(path)) or plain(path))  # type: ignore[func-returns-value]
+    found = qn.load_tokenizer(file)
+    assert file not in read  # by the reader that takes seconds for an array of tokens
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.chat_template == expected.chat_template
+    assert found.special_tokens_map == expected.special_tokens_map
 
 
 @pytest.mark.parametrize("kind", ["folder", "floats", "method", "whole", "save", "statistics", "sharded", "config"])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_native.hf.peft import peft_config
     from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from qlora_native.hf.residuals import lora_statistics
+    from qlora_native.hf.source import load_tokenizer
     from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
     from qlora_native.train.loop import Trainer
 
@@ -43,6 +44,7 @@ _LAZY = {
     "QLoRANativeConfig": "hf.config",
     "QLoRANativeQuantizer": "hf.quantizer",
     "load_model": "hf.load",
+    "load_tokenizer": "hf.source",
     "LoraConfig": "lora",
     "adapters_off": "lora",
     "add_lora": "lora",
@@ -75,6 +77,7 @@ __all__ = [
     "linear_cross_entropy",
     "load_adapter",
     "load_model",
+    "load_tokenizer",
     "lora_linear",
     "lora_statistics",
     "merge",

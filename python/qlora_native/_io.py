@@ -33,6 +33,11 @@ _CODE = re.compile(r"\(os error (\d+)\)")  # so end the messages of what is writ
 PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal whose lines can be drawn again, as that of a notebook's ``!command`` cannot."""
+    return stream.isatty() and "JPY_PARENT_PID" not in os.environ  # which Jupyter's kernels give to what they start
+
+
 @contextmanager
 def as_user_error() -> Iterator[None]:
     """Raise as UserError a ValueError of a call whose arguments are all the user's, and a PageFileError."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_native._io import is_terminal
 from qlora_native.errors import UserError
 
 # Where the import name is not the name that pip knows.
@@ -68,7 +69,7 @@ def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str], in
 
 def has_rich_terminal() -> bool:
     """Whether the output is a terminal and rich is installed: elsewhere plain lines are printed."""
-    return sys.stdout.isatty() and not missing_modules(("rich",))
+    return is_terminal(sys.stdout) and not missing_modules(("rich",))
 
 
 def printable(text: str, most: int | None = None) -> str:

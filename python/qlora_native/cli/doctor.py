@@ -27,6 +27,7 @@ EXTRAS = {
     "train": "transformers pydantic yaml rich jinja2 gguf accelerate sentencepiece matplotlib",
     "bench": "peft bitsandbytes",
 }
+OPTIONAL = ("bench",)  # no command needs them
 VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes"
 VERSIONS += " tensorboard trackio wandb mlflow"
 BUILD_WITH_CUDA = (
@@ -54,11 +55,12 @@ def examine() -> dict[str, Any]:
     for name in VERSIONS.split():
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    missing: list[dict[str, Any]] = [
+    found: list[dict[str, Any]] = [
         {"extra": extra, "packages": packages, "mend": f"pip install {' '.join(packages)}"}
         for extra, names in EXTRAS.items()
         if (packages := missing_packages(names.split()))
     ]
+    missing = [item for item in found if item["extra"] not in OPTIONAL]
     if devices and not build["cuda"]:
         missing.append({"extra": None, "packages": ["the CUDA kernels"], "mend": BUILD_WITH_CUDA})
     return {
@@ -72,6 +74,7 @@ def examine() -> dict[str, Any]:
         "cuda_devices": devices,
         "paging": _paging(Path.cwd()),
         "missing": missing,
+        "optional": [item for item in found if item["extra"] in OPTIONAL],
     }
 
 
@@ -115,6 +118,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"missing: {', '.join(item['packages'])}; mend with: {item['mend']}"
     if not report["missing"]:
         yield "nothing is missing"
+    for item in report["optional"]:
+        yield f"not installed, needed by benches alone: {', '.join(item['packages'])} ({item['mend']})"
 
 
 def _kernel(m: int, n: int, k: int) -> str:

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
 from qlora_native import _import_hooks
+from qlora_native._io import is_terminal
 from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = _Lossy(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # what its encoding lacks
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
     _import_hooks.restore_interrupt()

@@ -252,6 +252,25 @@ class GgufSource(Source):
         return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
 
 
+def without_arrays() -> AbstractContextManager[None]:
+    """Within it transformers' slow reader of GGUF gets the metadata without the arrays of the tokenizer, which
+    tokenizers read by another one: AutoTokenizer asks the slow one for a config, which takes seconds."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.integrations import gguf as fast
+
+    if not hasattr(fast, "get_gguf_tokenizer"):  # both are one
+        return nullcontext()
+    read = reader.load_gguf_checkpoint
+
+    def read_skeleton(path: str, *args: Any, **options: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            skeleton = Path(folder, "skeleton.gguf")
+            GgufFile(Path(path)).write_skeleton(skeleton)
+            return read(str(skeleton), *args, **options)
+
+    return replaced(reader, "load_gguf_checkpoint", read_skeleton)
+
+
 def _without_bar() -> AbstractContextManager[None]:
     """No progress bar of transformers' reader where TQDM_DISABLE forbids it, which tqdm itself reads only on import."""
     from transformers import modeling_gguf_pytorch_utils as reader

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_native import _C
+from qlora_native._io import is_terminal
 from qlora_native._memory import trim_heap
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
@@ -304,7 +305,7 @@ def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list
 def layer_progress(*, quiet: bool = False) -> Iterator[Progress]:
     """The ``progress`` of :func:`load_model` on stderr: a bar on a terminal, a line now and then elsewhere."""
     bar: Any = None
-    if not quiet and sys.stderr.isatty():
+    if not quiet and is_terminal(sys.stderr):
         with suppress(ImportError):
             from rich import progress as rich
             from rich.console import Console

@@ -206,8 +206,15 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
 
 
 def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None = None) -> Any:
-    """The tokenizer in the model's folder or GGUF file, or that of an adapter, or its chat template, if it has one.
-    UserError if there is no model or no tokenizer."""
+    """The tokenizer in a model's folder or GGUF file, as transformers' ``AutoTokenizer`` makes it.
+
+    Args:
+        model: a model folder, a ``.gguf`` file, or an id of the Hugging Face hub.
+        adapter: the folder of an adapter, whose tokenizer, or chat template, is taken if it has one.
+
+    Raises:
+        UserError: there is no model, or no usable tokenizer.
+    """
     from transformers import AutoTokenizer
 
     path = model.path if isinstance(model, Source) else user_path(model)
@@ -218,7 +225,10 @@ def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None 
         path = adapter
     try:
         if path.suffix == ".gguf":
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            from qlora_native.hf.gguf_source import without_arrays
+
+            with without_arrays():
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         else:
             check_folder(path)
             with panics_caught():

@@ -15,7 +15,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import as_write_error, atomic_file, read_json, reason, without_nan, write_whole
+from qlora_native._io import as_write_error, atomic_file, is_terminal, read_json, reason, without_nan, write_whole
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
 
@@ -165,7 +165,7 @@ class Progress:
         self.total, self.log_every, self.eval_every, self.quiet = total, log_every, eval_every, quiet
         self._start, self._step_seconds, self._evaluation_seconds = start, 0.0, 0.0
         self._bar: Any = None
-        if not quiet and sys.stdout.isatty():
+        if not quiet and is_terminal(sys.stdout):
             with suppress(ImportError):
                 from rich import progress as rich
 
