@@ -292,6 +292,27 @@ def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mis
         assert "beyond the 40 rows" in mistake(*command.format(tmp_path).split())
 
 
+@pytest.mark.parametrize("command", [CONVERT, MERGE, PEFT])
+def test_a_link_that_leaves_its_folder_is_not_copied(command: str, sound: Path, tmp_path: Path, capsys: Any) -> None:
+    """Those of the hub's cache lead from snapshots to blobs of the same model."""
+    (tmp_path / "secret").write_text("secret")
+    model, found = tmp_path / "models--a--b" / "snapshots" / "0f", tmp_path / "adapter"
+    shutil.copytree(sound / "adapter", found)
+    shutil.copytree(sound / "model", model.parents[1] / "blobs")
+    model.mkdir(parents=True)
+    for path in (model.parents[1] / "blobs").iterdir():
+        (model / path.name).symlink_to(Path("../../blobs") / path.name)
+    for name in ("LICENSE", "README.md"):
+        (model / name).symlink_to(tmp_path / "secret")
+    (found / "README.md").unlink()
+    (found / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match=r"README.md is a link to .*secret"):
+        assert main(command.format(model=model, adapter=found, out=tmp_path / "out").split()) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"LICENSE", "README.md"} & names
+    assert len(names) > 1 and (command == PEFT or "tokenizer.json" in names)
+
+
 def test_a_width_of_nothing(sound: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
     """Refused before torch warns of empty tensors, which was a second line."""
     shutil.copytree(sound / "model", tmp_path / "model")

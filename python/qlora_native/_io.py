@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +93,17 @@ def regular(path: Path, most: int | None = None) -> Path:
     if most is not None and about.st_size > most:
         raise UserError(f"{path} has {about.st_size:,} bytes: expected at most {most:,}.")
     return path
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a path is a file of its folder: no link that leaves it, but for one into the same model of the Hugging
+    Face hub's cache, whose ``snapshots/REVISION`` is made of links to ``blobs``. A warning says what is left out."""
+    folder = path.parent.resolve()
+    home = folder.parents[1] if folder.parent.name == "snapshots" else folder
+    if path.is_file() and not path.resolve().is_relative_to(home):
+        warnings.warn(f"{path} is a link to {path.resolve()}, outside {home}: it is not copied.", stacklevel=2)
+        return False
+    return path.is_file()
 
 
 def check_folder(folder: Path) -> None:

@@ -11,7 +11,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import as_user_error, as_write_error, atomic_file, atomic_folder, read_json, reason, user_path
+from qlora_native._io import (
+    as_user_error,
+    as_write_error,
+    atomic_file,
+    atomic_folder,
+    is_own_file,
+    read_json,
+    reason,
+    user_path,
+)
 from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch
 from qlora_native.cli._weights import (
     add_base,
@@ -147,7 +156,7 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
-            if (args.adapter / name).is_file():
+            if is_own_file(args.adapter / name):
                 shutil.copyfile(args.adapter / name, partial / name)
     return {"num_bytes": (out / TENSORS_NAME).stat().st_size}
 

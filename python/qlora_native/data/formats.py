@@ -232,9 +232,7 @@ def _tools(row: SourceRow, value: Any) -> tuple[dict[str, Any], ...]:
         try:
             tools.append({"type": "function", "function": _without_nulls(function)})
         except RecursionError:
-            raise row.error(
-                f"tools[{index}] is nested too deep for a schema; remove the row."
-            ) from None
+            raise row.error(f"tools[{index}] is nested too deep for a schema; remove the row.") from None
     return tuple(tools)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from qlora_native._io import read_json
+from qlora_native._io import is_own_file, read_json
 from qlora_native._threads import sleep_while_busy
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
@@ -153,9 +153,9 @@ class Conversion:
         for name, value in written.items():
             (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in self.source.path.iterdir() if self.source.path.is_dir() else ():
-            if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
+            if not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json" and is_own_file(path):
                 shutil.copyfile(path, folder / path.name)
-        if self.adapter_folder is not None and (self.adapter_folder / TEMPLATE).is_file():
+        if self.adapter_folder is not None and is_own_file(self.adapter_folder / TEMPLATE):
             shutil.copyfile(self.adapter_folder / TEMPLATE, folder / TEMPLATE)
 
     def config(self) -> dict[str, Any]:
