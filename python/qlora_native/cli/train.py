@@ -23,7 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
   qlora train config.yaml --resume
   torchrun --nproc-per-node 4 -m qlora_native train config.yaml --parallel fsdp
 
-Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.
+Ctrl-C finishes the step, saves a checkpoint and exits with 130 (SIGTERM: 143, SIGHUP: 129); a second Ctrl-C stops at
+once.
 
 Any key of the config can be given as --key value:
 {_key_page()}"""
