@@ -12,6 +12,17 @@ import workers
 def test_damaged_files(
     request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    count, wrong = workers.summary(workers.outcomes("fuzzed.py", tmp_path, request.config.getoption("--fuzz")))
+    asked = request.config.getoption("--fuzz")
+    found = workers.outcomes("fuzzed.py", tmp_path, asked)
+    count, wrong = workers.summary(found)
     record_property("damaged files", count)
     assert not wrong, "\n".join([count, *wrong])
+    known = (Path(__file__).with_name("corpus.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert len(found) == len(known) + asked and len(known) >= 8, count
+    assert {outcome.partition(":")[0] for _, outcome in found} == {"accepted", "refused"}, count
+
+
+def test_a_worker_without_a_case_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "nothing.py").write_text("")
+    with pytest.raises(AssertionError, match="no case"):
+        workers.outcomes(str(tmp_path / "nothing.py"), tmp_path)

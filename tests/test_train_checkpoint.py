@@ -28,11 +28,12 @@ from qlora_native.config import TrainConfig
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import checkpoint
-from qlora_native.train.checkpoint import Interrupted, stop_request
+from qlora_native.train import checkpoint, loop
+from qlora_native.train.checkpoint import Interrupted, StoppedBySignal, stop_request
 from qlora_native.train.loop import Trainer, describe
 
 STEPS = 7
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 ADAPTER = "adapter_model.safetensors"
 TRAINED = f"adapter/{ADAPTER}"
 
@@ -197,7 +198,7 @@ def test_ctrl_c_finishes_the_step_and_saves(run: Run, undisturbed: Path, number:
     wait_until(lambda: steps_made(run.out) >= 3, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     (saved,) = run.checkpoints()
     assert f"stopped after step {int(saved[5:])}; {run.out / saved} is saved" in errors
@@ -206,7 +207,29 @@ def test_ctrl_c_finishes_the_step_and_saves(run: Run, undisturbed: Path, number:
     assert (run.out / TRAINED).read_bytes() == (undisturbed / TRAINED).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_step_is_the_exit_code(
+    run: Run, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, plain = run.folder / "config.yaml", loop.learning_rate
+    path.write_text(yaml.safe_dump(run.settings(save_every=0)))
+
+    def learning_rate(*args: Any, **options: Any) -> float:
+        if steps_made(run.out) == 3:
+            os.kill(os.getpid(), number)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
+    try:
+        assert main(["train", str(path)]) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert run.checkpoints() == ["step-000004"] and steps_made(run.out) == 4
+    assert "stopped after step 4; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
     before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
 
@@ -219,9 +242,9 @@ def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
             time.sleep(1)
 
-    with pytest.raises(KeyboardInterrupt, match="at once") as stopped:
+    with pytest.raises(StoppedBySignal, match="at once") as stopped:
         two_signals()
-    assert not isinstance(stopped.value, Interrupted)
+    assert stopped.value.code == 128 + number and not isinstance(stopped.value, Interrupted)
     assert signal.signal(number, before) is signal.default_int_handler
 
 

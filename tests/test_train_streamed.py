@@ -18,6 +18,7 @@ import tiny
 import torch
 from gguf_files import write_gguf
 from runs import metrics, steps_made, wait_until
+from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native import _C
@@ -176,11 +177,28 @@ def test_a_removed_file_serves_to_the_end(files: Path) -> None:
     assert_same(files / "removed", files / "whole")
 
 
-def test_a_nan_is_named_when_a_loss_shows_it(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored = read_header(files / WEIGHTS)["lm_head.weight"]
+def put_nan(files: Path, name: str, row: int) -> None:
+    """In place of the first number of a row of 256, in 16 bits."""
+    stored = read_header(files / WEIGHTS)[name]
     with (files / WEIGHTS).open("r+b") as file:
-        file.seek(stored.start + 2 * 256 * 5)
+        file.seek(stored.start + 2 * 256 * row)
         file.write(torch.full((1,), float("nan")).bfloat16().view(torch.uint8).numpy().tobytes())
+
+
+def test_a_nan_in_a_row_that_no_text_uses_changes_nothing(files: Path) -> None:
+    words = (files / "train.jsonl").read_text(encoding="utf-8")
+    unused, used = (AutoTokenizer.from_pretrained(files / "model").convert_tokens_to_ids(sign) for sign in "#?")
+    assert "#" not in words and "?" in words
+    put_nan(files, "model.embed_tokens.weight", unused)
+    train(files, "unused")
+    assert_same(files / "unused", files / "whole")
+    put_nan(files, "model.embed_tokens.weight", used)
+    with pytest.raises(UserError, match=r"tensor model.embed_tokens.weight holds a NaN"):
+        train(files, "used")
+
+
+def test_a_nan_is_named_when_a_loss_shows_it(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_nan(files, "lm_head.weight", 5)
     qn.load_model(files / "model")  # which reads nothing
     named = "tensor lm_head.weight holds a NaN"
     with pytest.raises(UserError, match=named):

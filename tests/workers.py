@@ -62,6 +62,7 @@ def outcomes(script: str, folder: Path, *arguments: object) -> list[tuple[Any, s
             said = (folder / STDERR).read_text(errors="replace")[-3000:] if (folder / STDERR).exists() else ""
             assert len(lines) % 2, f"the worker ended outside a case with {why}: {said}"
             found.append((lines[-1], f"wrong: {why} {said}"))
+    assert found, f"no case of {script} ran"
     return found
 
 

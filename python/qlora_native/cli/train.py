@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 Without CONFIG, batch size, passes over the rows, length and optimizer are chosen by the rows and the memory, unless
 they are given; adapter/config.yaml has all of them.
-Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.
+Ctrl-C finishes the step, saves a checkpoint and exits with 130 (SIGTERM: 143, SIGHUP: 129); a second Ctrl-C stops at
+once.
 
 Any key of the config can be given as --key value:
 {_key_page()}"""

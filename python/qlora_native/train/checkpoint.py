@@ -226,25 +226,34 @@ SAME_SIGNAL_SECONDS = 5.0
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
-class Interrupted(Brief, KeyboardInterrupt):
-    """Training was stopped by a signal after everything was saved; the message names the checkpoint."""
+class StoppedBySignal(Brief, KeyboardInterrupt):
+    """Training was stopped by the signal ``number``; ``code`` is what a command exits with."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Interrupted(StoppedBySignal):
+    """After everything was saved; the message names the checkpoint."""
 
 
 class StopRequest:
-    """The first SIGINT, SIGTERM or SIGHUP sets ``requested``, so that the loop finishes its step and saves; a second
-    one raises KeyboardInterrupt. On several processes one within a few seconds counts as the first: a terminal and
+    """The first SIGINT, SIGTERM or SIGHUP sets ``requested`` and ``number``, so that the loop finishes its step and
+    saves; a second one raises StoppedBySignal. On several processes one within a few seconds counts as the first: a terminal and
     torchrun both send Ctrl-C."""
 
     def __init__(self, ranks: OneProcess) -> None:
         self.requested, self._ranks, self._since = False, ranks, 0.0
+        self.number: int = signal.SIGINT  # of another process, if this one has none
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and self._ranks.world > 1 and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
             return
         if self.requested:
-            raise KeyboardInterrupt("stopped at once by the second signal; the last checkpoint is intact")
-        self.requested, self._since = True, time.monotonic()
+            raise StoppedBySignal("stopped at once by the second signal; the last checkpoint is intact", number)
+        self.requested, self.number, self._since = True, number, time.monotonic()
         if number == _HANGUP:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

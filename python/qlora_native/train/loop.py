@@ -136,7 +136,7 @@ class Trainer:
 
         Raises:
             UserError: whatever the user can fix.
-            Interrupted: a KeyboardInterrupt, once all is saved after Ctrl-C.
+            Interrupted: a KeyboardInterrupt, once all is saved after Ctrl-C, SIGTERM or SIGHUP.
             RankLost: another one of several processes ended or hangs.
         """
         with joined(self.config.parallel, self.config.rank_timeout) as self.ranks, self._only_run():
@@ -315,7 +315,8 @@ class Trainer:
                     )
                     if stopping:
                         raise Interrupted(
-                            f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
+                            f"stopped after step {state.step}; {saved} is saved, --resume continues from it",
+                            stop.number,
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
             retention = None
