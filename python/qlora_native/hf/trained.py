@@ -89,7 +89,9 @@ def check_base(adapter: Path | None, record: dict[str, str], model: str) -> None
     """UserError if a run on the recorded weights of ``model`` would start from an adapter of other ones."""
     trained = read_record(adapter).get("sha256") if adapter is not None else None
     if trained is not None and trained != record.get("sha256"):
-        raise UserError(f"lora.adapter {adapter} was trained on other weights than {model} holds: set model to its base")
+        raise UserError(
+            f"lora.adapter {adapter} was trained on other weights than {model} holds: set model to its base"
+        )
 
 
 def write_record(folder: Path, record: dict[str, str]) -> None:
