@@ -134,6 +134,9 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     require("qlora config init MODEL", "transformers", "yaml", "pydantic")
     from qlora_native._memory import free_memory
     from qlora_native.estimate import Estimator, Setting
+    from qlora_native.estimate.model import opened
+    from qlora_native.hf.notes import notes_of
+    from qlora_native.hf.source import AUTO, Source, four_bit_config
 
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
@@ -141,14 +144,22 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
         free = free_memory()
         device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
     with as_user_error():
-        estimator = Estimator(model, Setting(device=device))
+        source = opened(model)
+        if isinstance(source, Source):
+            notes, is_as_it_is = notes_of(source), source.is_four_bit or source.keeps(AUTO)
+        else:
+            notes, is_as_it_is = [], four_bit_config(source, model) is not None
+        estimator = Estimator(source, Setting(device=device))
     usable = int(MARGIN * limit)
     lengths = [length for length in LENGTHS if length <= estimator.positions] or [estimator.positions]
     candidates = itertools.product(OPTIMIZERS, lengths, MICRO_BATCHES if device == "cuda" else (1,))
-    estimates = (estimator.at(optimizer=o, length=length, batch_size=rows) for o, length, rows in candidates)
+    estimates = (
+        estimator.at(optimizer=o, length=length, batch_size=rows, micro_batches=STEP_ROWS // rows)
+        for o, length, rows in candidates
+    )
     estimate = next((each for each in estimates if each.fits(usable)), None)
     if estimate is None:
-        least = estimator.at(length=lengths[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
+        least = estimator.at(length=lengths[-1], batch_size=1, optimizer=OPTIMIZERS[-1], micro_batches=STEP_ROWS)
         raise UserError(
             f"{model} does not fit {where}: a row of {lengths[-1]} tokens takes {size(least.total + least.reserve)} of "
             f"{size(limit)}; take a larger card or a smaller model"
@@ -157,12 +168,21 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     setting, peak, optimizer = estimate.setting, estimate.peak, estimate.setting.optimizer
     weights = peak.weights + peak.scales + peak.dense
     longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
-    here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
+    here = {name: getattr(setting, name) for name in ("batch_size", "length", "optimizer", "micro_batches")}
     all_kept = size(estimator.at(checkpointing=False, **here).total)
+    quant = f"# The weights stay as they are in {model.name}: {size(weights)}.\n"
+    if not is_as_it_is:
+        quant = f"""quant:
+  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
+  block_size: 64              # weights that share a scale
+  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
+  method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
+"""
+    about = "".join(f"# {note}\n" for note in notes)
     return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
 #   qlora train {name}
 # `qlora train --help` lists every key; those left out here keep their defaults.
-
+{about}
 model: {model}
 output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
 
@@ -172,12 +192,7 @@ data:
   max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are truncated
   train_on: answers           # all = learn the questions too: only for plain text
 
-quant:
-  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
-  block_size: 64              # weights that share a scale
-  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
-  method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
-
+{quant}
 lora:
   r: {setting.lora.r:<25}# {peak.adapters / 4e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
   alpha: 32                   # 2 * r is the usual start
