@@ -14,17 +14,21 @@ import gguf_files
 import peft
 import pytest
 import tiny
+import tiny_models
 import torch
 import yaml
+from runs import Crash, crash_at
 
 import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.hf.load import load_dense
-from qlora_native.hf.trained import STORED
+from qlora_native.hf.trained import RECORD, STORED
 from qlora_native.train.progress import read_metrics
 
 IDS = torch.arange(5, 45)[None]
-KINDS = {  # the model, section quant of the config, and whether the run stores its base
+KINDS: dict[
+    str, tuple[str, dict[str, Any], bool]
+] = {  # the model, section quant of the config, and whether the run stores its base
     "folder": ("model", {}, False),
     "folder-wmse": ("model", {"method": "wmse"}, True),
     "folder-gptq": ("model", {"method": "gptq", "block_size": 32}, True),
@@ -52,17 +56,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(files: Path, request: pytest.FixtureRequest) -> Path:
-    """The folder of a run of two steps."""
-    model, quant, _ = KINDS[request.param]
-    out = files / request.param
+    return trained(files, request.param)
+
+
+def trained(files: Path, kind: str) -> Path:
+    """The folder of a run of four steps, made once."""
+    if not (files / kind).is_dir():
+        assert main.main(["train", str(config_of(files, kind))]) == 0
+    return files / kind
+
+
+def config_of(files: Path, kind: str) -> Path:
+    model, quant, _ = KINDS[kind]
+    out = files / kind
     quant = quant | ({"calibration": str(files / "text.jsonl")} if quant.get("method") in ("wmse", "gptq") else {})
     values = {"model": str(files / model), "output_dir": str(out), "quant": quant, "lora": {"r": 4}}
     values["data"] = {"train": str(files / "rows.jsonl"), "eval": str(files / "held.jsonl")}
     values["train"] = {"steps": 4, "batch_size": 2, "grad_accum": 1, "lr": 0.02, "save_every": 2, "eval_every": 4}
-    config = files / f"{request.param}.yaml"
+    config = files / f"{kind}.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    assert main.main(["train", str(config)]) == 0
-    return out
+    return config
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def test_the_commands_take_the_weights_that_were_trained(run: Path, tmp_path: Pa
     assert len(losses) == 3 - (run.name == "four-bit")
     assert [losses[name.removesuffix(" + adapter")], losses[name]] == pytest.approx(held_out, abs=0.01)
     merged = command(capsys, "merge", model, adapter, "--out", tmp_path / "merged", "--check", "--sample", rows)
-    assert "not the model" not in merged["verdict"] and merged["retention"]["retained"] == pytest.approx(1, abs=0.02)
+    assert "not the model" not in merged["verdict"] and merged["retention"]["retention"] == pytest.approx(1, abs=0.02)
     made = command(capsys, "export", model, "--adapter", adapter, "--to", "gguf", "--out", tmp_path / "tuned.gguf")
     assert made["num_bytes"] > 0
     whole, exported = (logits(load_dense(tmp_path / name)) for name in ("merged", "tuned.gguf"))
@@ -149,3 +162,100 @@ def test_the_commands_take_the_weights_that_were_trained(run: Path, tmp_path: Pa
     command(capsys, "export", model, "--adapter", adapter, "--to", "peft", "--out", tmp_path / "peft")
     named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(named) == (run / STORED if is_stored else model)
+
+
+COMMANDS = {
+    "chat": "chat {model} --adapter {adapter} --prompt x",
+    "eval": "eval {model} --data {rows} --adapter {adapter}",
+    "merge": "merge {model} {adapter} --out {out}",
+    "gguf": "export {model} --adapter {adapter} --to gguf --out {out}.gguf",
+    "peft": "export {model} --adapter {adapter} --to peft --out {out}",
+    "gguf-adapter": "export {model} --adapter {adapter} --to gguf-adapter --out {out}.gguf",
+}
+
+
+def refused_alike(mistake: Any, model: Path, adapter: Path, out: Path) -> str:
+    """The one sentence with which every command refuses."""
+    places = {"model": model, "adapter": adapter, "out": out, "rows": adapter.parents[1] / "held.jsonl"}
+    places["rows"] = places["rows"] if places["rows"].is_file() else adapter.parents[2] / "held.jsonl"
+    found = {mistake(*words.format(**places).split()).partition(": ")[2] for words in COMMANDS.values()}
+    (sentence,) = found
+    return str(sentence)
+
+
+def test_every_command_refuses_other_weights_alike(files: Path, tmp_path: Path, mistake: Any, sentence: Any) -> None:
+    gguf_files.write_gguf(tmp_path / "other.gguf", initializer_range=0.05)
+    (tmp_path / "model").rename(tmp_path / "other")
+    assert main.main(["quantize", str(tmp_path / "other"), "--out", str(tmp_path / "other-nf4")]) == 0
+    for kind, given in (
+        ("folder-wmse", "other"),
+        ("folder-wmse", "other-nf4"),
+        ("four-bit", "other"),
+        ("four-bit", "other-nf4"),
+        ("kept", "other.gguf"),
+    ):
+        said = refused_alike(mistake, tmp_path / given, trained(files, kind) / "adapter", tmp_path / "out")
+        sentence(said.replace(str(files), "DIR").replace(str(tmp_path), "TMP"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stored_weights_that_are_gone_are_made_again(files: Path, tmp_path: Path, mistake: Any, capsys: Any) -> None:
+    run = trained(files, "folder-wmse")
+    before = (run / "adapter" / RECORD).read_bytes()
+    (run / STORED).rename(tmp_path / STORED)
+    said = refused_alike(mistake, files / "model", run / "adapter", tmp_path / "out")
+    (again,) = re.findall("`(qlora quantize [^`]+)`", said)
+    assert main.main(shlex.split(again)[1:]) == 0
+    words = ("chat", files / "model", "--adapter", run / "adapter", "--prompt", "x", "--max-tokens", 2)
+    assert len(command(capsys, *words)["answers"]) == 2
+    assert (run / "adapter" / RECORD).read_bytes() == before
+    said = refused_alike(mistake, files / "model", trained(files, "folder-unstored") / "adapter", tmp_path / "out")
+    assert re.search("`qlora quantize .* --out DIR`", said)
+
+
+def test_the_adapter_for_llama_cpp_is_of_what_it_runs(files: Path, tmp_path: Path, mistake: Any, sentence: Any) -> None:
+    for kind in ("folder", "converted", "converted-wmse"):
+        adapter = trained(files, kind) / "adapter"
+        words = ("export", model_of(files / kind), "--adapter", adapter, "--to", "gguf-adapter", "--out")
+        sentence(mistake(*words, tmp_path / "no.gguf").replace(str(files), "DIR"))
+        assert main.main([*map(str, words), str(tmp_path / f"{kind}.gguf"), "--base", "original"]) == 0
+
+
+def test_the_second_half_takes_the_stored_weights(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(files, "folder-wmse")
+    config = str(config_of(files, "folder-wmse"))
+    half = ["--output_dir", str(files / "half")]
+    with pytest.raises(Crash):
+        qn.Trainer(qn.TrainConfig.from_file(config, half), on_step=crash_at(3)).train()
+    monkeypatch.setattr("qlora_native.hf.calibrated.calibrated", None)  # is not called again
+    assert main.main(["train", config, *half, "--resume"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json", RECORD):
+        assert (files / "half" / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["kept.gguf", "model", "nf4"])
+@pytest.mark.parametrize("gpu", [(), ("--gpu", "24GB")])
+def test_what_init_writes_is_what_it_says(
+    files: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, model: str, gpu: tuple[str, ...]
+) -> None:
+    """A file that stays as it is gets no section quant, and the header has the memory of exactly that config."""
+    monkeypatch.chdir(files)
+    written = tmp_path / "config.yaml"
+    assert main.main(["config", "init", model, *gpu, "--out", str(written)]) == 0
+    text = written.read_text(encoding="utf-8")
+    assert ("quant" in yaml.safe_load(text)) == (model == "model")
+    said = re.search(r": ([\d,]+) MiB of ", text)
+    estimate = command(capsys, "estimate", written, *gpu)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == round((estimate["total"] + estimate["reserve"]) / 2**20)
+
+
+def test_notes_before_training(files: Path, tmp_path: Path, sentence: Any) -> None:
+    from qlora_native.hf.notes import notes_of
+    from qlora_native.hf.source import open_source
+
+    kept, other = open_source(files / "kept.gguf"), open_source(tiny_models.save(tmp_path / "gemma3", "Gemma3Text"))
+    assert notes_of(kept) == notes_of(open_source(files / "model")) == []
+    sentence([*notes_of(kept, "nf4"), *notes_of(other)])
+    quant = qn.TrainConfig.from_values({"model": "x", "data": {"train": "x"}, "quant": {"method": "wmse"}}).quant
+    assert quant.options["quant_type"] == "nf4"

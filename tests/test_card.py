@@ -15,16 +15,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import tiny
-import torch
 import yaml
 from sentences import Check
 
 import qlora_native as qn
 from qlora_native.cli import main
-from qlora_native.cli._weights import as_trained
+from qlora_native.cli._weights import as_trained, merge_base
 from qlora_native.errors import UserError
 from qlora_native.train.progress import make_loggers, read_metrics
 
@@ -69,33 +67,23 @@ def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
     assert (folder / "out" / "best" / "README.md").is_file() == (folder / "out" / "best").is_dir()
 
 
-@torch.no_grad()
-def test_its_code_loads_the_adapter(run: Run) -> None:
-    folder, _ = run
-    text = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
-    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    ours: dict[str, Any] = {}
-    theirs: dict[str, Any] = {}
-    for code, names in zip(codes, (ours, theirs), strict=True):
-        exec(code.replace("path/to/this/folder", str(folder / "out" / "adapter")), names)
-    assert ours["model"].model.layers[0].mlp.up_proj.base_layer.quantized.block_size == 32
-    assert isinstance(theirs["model"], peft.PeftModel)
-
-
 def test_chat_and_merge_take_the_run_at_its_word(run: Run, tmp_path: Path) -> None:
     folder, _ = run
     adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
 
-    def taken(rounds: bool = True, **given: Any) -> dict[str, Any]:
-        options = {"model": folder / "model", "adapter": adapter, "skip_modules": None, "quant_type": None}
-        return as_trained(Namespace(**{**options, "block_size": None, "double_quant": None, **given}), rounds)
+    def taken(**given: Any) -> dict[str, Any]:
+        base = as_trained(Namespace(model=folder / "model", adapter=adapter, **given))
+        assert base.path == folder / "model"
+        return base.options
 
     assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
     assert taken(block_size=128)["block_size"] == 128
     shutil.copytree(adapter, tmp_path / "adapter")
     adapter = tmp_path / "adapter"
     (adapter / "config.yaml").write_text(config.read_text().replace("method: rtn\n", "method: gptq\n"))
-    assert taken(rounds=False)["block_size"] == 32
+    assert (
+        merge_base(Namespace(model=folder / "model", adapter=adapter, base="original"))[1].options["block_size"] == 32
+    )
     with pytest.raises(UserError, match=r"made by gptq.*`qlora quantize \S+ --method gptq --calibration FILE --block-"):
         taken()
     (tmp_path / "calibration.safetensors").touch()

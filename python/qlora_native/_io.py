@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -163,6 +164,18 @@ def as_write_error(target: Path, advice: str = "") -> Iterator[None]:
 def partial_folder(final: Path) -> Path:
     """The temporary folder of :func:`atomic_folder`."""
     return final.with_name(f".{final.name}{PARTIAL}")
+
+
+@contextmanager
+def announced(text: str, seconds: float = 3.0) -> Iterator[None]:
+    """Print ``text`` on stderr if what is done inside takes longer."""
+    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

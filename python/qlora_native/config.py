@@ -150,7 +150,8 @@ class QuantConfig(_Section):
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of :func:`qlora_native.load_model`."""
-        return {"quant_type": self.type, "block_size": self.block_size, "double_quant": self.double_quant}
+        quant_type = "nf4" if self.type == "auto" and self.method != "rtn" else self.type
+        return {"quant_type": quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
 class LoraSection(_Section):

@@ -135,6 +135,9 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     from qlora_native._memory import free_memory
     from qlora_native.config import TrainConfig
     from qlora_native.estimate import Estimator, Setting
+    from qlora_native.estimate.model import opened
+    from qlora_native.hf.notes import notes_of
+    from qlora_native.hf.source import AUTO, Source, four_bit_config
 
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
@@ -146,7 +149,12 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         config = TrainConfig.from_values({"model": str(model), "data": {"train": train, "max_length": 1 << 20}})
         rows = dict(zip(("rows", "longest"), measured_rows(config), strict=True))
     with as_user_error():
-        estimator = Estimator(model, Setting(device=device))
+        source = opened(model)
+        if isinstance(source, Source):
+            notes, is_as_it_is = notes_of(source), source.is_four_bit or source.keeps(AUTO)
+        else:
+            notes, is_as_it_is = [], four_bit_config(source, model) is not None
+        estimator = Estimator(source, Setting(device=device))
     chosen = start(estimator, limit, **rows)
     estimate, optimizer = chosen.estimate, chosen.optimizer
     setting, peak, needed = estimate.setting, estimate.peak, size(estimate.total + estimate.reserve)
@@ -158,13 +166,22 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     weights = peak.weights + peak.scales + peak.dense
     usable = int(MARGIN * limit)
     longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
-    here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
+    here = {name: getattr(setting, name) for name in ("batch_size", "length", "optimizer", "micro_batches")}
     all_kept = size(estimator.at(checkpointing=False, **here).total)
     counted = f"for the {rows['rows']:,} rows" if rows else f"for some {ROWS:,} rows"
+    quant = f"# The weights stay as they are in {model.name}: {size(weights)}.\n"
+    if not is_as_it_is:
+        quant = f"""quant:
+  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
+  block_size: 64              # weights that share a scale
+  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
+  method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
+"""
+    about = "".join(f"# {note}\n" for note in notes)
     return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
 #   qlora train {name}
 # `qlora train --help` lists every key; those left out here keep their defaults.
-
+{about}
 model: {model}
 output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
 
@@ -174,12 +191,7 @@ data:
   max_length: {chosen.max_length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are truncated
   train_on: answers           # all = learn the questions too: only for plain text
 
-quant:
-  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
-  block_size: 64              # weights that share a scale
-  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
-  method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
-
+{quant}
 lora:
   r: {setting.lora.r:<25}# {peak.adapters / 4e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
   alpha: 32                   # 2 * r is the usual start

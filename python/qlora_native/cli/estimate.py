@@ -79,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native.estimate import Estimator, Setting
+    from qlora_native.estimate.model import opened
+    from qlora_native.hf.notes import notes_of
+    from qlora_native.hf.source import Source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)
@@ -86,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     device = "cpu" if args.cpu or (card is None and not torch.cuda.is_available()) else "cuda"
     counts, why = (None, "") if args.seq_length else _rows_at_hand(config)
     with as_user_error():
-        estimator = Estimator(user_path(config.model), Setting.from_config(config, device, *(counts or ())))
+        source = opened(user_path(config.model))
+        estimator = Estimator(source, Setting.from_config(config, device, *(counts or ())))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
     on_card = None
@@ -122,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     lines += [] if on_card is None else _lines_on_card(on_card)
     lines += ([] if streamed is None else [str(streamed)]) + [rank.line(card) for rank in ranks]
     rows = [f"  {name:<20} {size(num_bytes):>12}" for name, num_bytes in [*terms, ("total", estimate.total)]]
+    lines += notes_of(source, config.quant.options["quant_type"]) if isinstance(source, Source) else []
     print_result(args, result, [title, *rows, *lines])
     return 0
 

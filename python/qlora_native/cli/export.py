@@ -171,8 +171,8 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.base is None and run is not None and as_trained(args).options.get("quant_type") != "keep":
         command = shlex.join(["qlora", "export", str(args.model), "--adapter", str(args.adapter), "--to", "gguf"])
         raise UserError(
-            f"{args.adapter} was trained on 4-bit weights that llama.cpp does not have, which adds it to those of a "
-            f"GGUF file: `{command} --out tuned.gguf` writes the model that was trained, --base original this adapter"
+            f"{args.adapter} was trained on 4-bit weights, and llama.cpp adds it to those of a GGUF file: "
+            f"`{command} --out tuned.gguf` writes the model that was trained, --base original the adapter all the same"
         )
     args.base = "dequantized" if is_four_bit(args.model) else "original"
     work = _merging(args, "fp32")

@@ -64,6 +64,14 @@ class Setting:
         )
 
 
+def opened(model: Path) -> Source | PreTrainedConfig:
+    """What a model is estimated from: its files, or its config where there is nothing else, as on the hub."""
+    is_remote = not model.exists() and hub_id(model)
+    folder = fetch_model(str(model), ("config.json",)) if is_remote else model
+    has_weights = any(next(folder.glob(name), None) for name in (WEIGHTS_NAME, INDEX_NAME, "*.bin", "*.pth"))
+    return read_config(folder) if (folder / "config.json").is_file() and not has_weights else open_source(folder)
+
+
 def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tuple[PreTrainedModel, int]:
     """The model as it is trained, on the meta device, and the bytes that loading it holds beside it.
 
@@ -71,14 +79,9 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     """
     stored: dict[str, Any] | None = None  # the config's description of weights that are 4-bit already
     if isinstance(model, Path):
-        is_remote = not model.exists() and hub_id(model)
-        folder = fetch_model(str(model), ("config.json",)) if is_remote else model
-        has_weights = any(next(folder.glob(name), None) for name in (WEIGHTS_NAME, INDEX_NAME, "*.bin", "*.pth"))
-        if (folder / "config.json").is_file() and not has_weights:
-            model = read_config(folder)
-            stored = four_bit_config(model, folder)
-        else:
-            model = open_source(folder)
+        model = opened(model)
+    if isinstance(model, PreTrainedConfig):
+        stored = four_bit_config(model, Path(model.name_or_path))
     if stored is not None:
         double = stored.get("double_quant", stored.get("bnb_4bit_use_double_quant", False))
         skip = stored.get("skip_modules", stored.get("llm_int8_skip_modules"))
@@ -111,9 +114,18 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
         beside = _largest_read(model, meta, options)
     elif isinstance(model, PreTrainedConfig):
         beside = max((2 * meta.shapes[name].numel() for name in options), default=0)
-    else:  # transformers' reader of GGUF makes the whole 16-bit model first
-        beside = sum(tensor.numel() for tensor in meta.shapes.values()) * setting.dtype.itemsize
+    else:
+        beside = _read_whole(meta, setting.dtype)
+        trained = _trained(meta, options, setting, path)
+        return trained, max(0, beside - trained.load_report.num_bytes)
     return _trained(meta, options, setting, path), beside
+
+
+def _read_whole(meta: MetaModel, dtype: torch.dtype) -> int:
+    """Bytes at the peak of transformers' reader of GGUF: all tensors in fp32, once more in ``dtype`` as the model, and
+    the largest of them in fp32 twice. Nothing is 4-bit then."""
+    sizes = [tensor.numel() for name, tensor in meta.shapes.items() if name not in meta.tied]
+    return (4 + dtype.itemsize) * sum(sizes) + 4 * max(sizes)
 
 
 Options = dict[str, dict[str, Any]]  # arguments of quantize for each 4-bit weight, by its name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qlora_native.hf.source import Source
 
 OUTPUT_EMBEDDING = "lm_head"
+PROGRESS_SECONDS = 3.0  # between two lines of loading
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -230,10 +232,13 @@ class MetaModel:
     def four_bit_weights(self, skip_modules: Iterable[str], block_size: int) -> dict[str, bool]:
         return four_bit_weights(self.model, skip_modules, block_size, self.in_fp32)
 
-    def load(self, source: Source, steps: list[Step]) -> None:
+    def load(self, source: Source, steps: list[Step], progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read the steps' tensors and store them, quantized or dense, one at a time."""
-        scratch = self.scratch(steps)
-        for step in steps:
+        scratch, shown = self.scratch(steps), time.monotonic()
+        for number, step in enumerate(steps):
+            if progress is not None and time.monotonic() > shown + PROGRESS_SECONDS:
+                progress(f"Loading: {number} of {len(steps)} tensors", number, len(steps))
+                shown = time.monotonic()
             for name, value in self.iter_tensors(source, step, scratch):
                 self.store(name, value, step.file)
             self.trim(step.num_bytes)

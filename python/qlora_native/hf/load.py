@@ -148,7 +148,8 @@ def load_model(
             possible: a 4-bit folder, the CPU, Linux.
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
-        progress: with calibration, called with a line of text, the layers done, and the layers in all.
+        progress: called with a line of text, the layers done, and the layers in all, with calibration; else with
+            tensors, every few seconds.
         reader: stores the tensors, in place of reading all of them here; without calibration
             (:func:`qlora_native.distributed.load_model`).
 
@@ -201,13 +202,13 @@ def load_model(
         folder = None if work_dir is None else Path(work_dir)
         made["calibration"], fell_back = calibrated(source, meta, method, calibration, folder, progress)
     elif is_kept:  # every process maps the file
-        meta.load(source, source.kept_plan(meta, skip_modules or (), is_mapped).steps)
+        meta.load(source, source.kept_plan(meta, skip_modules or (), is_mapped).steps, progress)
     elif reader is not None:
         reader(source, meta)
     else:
         source.file_map = file_map
         try:
-            meta.load(source, source.plan(meta).steps)
+            meta.load(source, source.plan(meta).steps, progress)
         finally:
             source.file_map = None
     model = meta.finish()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
+from qlora_native._io import announced, check_folder, panics_caught, read_json, reading, regular, user_path
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
@@ -227,7 +227,8 @@ def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None 
         if path.suffix == ".gguf":
             from qlora_native.hf.gguf_source import without_arrays
 
-            with without_arrays():
+            what = f"Loading the tokenizer of {path.name}, which takes longer the more tokens it has"
+            with announced(what), without_arrays():
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         else:
             check_folder(path)

@@ -18,6 +18,7 @@ from qlora_native.hf.build import dense_beside, four_bit_parts
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
+from qlora_native.hf.notes import notes_of
 from qlora_native.hf.source import AUTO, Source, open_source
 from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
@@ -65,6 +66,8 @@ def prepare_model(
     with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
             source = open_source(source or user_path(config.model))
+            for note in notes_of(source, config.quant.options["quant_type"]):
+                progress(note, 0, 0)
             on_card = torch.cuda.is_available() and layers_budget is None
             model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
             model.load_report = replace(model.load_report, path=source.path)
@@ -119,7 +122,11 @@ def check_data(
     findings = list(iter_findings(rows, held_out, tokenizer, positions))  # check_vocabulary has the embedding
     if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
         raise UserError(f"{rows.stats.path}: {wrong[0]}")
-    return [f"data check: {finding}" for finding in findings]
+    made_up = (
+        "the tokenizer has no chat template: rows get `### User:` and `### Assistant:`; data.chat_template sets one"
+    )
+    template = [made_up] if rows.stats.template == "default" else []
+    return [*template, *(f"data check: {finding}" for finding in findings)]
 
 
 def settle_method(config: TrainConfig, source: Source | None, rows: TokenizedDataset) -> str | None:
