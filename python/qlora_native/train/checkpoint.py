@@ -249,7 +249,7 @@ class StopRequest:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
-            print("\nfinishing this step and saving; interrupt again (Ctrl-C) to stop at once", file=sys.stderr, flush=True)
+            print("\nfinishing this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
