@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and types: bash .ci/lint.sh [ruff|format|mypy|clang-format]..., all four without an argument.
+# Style and types: bash .ci/lint.sh [ruff|format|mypy|clang-format|workflows]..., all five without an argument.
 # The tools come from .ci/requirements.txt; nothing is rewritten. To mend: ruff check --fix, ruff format, clang-format -i.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -15,11 +15,12 @@ lint() {
         format) ruff format --check . ;;
         mypy) mypy ;;
         clang-format) native_sources | xargs -0 -r clang-format --dry-run -Werror ;;
-        *) echo "'$1' is none of ruff, format, mypy, clang-format." && return 2 ;;
+        workflows) check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml ;;
+        *) echo "'$1' is none of ruff, format, mypy, clang-format, workflows." && return 2 ;;
     esac
 }
 
-[ "$#" -gt 0 ] || set -- ruff format mypy clang-format
+[ "$#" -gt 0 ] || set -- ruff format mypy clang-format workflows
 failed=0
 for name; do
     lint "$name" || { echo "lint: $name failed"; failed=1; }

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (".py", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh")
-TEXT = (*CODE, ".pyi", ".md", ".toml", ".ini", ".cmake", ".txt", ".yaml", ".yml", ".json", ".jsonl")
+TEXT = (*CODE, ".pyi", ".md", ".toml", ".ini", ".cmake", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".ipynb")
 PACKAGE = "python/qlora_native/"
 
 Tree = dict[str, str]  # path from the root, with forward slashes -> text

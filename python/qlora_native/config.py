@@ -396,7 +396,7 @@ class TrainConfig(_Section):
         source: str = "the command line",
         lines: Mapping[str, int] | None = None,
     ) -> TrainConfig:
-        """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
+        """The same from nested values; ``source`` is what a mistake names, ``lines`` are those of the dotted keys."""
         flags = apply_flags(values, overrides, keys(), _value_of)
         # A block whose keys are all commented out is an empty block, not a mistake.
         sections = cls.model_fields.keys() - keys()

@@ -240,8 +240,8 @@ class Interrupted(StoppedBySignal):
 
 class StopRequest:
     """The first SIGINT, SIGTERM or SIGHUP sets ``requested`` and ``number``, so that the loop finishes its step and
-    saves; a second one raises StoppedBySignal. On several processes one within a few seconds counts as the first: a terminal and
-    torchrun both send Ctrl-C."""
+    saves; a second one raises StoppedBySignal. On several processes one within a few seconds counts as the first: a
+    terminal and torchrun both send Ctrl-C."""
 
     def __init__(self, ranks: OneProcess) -> None:
         self.requested, self._ranks, self._since = False, ranks, 0.0
@@ -258,11 +258,7 @@ class StopRequest:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
-            print(
-                "\nfinishing this step and saving; interrupt again (Ctrl-C) to stop at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            print("\nfinishing this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
