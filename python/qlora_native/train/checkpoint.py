@@ -240,8 +240,8 @@ class Interrupted(StoppedBySignal):
 
 class StopRequest:
     """The first SIGINT, SIGTERM or SIGHUP sets ``requested`` and ``number``, so that the loop finishes its step and
-    saves; a second one raises StoppedBySignal. On several processes one within a few seconds counts as the first: a terminal and
-    torchrun both send Ctrl-C."""
+    saves; a second one raises StoppedBySignal. On several processes one within a few seconds counts as the first: a
+    terminal and torchrun both send Ctrl-C."""
 
     def __init__(self, ranks: OneProcess) -> None:
         self.requested, self._ranks, self._since = False, ranks, 0.0
