@@ -53,7 +53,7 @@ def outcomes(script: str, folder: Path, *arguments: object) -> list[tuple[Any, s
     before = -1
     while before < len(found):  # the last worker finds no case
         before = len(found)
-        words = [sys.executable, str(Path(__file__).with_name(script)), str(folder), *map(str, arguments), str(before)]
+        words = [sys.executable, str(Path(__file__).parent / script), str(folder), *map(str, arguments), str(before)]
         ended = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
         lines = [json.loads(line) for line in ended.stdout.splitlines()]
         found += zip(lines[::2], lines[1::2])  # noqa: B905 - of the last one there may be no outcome
