@@ -42,7 +42,7 @@ HANGING = 6  # seconds until a rank counts as lost
 
 def config(folder: Path, out: str, **changes: Any) -> TrainConfig:
     train = {"steps": 10, "batch_size": 3, "grad_accum": 2, "lr": 1e-3, "dtype": "float32", "save_every": 4}
-    train |= {"paged": False, **changes.pop("train", {})}
+    train |= {"paged": False, "samples": 0, **changes.pop("train", {})}
     data = {"eval": str(folder / "held.jsonl"), "max_length": 48}
     return TrainConfig.model_validate({**settings(folder, folder / out, data, {"r": 3}, **train), **changes})
 

@@ -17,7 +17,6 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_native._flags import apply_flags
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
@@ -397,7 +396,11 @@ class TrainConfig(_Section):
         lines: Mapping[str, int] | None = None,
     ) -> TrainConfig:
         """The same from nested values; ``source`` is what a mistake names, ``lines`` are those of the dotted keys."""
-        flags = apply_flags(values, overrides, keys(), _value_of)
+        flags: dict[str, str] = {}
+        if overrides:
+            from qlora_native._flags import apply_flags
+
+            flags = apply_flags(values, overrides, keys(), _value_of)
         # A block whose keys are all commented out is an empty block, not a mistake.
         sections = cls.model_fields.keys() - keys()
         values = {key: {} if value is None and key in sections else value for key, value in values.items()}
