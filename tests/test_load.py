@@ -257,6 +257,6 @@ def test_gguf_file_and_folder(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
     with pytest.raises(qn.UserError, match="2 GGUF files"):
         load_model(tmp_path)
-    for layers in (0, 2, 255):
-        with pytest.raises(qn.UserError, match=f"{layers} layers and has tensors of 1"):
-            load_model(write_gguf(tmp_path / "other.gguf", layers=layers))
+    for count in (0, 2, 255):
+        with pytest.raises(qn.UserError, match=f"{count} layers and has tensors of 1"):
+            load_model(write_gguf(tmp_path / "other.gguf", layers=count))

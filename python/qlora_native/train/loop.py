@@ -390,6 +390,7 @@ class Trainer:
             advice = f"lower train.lr (now {options.lr:g}) or train.clip (now {options.clip:g})"
             if options.dtype != "float32":
                 advice += ", or set train.dtype to float32"
+            advice += "; if no value helps, look at the rows with `qlora data check`"
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         page.note(f"{what}: not finite, step skipped")
 
@@ -473,7 +474,7 @@ def describe(summary: TrainSummary) -> str:
             f"waited {summary.weight_stall_seconds:.1f} s for them"
         )
     if summary.skipped_steps:
-        lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        lines.append(f"{summary.skipped_steps} steps had a loss or gradient that was not finite and were skipped")
     lines.append(f"adapter: {summary.adapter_dir}")
     if summary.shipped_dir is not None:
         lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
