@@ -474,7 +474,7 @@ def describe(summary: TrainSummary) -> str:
             f"waited {summary.weight_stall_seconds:.1f} s for them"
         )
     if summary.skipped_steps:
-        lines.append(f"{summary.skipped_steps} steps had a loss or gradient that was not finite and were skipped")
+        lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
     lines.append(f"adapter: {summary.adapter_dir}")
     if summary.shipped_dir is not None:
         lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
