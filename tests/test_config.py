@@ -333,3 +333,11 @@ def test_check_names_what_is_read_from_the_hub(capsys: pytest.CaptureFixture[str
 def test_config_mistakes(mistake: Callable[..., str], words: str, expected: str) -> None:
     Path("there.yaml").write_text("modle: base\n" + MINIMAL)
     assert expected in mistake("config", *words.split())
+
+
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size", "--train.batch-size"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_a_flag_is_named_as_it_was_typed(mistake: Callable[..., str], flag: str, joint: str) -> None:
+    Path("there.yaml").write_text(MINIMAL)
+    assert f"{flag} is 0: expected" in mistake("config", "check", "there.yaml", *f"{flag}{joint}0".split())

@@ -209,7 +209,7 @@ def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.Mo
 def test_many_steps_that_are_not_finite_stop_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = loop_module.causal_lm_loss
     monkeypatch.setattr(loop_module, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
-    with pytest.raises(UserError, match=r"not finite 5 times .*lower train.lr \(now 0.005\)"):
+    with pytest.raises(UserError, match=r"not finite 5 times .*lower train.lr \(now 0.005\).*data check"):
         run(make(steps=20))
 
 

@@ -55,7 +55,7 @@ def apply_flags(
                 break
         else:
             target[leaf] = value
-        flags[path] = f"--{name}"
+        flags[path] = word.partition("=")[0]
     # A length from the command line replaces the file's.
     lengths = [name for name in ("steps", "epochs") if f"train.{name}" in flags]
     if len(lengths) == 1 and isinstance(values.get("train"), dict):

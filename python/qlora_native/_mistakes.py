@@ -70,6 +70,9 @@ def explain(
     if kind in ("model_type", "model_attributes_type"):
         return f"{where} is {got!r}: expected a block of keys, one per line"
     message = item["msg"].removeprefix("Value error, ")
+    if kind in ("too_long", "too_short"):
+        least, most = item["ctx"].get("min_length"), item["ctx"].get("max_length")
+        message = f"expected at {f'most {most}' if least is None else f'least {least}'} values"
     if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
         return f"{source}: {path}{'.' if path else ''}{message}"
     expected = re.sub("Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0])

@@ -298,7 +298,10 @@ def insert(
     saved = trained_whole(model, config.modules_to_save)
     chosen = token_modules(model, config.trainable_tokens)
     if both := chosen.keys() & {*saved, *targets}:
-        raise ValueError(f"trainable_tokens: {min(both)} is trained by the adapter already: expected one of both.")
+        raise ValueError(
+            f"trainable_tokens has tokens of {min(both)}, which modules_to_save or target_modules trains whole: leave "
+            "out the tokens or the module."
+        )
     last = max((max(ids) for _, ids in chosen.values()), default=-1)
     if chosen and last >= min(len(part.weight) for part, _ in chosen.values()):  # type: ignore[arg-type]
         _grow(model, last + 1)

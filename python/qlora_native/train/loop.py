@@ -399,6 +399,7 @@ class Trainer:
             advice = f"lower train.lr (now {options.lr:g}) or train.clip (now {options.clip:g})"
             if options.dtype != "float32":
                 advice += ", or set train.dtype to float32"
+            advice += "; if no value helps, look at the rows with `qlora data check`"
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         page.note(f"{what}: not finite, step skipped")
 
