@@ -251,8 +251,7 @@ def test_what_init_writes_is_what_it_says(
 
 
 def test_notes_before_training(files: Path, tmp_path: Path, sentence: Any) -> None:
-    from qlora_native.hf.notes import notes_of
-    from qlora_native.hf.source import open_source
+    from qlora_native.hf.source import notes_of, open_source
 
     kept, other = open_source(files / "kept.gguf"), open_source(tiny_models.save(tmp_path / "gemma3", "Gemma3Text"))
     assert notes_of(kept) == notes_of(open_source(files / "model")) == []

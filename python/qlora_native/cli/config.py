@@ -135,8 +135,7 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     from qlora_native._memory import free_memory
     from qlora_native.estimate import Estimator, Setting
     from qlora_native.estimate.model import opened
-    from qlora_native.hf.notes import notes_of
-    from qlora_native.hf.source import AUTO, Source, four_bit_config
+    from qlora_native.hf.source import AUTO, Source, four_bit_config, notes_of
 
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"

@@ -18,9 +18,7 @@ from qlora_native.hf.build import dense_beside
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
-from qlora_native.hf.notes import notes_of
-from qlora_native.hf.source import AUTO, Source, open_source
-from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
+from qlora_native.hf.source import AUTO, Source, notes_of, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
@@ -76,7 +74,7 @@ def prepare_model(
             fuse(model)
         if not _has_adapters(model):
             if config.quant.save and ranks.world == 1 and stored is None:
-                _store(model, source, user_path(config.output_dir) / STORED, tokenizer, progress)
+                _store(model, source, user_path(config.output_dir), tokenizer, progress)
             statistics = None
             if config.lora.init != ZERO:
                 from qlora_native.hf.residuals import lora_statistics
@@ -145,9 +143,11 @@ def _is_made(config: TrainConfig, source: Source) -> bool:
     return config.quant.method != "rtn" and metadata.get("method") == config.quant.method
 
 
-def _store(model: Any, source: Source | None, folder: Path, tokenizer: Any, progress: Progress) -> None:
+def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
-    source = source_of(model, source)
+    from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
+
+    source, folder = source_of(model, source), output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
         store_base(model, folder, tokenizer)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
