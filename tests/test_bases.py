@@ -154,7 +154,7 @@ def test_the_commands_take_the_weights_that_were_trained(run: Path, tmp_path: Pa
     assert len(losses) == 3 - (run.name == "four-bit")
     assert [losses[name.removesuffix(" + adapter")], losses[name]] == pytest.approx(held_out, abs=0.01)
     merged = command(capsys, "merge", model, adapter, "--out", tmp_path / "merged", "--check", "--sample", rows)
-    assert "not the model" not in merged["verdict"] and merged["retention"]["retention"] == pytest.approx(1, abs=0.02)
+    assert "not the model" not in merged["verdict"] and merged["retention"]["retention"] == pytest.approx(1, abs=0.1)
     made = command(capsys, "export", model, "--adapter", adapter, "--to", "gguf", "--out", tmp_path / "tuned.gguf")
     assert made["num_bytes"] > 0
     whole, exported = (logits(load_dense(tmp_path / name)) for name in ("merged", "tuned.gguf"))
@@ -251,8 +251,7 @@ def test_what_init_writes_is_what_it_says(
 
 
 def test_notes_before_training(files: Path, tmp_path: Path, sentence: Any) -> None:
-    from qlora_native.hf.notes import notes_of
-    from qlora_native.hf.source import open_source
+    from qlora_native.hf.source import notes_of, open_source
 
     kept, other = open_source(files / "kept.gguf"), open_source(tiny_models.save(tmp_path / "gemma3", "Gemma3Text"))
     assert notes_of(kept) == notes_of(open_source(files / "model")) == []

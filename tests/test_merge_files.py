@@ -156,7 +156,7 @@ def test_nf4_is_the_merged_weight_quantized(files: Path, base: str, capsys: Any,
     merge(capsys, out, files / "adapter", "--out", again, "--base", "dequantized", "--to", "nf4")
     stored = qn.load_model(again).model.layers[0].self_attn.q_proj.quantized
     assert (stored.block_size, stored.double_quant) == (32, True)
-    sentence(mistake("merge", out, files / "adapter", "--out", files / "new"))
+    sentence(mistake("merge", out, files / "adapter", "--out", files / "new", "--base", "original"))
 
 
 def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

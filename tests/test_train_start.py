@@ -133,9 +133,6 @@ def test_one_figure_of_memory(files: Path, tmp_path: Path, kind: str, capsys: Ca
     assert (values["model"], values["data"]["train"], values["train"]["epochs"]) == (model, rows, 3)
     (first,) = re.findall(r": ([\d,]+ MiB) of [\d,.]+ [MG]iB by", path.read_text().splitlines()[0])
     more = ["--output_dir", str(tmp_path / "out"), "--steps", "1"]
-    if kind == "gguf":
-        values["quant"] = {}
-        path.write_text(yaml.safe_dump(values))
     assert main(["estimate", str(path), *more]) == 0
     printed = capsys.readouterr().out
     assert "longest of 190 rows" in printed

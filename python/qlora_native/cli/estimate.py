@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qlora_native.estimate import Estimator, Setting
     from qlora_native.estimate.model import opened
-    from qlora_native.hf.notes import notes_of
-    from qlora_native.hf.source import Source
+    from qlora_native.hf.source import Source, notes_of
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)

@@ -135,11 +135,13 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     source = open_source(args.model)
     is_gguf = source.path.suffix == ".gguf"
     tokenizer = source.path if is_gguf else load_tokenizer(str(args.model), args.adapter)
-    if args.type is None:
-        args.type = near_type(source) if is_gguf else "f16"
-        print(f"type {args.type}{f', near that of {source.path.name}' * is_gguf}; --type sets another", file=sys.stderr)
+    kind = args.type or (near_type(source) if is_gguf else "f16")
     with as_write_error(out), atomic_file(out) as partial:
-        return export_gguf(work, partial, args.type, tokenizer, source.path)
+        made = export_gguf(work, partial, kind, tokenizer, source.path)
+    if args.type is None:
+        args.type = kind
+        print(f"type {kind}{f', near that of {source.path.name}' * is_gguf}; --type sets another", file=sys.stderr)
+    return made
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:

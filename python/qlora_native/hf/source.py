@@ -142,6 +142,26 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
+def notes_of(source: Source, quant_type: str = AUTO) -> list[str]:
+    """What a user should read before training, a sentence each: whether the weights of a GGUF file stay as they are
+    with ``quant_type``, and what llama.cpp cannot run."""
+    try:
+        from qlora_native.hf.gguf import ARCHITECTURES
+    except ImportError:  # of the package gguf, without which nothing is exported for llama.cpp
+        return []
+    name, kind = source.path.name, source.config.model_type
+    notes = []
+    if source.path.suffix == ".gguf" and quant_type != KEEP and not source.keeps(quant_type):
+        why = f"those of {kind} are not kept"
+        why = "without quant.type and quant.method they stay" if source.keeps(AUTO) else why
+        notes.append(f"{name}: its weights are converted to 4 bits anew and do not stay as they are; {why}")
+    if kind not in ARCHITECTURES:
+        notes.append(
+            f"{name}: llama.cpp's formats are not written for {kind}; what is trained can be merged into safetensors"
+        )
+    return notes
+
+
 # What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
 _COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
 MOST_LAYERS = 2048

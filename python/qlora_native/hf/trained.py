@@ -95,9 +95,8 @@ def check_base(adapter: Path | None, record: dict[str, str], model: str) -> None
 
 
 def write_record(folder: Path, record: dict[str, str]) -> None:
-    """Write ``folder``/RECORD, if there is something to record."""
-    if record:
-        (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write ``folder``/RECORD."""
+    (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_record(adapter: Path) -> dict[str, str]:

@@ -35,7 +35,6 @@ from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.hf.source import load_tokenizer, open_source
-from qlora_native.hf.trained import check_base, record_of, stored_base, write_record
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
 from qlora_native.train.checkpoint import (
@@ -155,6 +154,8 @@ class Trainer:
             yield
 
     def _train(self) -> TrainSummary:
+        from qlora_native.hf.trained import check_base, record_of, stored_base
+
         config, options, ranks = self.config, self.config.train, self.ranks
         keep_freed_memory(options.grad_checkpointing)
 
@@ -405,7 +406,9 @@ class Trainer:
 
     def _write_adapter(self, folder: Path) -> None:
         save_adapter(self.model, folder, write=self.ranks.is_first)  # every rank takes part in gathering it
-        if self.ranks.is_first:
+        if self.ranks.is_first and self.base:
+            from qlora_native.hf.trained import write_record
+
             write_record(folder, self.base)
 
     def _save_adapter(self, folder: Path, state: TrainState, retention: dict[str, Any] | None = None) -> Path:

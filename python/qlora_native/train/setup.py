@@ -18,9 +18,7 @@ from qlora_native.hf.build import dense_beside, four_bit_parts
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
-from qlora_native.hf.notes import notes_of
-from qlora_native.hf.source import AUTO, Source, open_source
-from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
+from qlora_native.hf.source import AUTO, Source, notes_of, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.nn import QuantizedLinear
@@ -78,7 +76,7 @@ def prepare_model(
         else:
             fuse(model)
         if not _has_adapters(model) and config.quant.save and ranks.world == 1 and stored is None:
-            _store(model, source, user_path(config.output_dir) / STORED, tokenizer, progress)
+            _store(model, source, user_path(config.output_dir), tokenizer, progress)
         if adapter is not None:
             load_adapter(model, adapter)
             for _, layer in lora_layers(model):
@@ -185,9 +183,11 @@ def _in_words(count: float) -> str:
     return f"{count:.3g}{unit}"
 
 
-def _store(model: Any, source: Source | None, folder: Path, tokenizer: Any, progress: Progress) -> None:
+def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
-    source = source_of(model, source)
+    from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
+
+    source, folder = source_of(model, source), output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
         store_base(model, folder, tokenizer)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
