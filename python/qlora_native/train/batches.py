@@ -36,6 +36,14 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return load_split(config.data, tokenizer, config.train.seed, folder=user_path(config.output_dir))
 
 
+def describe_rows(rows: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
+    """What is trained on and what is held out, as lines to print."""
+    if held_out is None:
+        return [rows.stats.describe()]
+    is_part = held_out.stats.path == rows.stats.path
+    return [rows.stats.describe(), f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe()]
+
+
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
     size, seed = config.train.batch_size * config.train.grad_accum, config.train.seed

@@ -11,7 +11,6 @@ run stops. A step that runs out of memory is repeated, once, with the optimizer'
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +20,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 
@@ -36,7 +34,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.hf.source import load_tokenizer, open_source
 from qlora_native.lora import load_adapter, save_adapter
-from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
+from qlora_native.train.batches import Batch, check_packing, describe_rows, load_rows, make_sampler, micro_batches
 from qlora_native.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -55,6 +53,7 @@ from qlora_native.train.setup import (
     make_optimizer,
     parameter_groups,
     prepare_model,
+    seed_all,
     settle_method,
     what_is_trained,
 )
@@ -181,9 +180,8 @@ class Trainer:
             memory = MemoryReport(config, stored or source, config.data.longest(rows), len(rows))
         budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
         options_of_it: dict[str, Any] = {"source": source, "stored": stored, "layers_budget": budget}
-        options_of_it |= {"tokenizer": self.tokenizer, "quiet": self.quiet}
-        options_of_it["adapter"] = config.adapter if checkpoint is None else None
-        self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it)
+        options_of_it |= {"tokenizer": self.tokenizer, "adapter": None if checkpoint else config.adapter}
+        self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet, **options_of_it)
         self.base = record_of(model, source, stored, self.output_dir)
         check_base(config.adapter, self.base, config.model)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
@@ -198,10 +196,7 @@ class Trainer:
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
         state = TrainState(scale=LossScale(LARGEST_SCALE if options.dtype == "float16" else 1.0))
-        seed = options.seed + ranks.rank  # dropout differs from rank to rank
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(options.seed + ranks.rank)  # dropout differs from rank to rank
         if checkpoint is not None:
             load_adapter(model, checkpoint)
             with reading(checkpoint, BEFORE):
@@ -213,10 +208,8 @@ class Trainer:
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
         is_converted = source is not None and not source.is_four_bit
         progress.note(what_is_trained(config, model, is_converted, total))
-        progress.note(rows.stats.describe())
-        if held_out is not None:
-            is_part = held_out.stats.path == rows.stats.path
-            progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
+        for line in describe_rows(rows, held_out):
+            progress.note(line)
         facts: dict[str, Any] = {"config": config.to_yaml(), "model": config.model, "steps": total}
         facts["rows"] = [data.stats.as_dict() for data in (rows, held_out) if data is not None]
         page = RunPage(self.output_dir if ranks.is_first else None, facts, progress, lambda: state.step, memory)

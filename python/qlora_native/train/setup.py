@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from qlora_native._io import as_user_error, as_write_error, user_path
@@ -260,6 +262,13 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
         raise ValueError(f"{why}: it needs the training rows or quant.calibration")
     # Not the file: it also holds the rows that are held out.
     return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=config.train.seed)
+
+
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and torch's generators begin from ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
