@@ -25,6 +25,7 @@ REASONS = {
     r"could not import '(?P<program>mlflow|wandb|trackio|lm_eval|scipy)': .*": "they are large; .ci/full installs them",
     r"--[a-z-]+ was not given; \.ci/full gives it": "takes minutes or other packages",
     r"no (?P<program>demo) model in the cache: .*": "a download of 93 MB; .ci/run fetches it first",
+    r"no git clone, in which paths are looked up": "reads the history; an unpacked sdist has none",
     r"root may write anywhere": "shows what a folder without permission does",
     r"this CPU cannot flush subnormals": "checks that flushing them changes nothing",
     r"this kernel gives none|the system does not (list its|let a process choose) .*": "kernels differ",

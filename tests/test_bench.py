@@ -90,7 +90,10 @@ def test_prepacked_is_the_plain_product() -> None:
     assert common.relative_error(ceilings.prepacked(weight, 5)(x), x.double() @ weight.double().t()) < 1e-6
 
 
-def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(tmp_path: Path) -> None:
+def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     result: dict[str, Any] = {"rows": [{"ms": {"ours": [1.0, 2.0, 3.0]}, "bars": []}], "note": "a, b"}
     common.write_json(str(tmp_path / "r.json"), result)
     text = (tmp_path / "r.json").read_text(encoding="utf-8")
@@ -100,6 +103,7 @@ def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(tmp_path: P
 
 def test_a_result_without_a_name_is_called_by_its_cpu_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     result = {"bench": "train", "machine": {"cpu_isa": "avx2"}, "birth": {"commit": "kept"}}
     common.write_json("", result)
     common.write_json("", result, "train_learn")

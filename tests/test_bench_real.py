@@ -60,7 +60,7 @@ def test_the_pages_have_a_row_for_each_model() -> None:
     ]
     tables = [line for line in real_page.section(results) if line.startswith("| ")]
     assert len(tables) == 3 + 4 + 1 + 2
-    assert "| Qwen2.5-Coder-1.5B-Instruct | with | 7.1 |  |  |" in tables
+    assert "| Qwen2.5-Coder-1.5B-Instruct | with | amx | 7.1 |  |  |" in tables
     assert real_page.headline({}) == []
 
 

@@ -52,7 +52,7 @@ def test_every_result_is_born_and_has_paths_that_exist() -> None:
     names = {file.stem.rpartition("-")[0] for cpu in pages.CLASSES for file in RESULTS.glob(f"*-{cpu}.json")}
     assert names and names <= births.PATHS.keys()
     if not (ROOT / ".git").exists():
-        pytest.skip("a path is looked up in git")
+        pytest.skip("no git clone, in which paths are looked up")
     for name, paths in births.PATHS.items():
         for path in paths if name in names else ():
             assert git(ROOT, "ls-files", "--", path), f"{name}: {path}"

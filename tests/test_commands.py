@@ -30,7 +30,7 @@ MISTAKES = {
     "demo --no-such-option": "unrecognized arguments: --no-such-option",
     "train gone.yaml": "gone.yaml does not exist",
     "train": "expected a config file, or --model",
-    "train --model m --train r.jsonl --no-such-option 1": "--no_such_option is not a key",
+    "train --model m --train r.jsonl --no-such-option 1": "--no-such-option is not a key",
     "quantize gone --out new": "gone is not there",
     "quantize {model}": "the following arguments are required: --out",
     "quantize {model} --out {model}": "{model} exists already",

@@ -41,7 +41,18 @@ OTHERS = {
     "merge": ["merge", "{model}", "{adapter}", "--out", "{out}/new", "--shard-size", "60KB"],
     "export to gguf": ["export", "{model}", "--adapter", "{adapter}", "--to", "gguf", "--out", "{out}/new.gguf"],
     "export to gguf-adapter": [
-        *("export", "{model}", "--adapter", "{adapter}", "--to", "gguf-adapter", "--out", "{out}/new.gguf")
+        *(
+            "export",
+            "{model}",
+            "--adapter",
+            "{adapter}",
+            "--to",
+            "gguf-adapter",
+            "--base",
+            "original",
+            "--out",
+            "{out}/new.gguf",
+        )
     ],
     "export to peft": ["export", "{model}", "--adapter", "{adapter}", "--to", "peft", "--out", "{out}/new"],
 }

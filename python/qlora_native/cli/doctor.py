@@ -25,7 +25,7 @@ from qlora_native.ops import _library
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
 EXTRAS = {
     "train": "transformers pydantic yaml rich jinja2 gguf accelerate sentencepiece matplotlib",
-    "bench": "peft bitsandbytes",
+    "bench": "peft bitsandbytes kernels xllamacpp",
 }
 OPTIONAL = ("bench",)  # no command needs them
 VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes"
