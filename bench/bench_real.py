@@ -16,9 +16,10 @@ first loss is that of transformers' code in fp32 on the decoded weights, to 0.5 
 same file; seconds include the prompt. `match`: whether our tokens are the peer's, or part from them first where the
 peer itself nearly wavers.
 
-With `--work` a row that was measured at this commit with these settings is taken from there, so that a run that was
-killed goes on. Takes about 80 minutes on two cores with AMX: 45 for 1.5b, 18 for 0.5b, 17 for gemma-270m. Needs 5 GB of
-disk and, without checkpointing for 1.5b, 12 GB of memory; needs the extra `bench`, and xllamacpp for its rows.
+With `--work` a row that was measured with this code (`births.PATHS`) and these settings is taken from there, so that a
+run that was killed goes on. Takes about 80 minutes on two cores with AMX: 45 for 1.5b, 18 for 0.5b, 17 for gemma-270m.
+Needs 5 GB of disk and, without checkpointing for 1.5b, 12 GB of memory; needs the extra `bench`, and xllamacpp for its
+rows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import births
 import isa_env  # noqa: F401  (before torch)
 import torch
 from bench_generate import NEAR_TIE, first_difference
@@ -178,8 +180,9 @@ def measure(name: str, arguments: argparse.Namespace, work: Path, measured: Ceil
     """The rows of one model."""
     source, folder, here, born = model_file(name), work / name, machine(), birth()
     steps = {"train": arguments.steps, "learn": arguments.learn_steps}
-    commit = born["commit"] + f", changed, {time.time()}" * born["changed"]  # which no other run has
-    key = {"model": name, "steps": steps, "seed": arguments.seed, "commit": commit, "isa": here["cpu_isa"]}
+    code = births.last_change("real") or born["commit"]
+    code += f", changed, {time.time()}" * bool(born["changed"])  # which no other run has
+    key = {"model": name, "steps": steps, "seed": arguments.seed, "code": code, "isa": here["cpu_isa"]}
 
     def fresh() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,7 @@ _QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels-quantize", "kernels-ne
 PATHS: dict[str, tuple[str, ...]] = {
     "train": _TRAIN,
     "train_learn": _TRAIN,
-    "real": (*_STEP, "bench/bench_real.py"),
+    "real": (*_STEP, "bench/bench_real.py", "bench/real_sides.py", "bench/train_sides.py"),
     "generate": (*_MODEL, "bench/bench_generate.py"),
     "linear": (*_PRODUCTS, f"{_PACKAGE}/functional.py", "bench/bench_linear.py", "bench/linear_contenders.py"),
     "quantize": (*_KERNELS, *(f"cpp/cpu/{name}*" for name in _QUANTIZE), "bench/bench_quantize.py"),
@@ -90,6 +90,15 @@ def changed_since(commit: str, paths: tuple[str, ...]) -> tuple[str, ...] | None
     except (OSError, subprocess.CalledProcessError):  # no git, an sdist, a shallow clone
         return None
     return tuple(done.stdout.split())
+
+
+def last_change(name: str) -> str | None:
+    """The commit that last changed what a figure depends on; None where git cannot tell."""
+    command = ["git", "log", "-1", "--format=%H", "--", *PATHS[name]]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def is_old(name: str, result: Mapping[str, Any]) -> bool:
