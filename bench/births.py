@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = " †"
+WIDTH = 116  # of a page's line, before marks
 FOOTNOTE = "A † behind a CPU class: code of that bench has changed since (`python bench/readme.py --marks` lists it)."
 
 _PACKAGE = "python/qlora_native"
@@ -120,7 +122,8 @@ def lines(results: Results) -> list[str]:
         if "until" in birth:
             words += f", until {birth['until']['date']}, commit {birth['until']['commit'][:7]}"
         found.setdefault(words, []).append(cpu)
-    return [f"{words} ({', '.join(classes)})." for words, classes in found.items()]
+    sentences = (f"{words} ({', '.join(classes)})." for words, classes in found.items())
+    return [line for text in sentences for line in textwrap.wrap(text, WIDTH, break_on_hyphens=False)]
 
 
 def marked(name: str, text: Iterable[str], results: Results) -> list[str]:

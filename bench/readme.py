@@ -370,13 +370,12 @@ def little_memory(folder: Path) -> list[str]:
         if row["speed_to_unlimited"] is not None:
             line += f", {number(row['speed_to_unlimited'])} times its speed without one"
         lines.append(f"{line} ({cpu}).")
-    about = "Random weights in the shapes of Llama 3, in files that stay where they are, on two CPU cores "
-    return [f"{about}([how](docs/any-file.md)).", *lines] if lines else []
+    return [*lines, "Both have random weights in the shapes of Llama 3 ([how](docs/any-file.md))."] if lines else []
 
 
 def summary(folder: Path) -> list[str]:
-    """The training table of README.md, the runs in little memory, and how many bars were met."""
-    results = results_of("train", folder)
+    """README.md's tables of training, the runs in little memory, and where all figures and missed goals are."""
+    results, real = results_of("train", folder), results_of("real", folder)
     body = [
         [
             PEERS[row["peer"]],
@@ -389,25 +388,20 @@ def summary(folder: Path) -> list[str]:
         for row in result["rows"]
         if not row["peer"].startswith("ours")
     ]
+    head = ["peer of SmolLM2-135M", "CPU class", "speed", "tokens a second, ours / peer"]
+    tables = births.marked("real", real_page.headline(real), real)
+    tables += births.marked("train", table([*head, "peak memory, MiB, ours / peer"], body), results)
     every_goal = goals.found(folder)
     missed = sum(not goal.met for goal in every_goal)
     return [
-        *real_page.headline(results_of("real", folder)),
-        "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
-        f"Machine: {machines(results)}.",
-        *births.lines(results),
-        births.FOOTNOTE,
+        "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
         "",
-        *births.marked(
-            "train",
-            table(
-                ["peer", "CPU class", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body
-            ),
-            results,
-        ),
-        "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",
-        f"Of {len(every_goal)} goals {len(every_goal) - missed} are met, and "
-        f"[{missed} are missed](docs/performance.md#missed-goals).",
+        *tables,
+        *dict.fromkeys(f"Machine: {machines(found)}." for found in (real, results) if found),
+        *dict.fromkeys(line for found in (real, results) for line in births.lines(found)),
+        *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
+        f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
+        "missed](docs/performance.md#missed-goals).",
         "",
         *little_memory(folder),
     ]

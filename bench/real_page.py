@@ -68,7 +68,7 @@ def title(row: dict[str, Any]) -> str:
 
 def headline(results: Results) -> list[str]:
     """The table of README.md: a row for each model; nothing before it was measured."""
-    from readme import faster, machines, number
+    from readme import faster, number
 
     body = []
     for cpu, result in results.items():
@@ -84,11 +84,6 @@ def headline(results: Results) -> list[str]:
             body.append([*cells, " / ".join(number(speeds[name][1]) for name in decoders)])
     if not body:
         return []
-    head = ["model", "CPU class", "speed", "tokens a second, ours / PEFT", "peak memory, MiB, ours / PEFT"]
-    return [
-        "Training of real GGUF files, with gradient checkpointing, against transformers + PEFT on their 16-bit form,",
-        "then the held-out loss after the demo's task, and greedy decoding.",
-        f"Machine: {machines(results)}.",
-        "",
-        *table([*head, "held-out loss, ours / PEFT", "decoded a second, ours / transformers / llama.cpp"], body),
-    ]
+    head = ["GGUF file, against PEFT on its 16-bit form", "CPU class", "speed", "tokens a second, ours / PEFT"]
+    head += ["peak memory, MiB, ours / PEFT", "held-out loss, ours / PEFT", "decoding, ours / 16 bits / llama.cpp"]
+    return table(head, body)

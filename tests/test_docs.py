@@ -73,6 +73,8 @@ NOT_RUN = {  # how a command begins that no test runs, and why
     "hf download": "needs a network",
     "git clone": "needs a network and an address; .ci/walk.py clones",
     "cd": "enters the clone",
+    "python3 -m venv": "makes an environment; .ci/walk.py makes one",
+    ".": "activates it",
     "qlora demo": "downloads a model; .ci/full runs it",
     "python -m llama_cpp.server": "test_serving.py --llama-cpp starts it",
     "llama-cli": "needs llama.cpp's own programs",
