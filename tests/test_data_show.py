@@ -96,6 +96,7 @@ def test_on_a_terminal_trained_tokens_are_colored(
 ) -> None:
     pytest.importorskip("rich")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = shown(capsys, files / "config.yaml", "--rows", "1")

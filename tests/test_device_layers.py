@@ -295,7 +295,7 @@ def test_a_run_that_does_not_fit_streams_by_itself(
                 estimate = estimator.at(cuda_graph=False, length=8)
                 layers = sum(unit.num_bytes for unit in device_layers.layer_units(estimator.modules))
                 report.predicted = estimate
-                report._fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5), 8)
+                report._fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5))
 
             patch.setattr(memory.MemoryReport, "__init__", small)
             Trainer(config).train()

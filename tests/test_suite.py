@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def test_a_skip_for_no_listed_reason_fails_the_run(body: str, words: list[str], 
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.append({str(TESTS)!r})\npytest_plugins = ['skips']\n")
     for more in ([], ["-n", "2"]):
         command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path), *words, *more]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == code, done.stdout
         assert ("reasons of skips" in done.stdout) == (".skip" in body or "importorskip" in body)
 

@@ -121,6 +121,7 @@ def main() -> int:
     import pytest
 
     os.environ["BNB_TEST_DEVICE"] = "cpu"
+    os.environ.pop("PYTEST_ADDOPTS", None)  # options of our own suite
     os.chdir(folder)
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent)]
     install()
