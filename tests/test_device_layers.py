@@ -291,8 +291,8 @@ def test_a_run_that_does_not_fit_streams_by_itself(
 
             def small(report: Any, config: TrainConfig, source: Any, *sizes: int) -> None:
                 make_report(report, config, source, *sizes)
-                estimator = Estimator(source, Setting.from_config(config, "cuda"))
-                estimate = estimator.at(cuda_graph=False, length=8)
+                estimator = Estimator(source, Setting.from_config(config, "cuda", 1 << 20, 8))
+                estimate = estimator.at(cuda_graph=False)
                 layers = sum(unit.num_bytes for unit in device_layers.layer_units(estimator.modules))
                 report.predicted = estimate
                 report._fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5))
