@@ -156,13 +156,14 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         estimator = Estimator(source, Setting(device=device))
     chosen = start(estimator, limit, **rows)
     estimate, optimizer = chosen.estimate, chosen.optimizer
-    setting, peak, needed = estimate.setting, estimate.peak, size(estimate.total + estimate.reserve)
+    setting, needed = estimate.setting, size(estimate.total + estimate.reserve)
     if not chosen.fits:
         raise UserError(
             f"{model} does not fit {where}: a row of {setting.length} tokens takes {needed} of "
             f"{size(limit)}; take a larger card or a smaller model"
         )
-    weights = peak.weights + peak.scales + peak.dense
+    step = estimate.moments["step"]  # while the peak may be that of loading
+    weights = step.weights + step.scales + step.dense
     usable = int(MARGIN * limit)
     longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
     here = {name: getattr(setting, name) for name in ("batch_size", "length", "optimizer", "micro_batches")}
@@ -173,7 +174,7 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         quant = f"""quant:
   type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
   block_size: 64              # weights that share a scale
-  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
+  double_quant: true          # false keeps the scales in fp32, for {size(3 * step.scales)} more
   method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
 """
     about = "".join(f"# {note}\n" for note in notes)
@@ -192,7 +193,7 @@ data:
 
 {quant}
 lora:
-  r: {setting.lora.r:<25}# {peak.adapters / 4e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
+  r: {setting.lora.r:<25}# {step.adapters / 4e6:,.1f} million trained weights, {size(2 * step.adapters)} with gradients
   alpha: 32                   # 2 * r is the usual start
   dropout: 0.0                # 0.05 to 0.1 helps on small data
   target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less
@@ -202,7 +203,7 @@ train:
   batch_size: {chosen.batch_size:<16}# rows in memory at once; up to {widest} fit
   grad_accum: {chosen.grad_accum:<16}# a step learns from {chosen.batch_size * chosen.grad_accum} rows, in as many parts
   eval_every: {chosen.eval_every:<16}# steps between evaluations on the held-out rows
-  optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
+  optimizer: {optimizer:<17}# its states take {size(step.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about
   grad_checkpointing: true    # false is about a third faster and takes {all_kept} here

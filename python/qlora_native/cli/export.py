@@ -120,10 +120,11 @@ def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
-    from qlora_native.export.gguf import export_gguf, near_type
+    from qlora_native.export.gguf import architecture_of, export_gguf, near_type
     from qlora_native.export.gguf_kept import export_kept
     from qlora_native.hf.source import load_tokenizer, open_source
 
+    architecture_of(open_source(args.model))  # before minutes of work
     work = _merging(args, "fp32")
     if (args.type == "keep") != bool(args.calibration):
         raise UserError(
@@ -149,8 +150,10 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.hf.source import open_source
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
 
-    if args.adapter is None or args.type is not None:
-        raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
+    if args.adapter is None:
+        raise UserError("qlora export: --to peft needs MODEL, the base, and --adapter DIR")
+    if args.type is not None:
+        raise UserError("qlora export: --to peft takes no --type: the adapter is written as it is")
     work = _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
     config = read_json(args.adapter / CONFIG_NAME)
     is_stored = work.source.path != open_source(args.model).path
@@ -165,16 +168,19 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf-adapter", "gguf")
+    from qlora_native.export.gguf import architecture_of
     from qlora_native.export.gguf_adapter import export_adapter
+    from qlora_native.hf.source import open_source
 
     if args.type is not None:
         raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")
     run = run_of(args.adapter)
     if args.base is None and run is not None and as_trained(args).options.get("quant_type") != "keep":
+        architecture_of(open_source(args.model))  # else the advice would not work
         command = shlex.join(["qlora", "export", str(args.model), "--adapter", str(args.adapter), "--to", "gguf"])
         raise UserError(
             f"{args.adapter} was trained on 4-bit weights, and llama.cpp adds it to those of a GGUF file: "
-            f"`{command} --out tuned.gguf` writes the model that was trained, --base original the adapter all the same"
+            f"`{command} --out tuned.gguf` writes the model that was trained; --base original writes the adapter alone"
         )
     args.base = "dequantized" if is_four_bit(args.model) else "original"
     work = _merging(args, "fp32")

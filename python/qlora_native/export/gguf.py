@@ -77,6 +77,17 @@ class _Tensor(NamedTuple):
             encode(part.float(), self.kind).tofile(file)
 
 
+def architecture_of(source: Source) -> Architecture:
+    """Where llama.cpp has the weights of a model; UserError if it is not mapped to GGUF here."""
+    kind = source.config.model_type
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{source.path} is a {kind} model, which this library does not export to GGUF; it does "
+            f"{', '.join(ARCHITECTURES)}. Export --to safetensors and convert that with llama.cpp."
+        )
+    return ARCHITECTURES[kind]
+
+
 def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model: Path) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
@@ -86,13 +97,7 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
     in the folder ``model``; or it is a GGUF file, whose own is copied. UserError if the architecture, its rotary
     scaling or its tokenizer is not mapped to GGUF here.
     """
-    config = work.source.config
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise UserError(
-            f"{work.source.path} is a {config.model_type} model, which this library does not export to GGUF; it does "
-            f"{', '.join(ARCHITECTURES)}. Export --to safetensors and convert that with llama.cpp."
-        )
+    config, architecture = work.source.config, architecture_of(work.source)
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(tokenizer, Path):

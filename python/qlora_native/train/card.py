@@ -32,6 +32,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     if is_made:
         base = "GGUF file whose weights stayed as they are" if is_kept else "base in 4 bits"
         arguments = repr(str(Path(config.output_dir) / record["folder"]) if is_stored else model)
+    started = "" if lora.adapter is None else f", from the adapter in {lora.adapter}"
     trains_more = bool(lora.modules_to_save or lora.trainable_tokens)
     skipped = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept) if trains_more else []
     if skipped and (is_kept or not is_made):
@@ -45,7 +46,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data]
     losses = ""
     if facts["loss_after"] is not None:
-        before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "
+        before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before these steps, "
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
     if facts["retention"] is not None:
         from qlora_native.evaluate.retention import describe
@@ -54,7 +55,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     answers = ""
     if facts["samples"]:
         shown = json.dumps(facts["samples"], indent=1, ensure_ascii=False)
-        answers = f"## Answers\n\nBefore training, and by this adapter:\n\n```json\n{shown}\n```\n\n"
+        answers = f"## Answers\n\nBefore these steps, and by this adapter:\n\n```json\n{shown}\n```\n\n"
     packages = ("torch", "transformers", "safetensors")
     versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     text = f"""---
@@ -71,11 +72,11 @@ tags:
 # LoRA adapter for {Path(model).name}
 
 Trained with qlora_native on a {base}: rank {lora.r}, alpha {lora.alpha:g}, {facts["step"]} steps,
-{facts["tokens"]:,} tokens.
+{facts["tokens"]:,} tokens{started}.
 {losses}
 ## Load it
 
-On the base as it was trained.{made}
+On the base as it was trained, from the folder in which the run was started.{made}
 
 ```python
 import qlora_native as qn
