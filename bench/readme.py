@@ -374,8 +374,11 @@ def little_memory(folder: Path) -> list[str]:
 
 
 def summary(folder: Path) -> list[str]:
-    """README.md's tables of training, the runs in little memory, and where all figures and missed goals are."""
-    results, real = results_of("train", folder), results_of("real", folder)
+    """README.md's tables of training, of SmolLM2-135M as it was measured last, the runs in little memory, and where all
+    figures and missed goals are."""
+    real, found = results_of("real", folder), results_of("train", folder)
+    newest = max((result["birth"]["date"] for result in found.values() if births.is_born(result)), default="")
+    results = {cpu: result for cpu, result in found.items() if not newest or result["birth"]["date"] == newest}
     body = [
         [
             PEERS[row["peer"]],
@@ -397,8 +400,8 @@ def summary(folder: Path) -> list[str]:
         "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
         "",
         *tables,
-        *dict.fromkeys(f"Machine: {machines(found)}." for found in (real, results) if found),
-        *dict.fromkeys(line for found in (real, results) for line in births.lines(found)),
+        *dict.fromkeys(f"Machine: {machines(each)}." for each in (real, results) if each),
+        *dict.fromkeys(line for each in (real, results) for line in births.lines(each)),
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
         f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
         "missed](docs/performance.md#missed-goals).",
