@@ -356,21 +356,16 @@ def performance(folder: Path) -> list[str]:
 
 def little_memory(folder: Path) -> list[str]:
     """Of each shape the run in the least memory."""
-    lines = []
+    parts = []
     for shape, name in RESIDENCY.items():
         results = results_of(name, folder)
         limited = [(row["limit_gib"], cpu, row) for cpu in results for row in results[cpu]["rows"] if row["limit_gib"]]
-        if not limited:
-            continue
-        _, cpu, row = min(limited, key=lambda found: found[:2])
-        line = (
-            f"{shape}, {results[cpu]['file_bytes'] / 1e9:.1f} GB, trains under a limit of {row['limit_gib']:g} GiB at "
-        )
-        line += f"{number(row['tokens_per_second'])} tokens a second"
-        if row["speed_to_unlimited"] is not None:
-            line += f", {number(row['speed_to_unlimited'])} times its speed without one"
-        lines.append(f"{line} ({cpu}).")
-    return [*lines, "Both have random weights in the shapes of Llama 3 ([how](docs/any-file.md))."] if lines else []
+        if limited:
+            limit, cpu, row = min(limited, key=lambda found: found[:2])
+            speed = number(row["tokens_per_second"])
+            parts.append(f"{shape} trains under {limit:g} GiB at {speed} tokens a second ({cpu})")
+    about = "In little memory, with random weights in the shapes of Llama 3 ([how](docs/any-file.md)):"
+    return [about, f"{', '.join(parts)}."] if parts else []
 
 
 def summary(folder: Path) -> list[str]:
