@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def machines(results: Results) -> str:
 def about(results: Results) -> str:
     """The lines that name the script, the machines, the commits and days."""
     script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
-    return "\n".join([f"Script: [{script}](../{script}).", f"Machine: {machines(results)}.", *births.lines(results)])
+    machine = textwrap.wrap(f"Machine: {machines(results)}.", births.WIDTH, break_on_hyphens=False)
+    return "\n".join([f"Script: [{script}](../{script}).", *machine, *births.lines(results)])
 
 
 def every(results: Results) -> list[Row]:
@@ -389,6 +391,8 @@ def summary(folder: Path) -> list[str]:
     head = ["peer of SmolLM2-135M", "CPU class", "speed", "tokens a second, ours / peer"]
     tables = births.marked("real", real_page.headline(real), real)
     tables += births.marked("train", table([*head, "peak memory, MiB, ours / peer"], body), results)
+    commits = [result["birth"] for each in (real, results) for result in each.values() if births.is_born(result)]
+    born = dict.fromkeys(f"{birth['commit'][:7]} of {birth['date']}" for birth in commits)
     every_goal = goals.found(folder)
     missed = sum(not goal.met for goal in every_goal)
     return [
@@ -396,11 +400,10 @@ def summary(folder: Path) -> list[str]:
         "",
         *tables,
         *dict.fromkeys(f"Machine: {machines(each)}." for each in (real, results) if each),
-        *dict.fromkeys(line for each in (real, results) for line in births.lines(each)),
+        f"Commits: {', '.join(born)}.",
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
         f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
         "missed](docs/performance.md#missed-goals).",
-        "",
         *little_memory(folder),
     ]
 
