@@ -60,7 +60,7 @@ def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
     assert head["base_model"] == str(folder / "model") and head["library_name"] == "peft" and "lora" in head["tags"]
     assert hashlib.sha256((folder / "rows.jsonl").read_bytes()).hexdigest() in body
     losses = [line["eval_loss"] for line in read_metrics(folder / "out" / "metrics.jsonl") if "eval_loss" in line]
-    assert f"{losses[0]:.4f} before these steps, {losses[-1]:.4f} nats a token" in body
+    assert f"{losses[0]:.4f} before" in body and f"{losses[-1]:.4f} nats" in body
     assert f"- torch {version('torch')}" in body and f"- qlora_native {qn.__version__}" in body
     (config,) = re.findall(r"```yaml\n(.*?)```", body, re.DOTALL)
     assert yaml.safe_load(config) == yaml.safe_load((folder / "out" / "adapter" / "config.yaml").read_text())
