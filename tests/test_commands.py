@@ -63,7 +63,7 @@ MISTAKES = {
     "merge gone adapter --out new": "gone is not there",
     "merge {model} {model} --out new": "has no adapter_config.json",
     "export {model} --to onnx --out new": "argument --to: invalid choice: 'onnx'",
-    "export {model} --to peft --out new": "--to peft takes --adapter DIR",
+    "export {model} --to peft --out new": "--to peft needs MODEL",
     "export gone --to gguf --out new.gguf": "gone is not there",
     "chat gone": "gone is not there",
     "chat {model} --temperature -1": "temperature is -1.0",

@@ -207,7 +207,7 @@ def test_safetensors_of_a_4_bit_model(files: Path, capsys: pytest.CaptureFixture
         ("{0}/model --out {0}/new", "required: --to"),
         ("{0}/model --to gguf --out {0}/new", "ends in .gguf"),
         ("{0}/model --to gguf --out {0}/old.gguf", "{0}/old.gguf exists already"),
-        ("{0}/model --to peft --out {0}/new", "--to peft takes --adapter DIR"),
+        ("{0}/model --to peft --out {0}/new", "--to peft needs MODEL"),
         ("{0}/model --to safetensors --type q8_0 --out {0}/new", "--type q8_0 is of GGUF"),
         ("{0}/gpt2 --to gguf --out {0}/new.gguf", "is a gpt2 model"),
         ("{0}/yarn --to gguf --out {0}/new.gguf", "rotary embedding by 'yarn'"),
