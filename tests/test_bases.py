@@ -22,7 +22,8 @@ from runs import Crash, crash_at
 import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.hf.load import load_dense
-from qlora_native.hf.trained import RECORD, STORED
+from qlora_native.hf.source import open_source
+from qlora_native.hf.trained import RECORD, STORED, read_record, stored_base
 from qlora_native.train.progress import read_metrics
 
 IDS = torch.arange(5, 45)[None]
@@ -76,6 +77,35 @@ def config_of(files: Path, kind: str) -> Path:
     config = files / f"{kind}.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     return config
+
+
+def test_a_run_that_starts_from_the_adapter_is_on_the_same_weights(files: Path, run: Path, tmp_path: Path) -> None:
+    """Whatever they were made by, without a section ``quant``: the loss goes on where the first run ended."""
+    values = yaml.safe_load(config_of(files, run.name).read_text())
+    del values["quant"]
+    more = {**values, "lora": {"adapter": str(run / "adapter")}, "output_dir": str(tmp_path / "more")}
+    more["train"] = {**values["train"], "steps": 1, "eval_every": 1}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
+    code = main.main(["train", str(tmp_path / "more.yaml")])
+    assert code == (2 if run.name == "folder-unstored" else 0)
+    if code:
+        return
+    ended, began = (
+        [line["eval_loss"] for line in read_metrics(folder / "metrics.jsonl") if "eval_loss" in line]
+        for folder in (run, tmp_path / "more")
+    )
+    assert began[0] == pytest.approx(ended[-1], abs=1e-6)
+    adapter, source = tmp_path / "more" / "adapter", open_source(model_of(run))
+    assert read_record(adapter).get("sha256") == read_record(run / "adapter").get("sha256")
+    assert (stored_base(adapter, source) is not None) == KINDS[run.name][2]
+
+
+def test_an_adapter_of_other_weights_is_no_start(files: Path, tmp_path: Path) -> None:
+    first = trained(files, "folder-wmse") / "adapter"
+    values = {**yaml.safe_load(config_of(files, "kept").read_text()), "output_dir": str(tmp_path)}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**values, "lora": {"adapter": str(first)}}), encoding="utf-8")
+    assert main.main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert not (tmp_path / "adapter").exists()
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:

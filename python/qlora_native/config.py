@@ -358,6 +358,19 @@ class TrainConfig(_Section):
                 raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
 
+    @model_validator(mode="after")
+    def _on_the_weights_of_the_adapter(self) -> TrainConfig:
+        file = None if self.adapter is None else self.adapter / "config.yaml"
+        if file is None or "quant" in self.model_fields_set or not file.is_file():
+            return self
+        quant = QuantConfig.model_validate(read_yaml(file)[0].get("quant") or {})
+        if quant.method != "rtn" and not quant.save:
+            raise ValueError(
+                f"{self.adapter} was trained on weights made by {quant.method}, which its run did not store: set quant"
+            )
+        self.quant = quant
+        return self
+
     @property
     def adapter(self) -> Path | None:
         """The folder of ``lora.adapter``."""

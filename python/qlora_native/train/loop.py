@@ -168,10 +168,10 @@ class Trainer:
             self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model, config.adapter))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
-            fell_back = settle_method(config, source, rows)
+            stored = stored_base(checkpoint or config.adapter, source)
+            fell_back = settle_method(config, stored or source, rows)
             if resume is not None:  # now that the method is known
                 checkpoint = find_checkpoint(config, self.output_dir, resume)
-            stored = stored_base(checkpoint or config.adapter, source)
             self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
