@@ -102,17 +102,9 @@ class DataConfig(_Section):
 
     def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
         """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
-        format = None if self.format == "auto" else self.format
+        options |= {"max_length": self.max_length, "train_on": self.train_on, "columns": self.columns}
         with as_user_error():
-            return load_dataset(
-                path,
-                tokenizer,
-                max_length=self.max_length,
-                format=format,
-                train_on=self.train_on,
-                columns=self.columns,
-                **options,
-            )
+            return load_dataset(path, tokenizer, format=None if self.format == "auto" else self.format, **options)
 
 
 class QuantConfig(_Section):
@@ -363,12 +355,11 @@ class TrainConfig(_Section):
         file = None if self.adapter is None else self.adapter / "config.yaml"
         if file is None or "quant" in self.model_fields_set or not file.is_file():
             return self
-        quant = QuantConfig.model_validate(read_yaml(file)[0].get("quant") or {})
+        self.quant = quant = QuantConfig.model_validate(read_yaml(file)[0].get("quant") or {})
         if quant.method != "rtn" and not quant.save:
             raise ValueError(
                 f"{self.adapter} was trained on weights made by {quant.method}, which its run did not store: set quant"
             )
-        self.quant = quant
         return self
 
     @property
