@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_native._blocks import BLOCKS, keep_blocks
+
 NO_LIMIT = 1 << 60  # bytes
-# Blocks from these sizes on are mappings of their own, which go back to the system when they are freed. In glibc's heap
-# aligned blocks seldom fit holes of their size: it grows beyond what is used, by a fifth without checkpointing, where
-# most is kept anyway, to several times as much with it.
+# malloc's blocks from these sizes on are mappings of their own, which go back to the system when they are freed. In
+# glibc's heap aligned blocks seldom fit holes of their size: with checkpointing it would grow to several times what is
+# used.
 LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING = 8 << 20, 256 << 10
 
 
@@ -196,7 +198,9 @@ def free_device_memory(device: torch.device) -> Free:
 
 
 def trim_heap() -> None:
-    """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes between them."""
+    """Return freed heap to the system, and blocks that the ops keep: glibc keeps it, and tensors of many sizes leave
+    holes between them."""
+    BLOCKS.release()
     if (malloc_trim := _libc("malloc_trim")) is not None:
         malloc_trim(0)
 
@@ -234,9 +238,11 @@ def keep_freed_memory(checkpointing: bool = False) -> bool:
     """Have glibc hold on to freed memory; False without glibc, or where the user has set malloc's variables.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
-    cleared anew, tens of thousands a step. Large blocks still come and go: with ``checkpointing``, which is there to
-    save memory, from 256 KiB on, otherwise from 8 MiB.
+    cleared anew, tens of thousands a step. The ops' large outputs are kept as blocks (qlora_native._blocks), whatever
+    malloc does. Of the rest large blocks come and go: with ``checkpointing``, which is there to save memory, from
+    256 KiB on, otherwise from 8 MiB.
     """
+    keep_blocks()
     mallopt = _libc("mallopt")
     if mallopt is None or any(name in os.environ for name in USER_SETTINGS):
         return False

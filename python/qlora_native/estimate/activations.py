@@ -40,8 +40,6 @@ class LayerBytes:
     square: float  # saved for each pair of positions of a row
     spare: float  # gradients at the peak of its backward pass, for each token
     gradients: int  # of its adapters
-    wide: float = 0.0  # of the widest block that its MLP saves, for each token
-    in_wide: float = 0.0  # part of `token` in blocks of that width
     unknown: tuple[str, ...] = ()  # classes of parts that save more than what is counted here
 
 
@@ -107,7 +105,7 @@ class DecoderLayer:
         dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in self.layer.modules())
         token = self._linears() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
         token += dropouts * self.hidden * (1 if self.setting.device == "cuda" else self.size)
-        square = spare = wide = in_wide = 0.0
+        square = spare = 0.0
         for parent, linears in self.blocks.items():
             module = self.layer.get_submodule(parent)
             if "attention" in type(module).__name__.lower():
@@ -116,8 +114,6 @@ class DecoderLayer:
             elif len(linears) > 1:
                 kept, spare_here = self._mlp(module, parent, linears)
                 token, spare = token + kept, max(spare, spare_here)
-                wide = max(wide, spare_here / 2)
-                in_wide += kept + (spare_here / 2 if self._has_adapted_output(parent) else 0)
         for module in self.layer.modules():
             if isinstance(module, QuantizedExperts) or hasattr(module, "_apply_gate"):
                 kept, spare_here = self._experts(module)
@@ -130,8 +126,6 @@ class DecoderLayer:
             square=square,
             spare=self.hidden * self.size + spare,
             gradients=sum(p.nbytes for p in self.layer.parameters() if p.requires_grad),
-            wide=wide,
-            in_wide=in_wide,
             unknown=tuple(dict.fromkeys(type(m).__name__ for m in self.layer.modules() if _is_recurrent(m))),
         )
 

@@ -32,9 +32,6 @@ from qlora_native.optim import base
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
-# Without checkpointing, glibc's holes beside aligned blocks of the heap, as a share of what is kept there: 17 % of some
-# hundred MiB, less of a few.
-HOLES_SHARE = 0.15
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread, beside what AMX packs
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
@@ -215,7 +212,8 @@ class _Sum:
             passes = (moments[name] for name in ("loss", "backward"))
             graphs = max(terms.activations + terms.loss + terms.scratch for terms in passes)
         if self.setting.device == "cpu":
-            moments = {name: replace(terms, slack=self._slack(terms)) for name, terms in moments.items()}
+            slack = len(self.layers) * LAYER_SLACK
+            moments = {name: replace(terms, slack=slack) for name, terms in moments.items()}
         unknown = tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
         rough = unknown if self.layers else (type(self.estimator.model).__name__,)
         return Estimate(self.setting, moments, paged, graphs, rough)
@@ -301,18 +299,6 @@ class _Sum:
         products = [(tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
         most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
         return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
-
-    def _slack(self, terms: Terms) -> int:
-        slack: float = len(self.layers) * LAYER_SLACK
-        if not self.setting.checkpointing:
-            slack += HOLES_SHARE * max(0.0, terms.activations - sum(map(self._mapped, self.layers)))
-        return round(slack)
-
-    def _mapped(self, layer: LayerBytes) -> float:
-        """What a layer keeps in blocks that are mappings of their own and leave no holes."""
-        if self.tokens * layer.input >= LEAST_MAPPED:
-            return self._of(layer)
-        return self.tokens * layer.in_wide if self.tokens * layer.wide >= LEAST_MAPPED else 0.0
 
 
 def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:

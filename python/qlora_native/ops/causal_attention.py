@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
@@ -59,7 +60,7 @@ def _rows(x: Tensor) -> Tensor:
 def _output(q: Tensor) -> Tensor:
     """[B, H, T, D] with the heads of a position side by side, as the product behind reads them."""
     batch, heads, length, width = q.shape
-    return q.new_empty(batch, length, heads, width).transpose(1, 2)
+    return empty_like(q, (batch, length, heads, width)).transpose(1, 2)
 
 
 def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call, may_autocast
 from qlora_native.ops._library import Weight, autograd, buffer, cuda_modules, fake, implement, say_once, scratch
@@ -135,7 +136,7 @@ def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, ad
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype)
+    y = empty_like(x, (x.shape[0], rows if is_forward else columns))
     low = up = down = rank = 0
     down_scale = 1.0
     if adapter is not None:  # contiguous by construction
@@ -176,7 +177,7 @@ def _dense(
     x, weight = x.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype) if out is None else out
+    y = empty_like(x, (x.shape[0], rows if is_forward else columns)) if out is None else out
     pointers = (x.data_ptr(), weight.data_ptr(), address(bias), scale, y.data_ptr())
     _with_scratch(partial(_C.dense_linear, is_forward, DTYPE_NUMBER[x.dtype], *pointers, x.shape[0], rows, columns))
     return y

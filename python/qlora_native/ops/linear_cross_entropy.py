@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import Weight, autograd, cuda_modules, fake, implement
 from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
@@ -163,10 +164,10 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
     grad_h, grad_weight = empty_gradients(h, derived, need_grad_h and kept is not None, need_grad_weight)
     narrow = None if rows is None else rows.to(h.dtype)
     if need_grad_h and kept is None:
-        grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
+        grad_h = empty_like(h)
     losses = h.new_empty(tokens, dtype=torch.promote_types(torch.float32, h.dtype))
     chunk = chunk_tokens(device, vocabulary, h.dtype.itemsize, tokens)
-    buffer = torch.empty(chunk if is_dense(weight) else 0, vocabulary, dtype=h.dtype, device=h.device)
+    buffer = empty_like(h, (chunk if is_dense(weight) else 0, vocabulary))
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         where = slice(first, last) if kept is None else kept[first:last]

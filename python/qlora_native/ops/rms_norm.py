@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively
@@ -23,7 +24,7 @@ def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
     """The outputs, uninitialized."""
     if weight.shape[0] == 0:
         raise ValueError(f"rms_norm: x is {list(x.shape)}: expected [..., K], K > 0.")
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @implement("rms_norm", "CompositeExplicitAutograd")
@@ -50,7 +51,7 @@ def anywhere_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, e
 @implement_natively("rms_norm_backward", anywhere_backward)
 def native_backward(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
     grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
-    grad_x = torch.empty_like(x)
+    grad_x = empty_like(x)
     source = grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), rstd.numel(), weight.shape[0]
     run(DTYPE_NUMBER[x.dtype], *source, grad_x.data_ptr())
     return grad_x
@@ -58,7 +59,7 @@ def native_backward(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: T
 
 @fake("rms_norm_backward")
 def backward_shapes(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:

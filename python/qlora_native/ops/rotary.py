@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively
@@ -21,7 +22,10 @@ def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
             f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
             "expected x [B, H, T, D] with an even D, cos and sin of one shape."
         )
-    return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
+    heads_inside = x.transpose(1, 2)
+    if heads_inside.is_contiguous():  # as products make them and take them, without a copy
+        return empty_like(x, heads_inside.shape).transpose(1, 2)
+    return torch.empty_like(x)
 
 
 @implement("rotary", "CompositeExplicitAutograd")

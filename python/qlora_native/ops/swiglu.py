@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
+from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively, save_inputs
@@ -18,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 @fake("swiglu")
 def shapes(gate: Tensor, up: Tensor) -> Tensor:
     """The output, uninitialized."""
-    return gate.new_empty(gate.shape)
+    return empty_like(gate)
 
 
 @implement("swiglu", "CompositeExplicitAutograd")
@@ -42,7 +43,7 @@ def anywhere_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
 @implement_natively("swiglu_backward", anywhere_backward)
 def native_backward(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
-    grads = torch.empty_like(gate), torch.empty_like(up)
+    grads = empty_like(gate), empty_like(up)
     source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
     run(*source, grads[0].data_ptr(), grads[1].data_ptr())
     return grads
@@ -50,7 +51,7 @@ def native_backward(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
 
 @fake("swiglu_backward")
 def backward_shapes(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+    return empty_like(gate), empty_like(up)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> Pair:
