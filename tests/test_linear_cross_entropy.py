@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from helpers import gguf_weight, refuses, relative_error
@@ -56,6 +59,7 @@ def check_loss(
 ) -> None:
     words = weight.shape[0]
     monkeypatch.setattr(op, "LOGIT_BYTES", 4 * words * 7)  # seven tokens a chunk: the last one is partial
+    monkeypatch.setattr(op, "CPU_TOKENS", 7)
     monkeypatch.setattr(op, "DEVICE_TOKENS", 7)
     values = weight.dequantize(dtype) if isinstance(weight, qn.QuantizedWeight) else weight
     truth_weight = values.detach().double()
@@ -126,7 +130,7 @@ def test_no_gradient_work_without_grad() -> None:
 @pytest.mark.devices("cpu")
 def test_full_logits_never_exist() -> None:
     """The largest tensor that the op makes is one chunk of logits."""
-    vocabulary, tokens = 50_000, 2_048
+    vocabulary, tokens = 50_000, 4_096
     h = torch.randn(tokens, 8, requires_grad=True)
     weight = torch.randn(vocabulary, 8)
     labels = labels_for((tokens,), vocabulary, 0.0)
@@ -134,6 +138,24 @@ def test_full_logits_never_exist() -> None:
         qn.linear_cross_entropy(h, weight, labels).backward()
     largest = max((event.self_cpu_memory_usage for event in profile.events()), default=0)
     assert 0 < largest < vocabulary * tokens * 4 / 10
+
+
+@pytest.mark.devices("cpu")
+def test_one_chunk_of_logits_at_a_time(monkeypatch: Patch) -> None:
+    """A quantized weight's product allocates its own, so those of the chunk before are free by then."""
+    monkeypatch.setattr(op, "chunk_tokens", lambda *_: 4)
+    made: list[weakref.ref[Tensor]] = []
+    product = op._logits
+
+    def logits_of(*arguments: Any) -> Tensor:
+        assert all(reference() is None for reference in made)
+        logits = product(*arguments)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(op, "_logits", logits_of)
+    qn.linear_cross_entropy(torch.randn(10, 64), qn.quantize(torch.randn(101, 64)), torch.arange(10))
+    assert len(made) == 3
 
 
 def test_refuses_in_words(request: pytest.FixtureRequest) -> None:

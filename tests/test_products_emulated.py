@@ -255,7 +255,7 @@ def loss_arguments(
 
 
 def test_how_often_the_head_is_read(stubbed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,096 tokens over the 128,256 words of Llama 3, which a chunk of 24 MiB of logits would read 84 times."""
+    """4,096 tokens over the 128,256 words of Llama 3, which chunks of 24 MiB of logits would read 84 times."""
     tokens, words = 4096, 128_256
     monkeypatch.setattr(loss_op, "without_autocast", lambda x: nullcontext())  # which the meta device does not have
     h, head = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (tokens, words))
@@ -264,7 +264,8 @@ def test_how_often_the_head_is_read(stubbed: Callable[..., Any], monkeypatch: py
         loss_op.cuda(*loss_arguments(h, head, torch.empty(tokens, dtype=torch.int64, device="meta")))
     chunks = run.launches.names.count("softmax_loss")
     assert run.launches.names.count("mm") == 2 * chunks <= 9
-    assert 2 * -(-tokens // loss_op.chunk_tokens("cpu", words, 2, tokens)) == 84
+    assert 2 * -(-tokens // loss_op.chunk_tokens("cpu", words, 2, tokens)) == 32
+    assert loss_op.chunk_tokens("cpu", 32_768, 2, tokens) == 384
     assert loss_op.chunk_tokens("cuda", words, 2, tokens) >= 512
     assert loss_op.chunk_tokens("cuda", 100, 2, tokens) == tokens
     assert len(run.launches.names) <= 3 * chunks + 6  # the mean of the losses beside
@@ -295,6 +296,7 @@ def test_the_loss_waits_for_nothing(stubbed: Callable[..., Any], quantized: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_masked_labels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Ignored rows have the gradient 0; one label that is no word makes the loss and its own row NaN, and no other."""
+    monkeypatch.setattr(loss_op, "CPU_TOKENS", 4)
     monkeypatch.setattr(loss_op, "DEVICE_TOKENS", 4)
     monkeypatch.setattr(loss_op, "LOGIT_BYTES", 1)
     h, weight = torch.randn(11, 16).to(dtype), torch.randn(101, 16).to(dtype)

@@ -10,7 +10,7 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_t last, Bf16* packed) {
+void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t stride, int64_t first, int64_t last, Bf16* packed) {
   static constexpr Words kOrder = decoded_order();
   const int64_t steps = (width + kTileStep - 1) / kTileStep;
   for (int64_t group = first; group < last; ++group) {
@@ -19,7 +19,7 @@ void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_
       for (int64_t i = 0; i < kTileRows; ++i) {
         const int64_t row = group * kTileRows + i;
         const int64_t left = row < m ? width - step * kTileStep : 0;
-        rows[i] = _mm512_permutexvar_epi16(words(kOrder), load_up_to_32(x + row * width + step * kTileStep, left));
+        rows[i] = _mm512_permutexvar_epi16(words(kOrder), load_up_to_32(x + row * stride + step * kTileStep, left));
       }
       transpose(rows);
       Bf16* out = packed + (group * steps + step) * kTileSize;
@@ -30,7 +30,7 @@ void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_
   }
 }
 
-void pack_gradient(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_t last, Bf16* packed) {
+void pack_gradient(const Bf16* x, int64_t m, int64_t width, int64_t stride, int64_t first, int64_t last, Bf16* packed) {
   const int64_t steps = (width + kTileStep - 1) / kTileStep;
   for (int64_t group = first; group < last; ++group) {
     for (int64_t i = 0; i < kTileRows; ++i) {
@@ -38,7 +38,7 @@ void pack_gradient(const Bf16* x, int64_t m, int64_t width, int64_t first, int64
       Bf16* out = packed + group * steps * kTileSize + i * kTileStep;
       for (int64_t step = 0; step < steps; ++step, out += kTileSize) {
         const int64_t left = row < m ? width - step * kTileStep : 0;
-        _mm512_storeu_si512(out, load_up_to_32(x + row * width + step * kTileStep, left));
+        _mm512_storeu_si512(out, load_up_to_32(x + row * stride + step * kTileStep, left));
       }
     }
   }
@@ -151,8 +151,9 @@ void strip_product(const TileJob& job, const Bf16* panel, int64_t first_step, in
     _tile_loadd(2, partial + 2 * kSums, 64);
     _tile_loadd(3, partial + 3 * kSums, 64);
   }
-  const Bf16* tokens = job.tokens + (group * job.steps + first_step) * kTileSize;
-  accumulate<kForward, kPair>(panel, tokens, tokens + job.steps * kTileSize, steps, ahead);
+  const int64_t packed_steps = job.last_step - job.first_step;
+  const Bf16* tokens = job.tokens + (group * packed_steps + first_step - job.first_step) * kTileSize;
+  accumulate<kForward, kPair>(panel, tokens, tokens + packed_steps * kTileSize, steps, ahead);
   if (is_last && job.low_steps > 0) {
     const Bf16* low = job.low + group * job.low_steps * kTileSize;
     accumulate<kForward, kPair>(panel + steps * kPanelStep, low, low + job.low_steps * kTileSize, job.low_steps);
@@ -177,18 +178,20 @@ void strip_product(const TileJob& job, const Bf16* panel, int64_t first_step, in
   }
 }
 
-// The order of a sum is that of the reduction, block after block, then the adapter's: wherever the cuts between threads
-// and panels fall, the bits are the same.
+// The order of a sum is that of the reduction, block after block, then the adapter's: wherever the cuts between
+// threads, panels and parts fall, the bits are the same.
 template <bool kForward>
 void tile_product(const TileJob& job, const TileRange& range, const TileScratch& scratch) {
   const TileScope tiles;
   const int64_t pairs = (range.last_group - range.first_group + 1) / 2;
   const int64_t panel_steps = scratch.steps + job.low_steps;
+  const int64_t packed_steps = job.last_step - job.first_step;
   for (int64_t column = range.first_column; column < range.last_column; column += scratch.columns) {
     const int64_t columns = smaller(range.last_column - column, scratch.columns);
     const int64_t strips = (columns + kTileStrip - 1) / kTileStrip;
-    for (int64_t first = 0; first < job.steps; first += scratch.steps) {
-      const int64_t steps = smaller(job.steps - first, scratch.steps);
+    const int64_t others = packed_steps == job.steps ? 0 : (column - range.first_column) / kTileStrip * pairs;
+    for (int64_t first = job.first_step; first < job.last_step; first += scratch.steps) {
+      const int64_t steps = smaller(job.last_step - first, scratch.steps);
       fill_panel<kForward>(job.source, {column, strips, first, steps, panel_steps}, scratch.panel);
       if (first + steps == job.steps && job.low_steps > 0) {
         fill_panel<kForward>(job.up, {column, strips, 0, job.low_steps, panel_steps},
@@ -199,12 +202,13 @@ void tile_product(const TileJob& job, const TileRange& range, const TileScratch&
         for (int64_t strip = 0; strip < strips; ++strip) {
           const Bf16* panel = scratch.panel + strip * panel_steps * kPanelStep;
           const int64_t at = column + strip * kTileStrip;
-          float* partial = scratch.partial == nullptr ? nullptr : scratch.partial + (pair * strips + strip) * 4 * kSums;
+          float* partial =
+              scratch.partial == nullptr ? nullptr : scratch.partial + (others + pair * strips + strip) * 4 * kSums;
           if (group + 1 < range.last_group) {
             Ahead ahead;
             if (group + 3 < range.last_group && strip < kTileRows) {
               ahead.lines = (kTileRows + strips - 1) / strips;
-              ahead.offset = 2 * job.steps * kTileBytes + strip * steps * ahead.lines * 64;
+              ahead.offset = 2 * packed_steps * kTileBytes + strip * steps * ahead.lines * 64;
             }
             strip_product<kForward, true>(job, panel, first, steps, at, group, partial, ahead);
           } else {

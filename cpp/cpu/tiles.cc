@@ -11,16 +11,22 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kTokenBytes = 32 << 20;  // of packed tokens: longer inputs go in turns
+// A turn decodes the whole weight, so it has this many tokens at least: where they are too long, parts of the reduction
+// are packed one after the other. Measured: parts of 4 to 8 MiB are the fastest.
+constexpr int64_t kLeastTurn = 1024;
+constexpr int64_t kPartBytes = 8 << 20;
 constexpr int64_t kSumBytes = kTileRows * kTileRows * static_cast<int64_t>(sizeof(float));
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-// How a product is cut: turns of tokens, a grid of threads over columns and tokens, panels of columns.
+// How a product is cut: turns of tokens, parts of the reduction, a grid of threads over columns and tokens, panels of
+// columns.
 struct Plan {
   int64_t steps;
   int64_t low_steps;
   int64_t width;
-  int64_t turn;  // tokens
+  int64_t turn;          // tokens
+  int64_t packed_steps;  // of a part
   int64_t column_threads;
   int64_t token_threads;
   int64_t columns;  // of a panel
@@ -38,8 +44,12 @@ struct Plan {
     steps = ceil_div(depth, kTileStep);
     low_steps = product.low == nullptr && product.down == nullptr ? 0 : ceil_div(product.r, kTileStep);
     const int64_t pair_bytes = 2 * steps * kTileBytes;  // of two groups of tokens
-    turn = std::max<int64_t>(1, kTokenBytes / std::max<int64_t>(1, pair_bytes)) * 2 * kTileRows;
-    turn = std::min(turn, ceil_div(product.m, kTileRows) * kTileRows);
+    int64_t turn_pairs = std::max<int64_t>(1, kTokenBytes / std::max<int64_t>(1, pair_bytes));
+    if (product.down == nullptr) {  // which meets whole tokens; what is kept of parts is as bounded as they are
+      turn_pairs =
+          std::max(turn_pairs, std::min(kLeastTurn, kTokenBytes / (4 * std::max<int64_t>(1, width))) / (2 * kTileRows));
+    }
+    turn = std::min(turn_pairs * 2 * kTileRows, ceil_div(product.m, kTileRows) * kTileRows);
     const int64_t threads = available_threads();
     const int64_t strips = ceil_div(width, kTileStrip);
     const int64_t pairs = ceil_div(turn, 2 * kTileRows);
@@ -56,14 +66,18 @@ struct Plan {
                                                     : 256,
                                 thread_strips * kTileStrip);
     const int64_t strip_bytes = (panel_steps + low_steps) * kPanelStep * static_cast<int64_t>(sizeof(Bf16));
-    token_bytes = aligned(turn / kTileRows * steps * kTileBytes);
+    const int64_t step_bytes = turn / kTileRows * kTileBytes;
+    const bool in_parts = product.down == nullptr && steps * step_bytes > kTokenBytes;
+    packed_steps = in_parts ? std::max<int64_t>(1, kPartBytes / (panel_steps * step_bytes)) * panel_steps : steps;
+    token_bytes = aligned(packed_steps * step_bytes);
     low_bytes = aligned(turn / kTileRows * low_steps * kTileBytes);
     const bool nested = matrix.weight != nullptr && matrix.weight->absmax_codes != nullptr;
     scale_bytes = nested ? aligned(num_blocks(matrix.weight->numel, matrix.weight->block_size) * 4) : 0;
     panel_bytes = aligned(columns / kTileStrip * strip_bytes);
-    partial_bytes = steps <= panel_steps || (thread_pairs == 1 && columns == kTileStrip)
-                        ? 0
-                        : thread_pairs * (columns / kTileStrip) * 4 * kSumBytes;
+    const bool in_registers = steps <= panel_steps || (thread_pairs == 1 && columns == kTileStrip);
+    partial_bytes = in_parts       ? thread_pairs * thread_strips * 4 * kSumBytes
+                    : in_registers ? 0
+                                   : thread_pairs * (columns / kTileStrip) * 4 * kSumBytes;
   }
 
   int64_t threads() const { return column_threads * token_threads; }
@@ -83,6 +97,7 @@ void project(const TileProduct& product, const Plan& plan, const Bf16* packed, B
   job.source = {nullptr, nullptr, product.down, product.forward ? product.r : product.matrix.rows,
                 product.forward ? product.matrix.columns : product.r};
   job.tokens = packed;
+  job.last_step = plan.steps;
   job.steps = plan.steps;
   job.scale = product.low_scale;
   job.y = low;
@@ -145,32 +160,40 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
     job.y = product.y + token * plan.width;
     const int64_t groups = ceil_div(job.m, kTileRows);
     const Bf16* const x = product.x + token * depth;
-    parallel_for(groups, 1, [&](int64_t begin, int64_t end) { pack(x, job.m, depth, begin, end, packed); });
-    const Bf16* low = product.low == nullptr ? nullptr : product.low + token * product.r;
-    if (product.down != nullptr) {
-      Bf16* const made = product.made_low + token * product.r;
-      low = made;
-      project(product, plan, packed, made, job.m, own);
-    }
-    if (plan.low_steps > 0) {
-      parallel_for(groups, 16,
-                   [&](int64_t begin, int64_t end) { pack(low, job.m, product.r, begin, end, packed_low); });
-    }
     const int64_t strips = ceil_div(plan.width, kTileStrip);
     const int64_t pairs = ceil_div(groups, 2);
-    parallel_for(plan.threads(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = i % plan.column_threads;
-        const int64_t t = i / plan.column_threads;
-        TileRange range{};
-        range.first_column = strips * c / plan.column_threads * kTileStrip;
-        range.last_column = std::min(strips * (c + 1) / plan.column_threads * kTileStrip, plan.width);
-        range.first_group = pairs * t / plan.token_threads * 2;
-        range.last_group = std::min(pairs * (t + 1) / plan.token_threads * 2, groups);
-        unsigned char* const mine = own + i * plan.thread_bytes();
-        multiply(job, range, {plan.columns, plan.panel_steps, reinterpret_cast<Bf16*>(mine), plan.partial(mine)});
+    const Bf16* low = product.low == nullptr ? nullptr : product.low + token * product.r;
+    for (int64_t step = 0; step < plan.steps; step += plan.packed_steps) {
+      job.first_step = step;
+      job.last_step = std::min(step + plan.packed_steps, plan.steps);
+      const int64_t first = step * kTileStep;
+      const int64_t elements = std::min(job.last_step * kTileStep, depth) - first;
+      parallel_for(groups, 1,
+                   [&](int64_t begin, int64_t end) { pack(x + first, job.m, elements, depth, begin, end, packed); });
+      if (product.down != nullptr) {  // and there is one part
+        Bf16* const made = product.made_low + token * product.r;
+        low = made;
+        project(product, plan, packed, made, job.m, own);
       }
-    });
+      if (plan.low_steps > 0 && job.last_step == plan.steps) {
+        parallel_for(groups, 16, [&](int64_t begin, int64_t end) {
+          pack(low, job.m, product.r, product.r, begin, end, packed_low);
+        });
+      }
+      parallel_for(plan.threads(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t c = i % plan.column_threads;
+          const int64_t t = i / plan.column_threads;
+          TileRange range{};
+          range.first_column = strips * c / plan.column_threads * kTileStrip;
+          range.last_column = std::min(strips * (c + 1) / plan.column_threads * kTileStrip, plan.width);
+          range.first_group = pairs * t / plan.token_threads * 2;
+          range.last_group = std::min(pairs * (t + 1) / plan.token_threads * 2, groups);
+          unsigned char* const mine = own + i * plan.thread_bytes();
+          multiply(job, range, {plan.columns, plan.panel_steps, reinterpret_cast<Bf16*>(mine), plan.partial(mine)});
+        }
+      });
+    }
   }
 }
 

@@ -34,10 +34,12 @@ struct TileSource {
 
 struct TileJob {
   TileSource source;   // forward [width, depth], gradient [depth, width]
-  const Bf16* tokens;  // packed x: [groups][steps][tile]
-  int64_t steps;       // ceil(depth / 32)
-  TileSource up;       // the adapter's second factor, dense: forward [width, r], gradient [r, width]
-  const Bf16* low;     // its first, packed like x, or null
+  const Bf16* tokens;  // packed part of x, steps [first, last): [groups][last - first][tile]
+  int64_t first_step;
+  int64_t last_step;
+  int64_t steps;    // ceil(depth / 32)
+  TileSource up;    // the adapter's second factor, dense: forward [width, r], gradient [r, width]
+  const Bf16* low;  // its first, packed like x, or null
   int64_t low_steps;
   const Bf16* bias;  // [width], or null
   float scale;       // of the sums, before the bias
@@ -58,12 +60,15 @@ struct TileScratch {
   int64_t columns;  // decoded into the panel at once
   int64_t steps;    // of the reduction, likewise: an even number
   Bf16* panel;      // [columns / 32][steps + low_steps][kPanelStep]
-  float* partial;   // sums of unfinished reductions, or null where the tile registers hold them all
+  // Sums of unfinished reductions: of all columns if x is packed in parts, else of a panel's, or null where the tile
+  // registers hold them all.
+  float* partial;
 };
 
 struct TileKernels {
-  // Groups [first, last) of x [m, width] into tiles, padded with zeros.
-  using Pack = void (*)(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_t last, Bf16* packed);
+  // Groups [first, last) of x [m, width], whose rows lie `stride` apart, into tiles, padded with zeros.
+  using Pack = void (*)(const Bf16* x, int64_t m, int64_t width, int64_t stride, int64_t first, int64_t last,
+                        Bf16* packed);
   using Product = void (*)(const TileJob& job, const TileRange& range, const TileScratch& scratch);
   // Columns [first, last) of out [r, width] = scale * left^T right, left [m, r], right [m, width].
   using Outer = void (*)(const Bf16* packed_left, int64_t r, const Bf16* right, int64_t m, int64_t width, float scale,

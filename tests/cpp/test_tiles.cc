@@ -7,6 +7,7 @@
 #endif
 
 #include "check.h"
+#include "cpu/parallel.h"
 #include "cpu/tiles.h"
 #include "oracle.h"
 
@@ -129,6 +130,54 @@ TEST(tile_products) {
       }
     }
   }
+}
+
+// Of so many tokens and so long a reduction that x is packed in parts: the bits of products of a few tokens, which are
+// packed whole. The last turn of tokens and the last part are small.
+void check_parts(bool forward, int64_t width, int (*threads)()) {
+  constexpr int64_t kTokens = 1050, kDepth = 16 * 1024 + 8 * 32 + 17, kRank = 5, kFew = 30;
+  const int64_t n = forward ? width : kDepth;
+  const int64_t k = forward ? kDepth : width;
+  const oracle::RandomWeight weight(n * k, 64, true, QuantType::kNf4, 1);
+  oracle::Random random(2);
+  const auto x = random_values(random, kTokens * kDepth);
+  const auto low = random_values(random, kTokens * kRank);
+  const auto up = random_values(random, kRank * width);
+  int (*const before)() = cpu::threads_of_torch.exchange(threads);
+  const auto multiply = [&](int64_t first, int64_t count) {
+    std::vector<Bf16> y(static_cast<size_t>(count * width));
+    TileProduct product{};
+    product.forward = forward;
+    product.matrix = {&weight.view, nullptr, n, k};
+    product.x = x.data() + first * kDepth;
+    product.low = low.data() + first * kRank;
+    product.up = up.data();
+    product.r = kRank;
+    product.y = y.data();
+    product.m = count;
+    const int64_t bytes = cpu::tile_product_scratch_bytes(product);
+    CHECK(bytes < (16 << 20), "%ld tokens take %ld bytes", static_cast<long>(count), static_cast<long>(bytes));
+    const oracle::Scratch scratch(bytes);
+    cpu::tile_product(product, scratch.aligned);
+    return y;
+  };
+  const auto whole = multiply(0, kTokens);
+  for (int64_t first = 0; first < kTokens; first += kFew) {
+    const auto few = multiply(first, kFew);
+    CHECK(std::memcmp(&whole[static_cast<size_t>(first * width)], few.data(), few.size() * sizeof(Bf16)) == 0,
+          "%s of width %ld: tokens from %ld on differ", forward ? "forward" : "gradient", static_cast<long>(width),
+          static_cast<long>(first));
+  }
+  cpu::threads_of_torch.store(before);
+}
+
+TEST(tile_products_in_parts) {
+  if (!cpu::have_tiles()) {
+    return;
+  }
+  check_parts(true, 70, [] { return 2; });
+  check_parts(false, 20, [] { return 3; });   // one strip, whose sums would stay in registers, and tokens shared out
+  check_parts(false, 530, [] { return 1; });  // two panels
 }
 
 TEST(tile_outer_products) {
