@@ -161,6 +161,7 @@ class _Stopped(SystemExit):
 
 
 def _on_signal(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends two; one amid the join of a thread would leave it running
     stop = _Stopped(f"stopped by {signal.Signals(number).name}")
     stop.code = 128 + number
     raise stop
