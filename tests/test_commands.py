@@ -52,7 +52,7 @@ MISTAKES = {
     "bench --no-such-option": "unrecognized arguments: --no-such-option",
     "estimate gone": "gone",
     "estimate {model} --gpu much": "much",
-    "estimate": "the following arguments are required",
+    "estimate": "expected a config, a model, or",
     "data show gone.yaml": "gone.yaml",
     "data look gone.yaml": "invalid choice: 'look'",
     "data": "the following arguments are required",
