@@ -128,7 +128,8 @@ def test_estimate_takes_what_train_takes(
     assert "longest" not in capsys.readouterr().out  # of a file that nobody named
     words = ["--model", model, "--train", rows]
     assert main(["estimate", *words]) == 0
-    assert f"(the longest of 190 rows of {rows})" in (printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert f"(the longest of 190 rows of {rows})" in printed
     assert main(["estimate", model, "--gpu", "24GB", "--cpu", *words[2:]]) == 0
     assert capsys.readouterr().out.startswith(printed.splitlines()[0])
     (total,) = re.findall(r"total +([\d,]+ MiB)", printed)
