@@ -162,6 +162,8 @@ def test_every_command_and_snippet_of_the_card(run: Path, tmp_path: Path) -> Non
                 loaded.append(logits(model.eval()))
         report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     ours, theirs = loaded
+    method = yaml.safe_load((run / "adapter" / "config.yaml").read_text())["quant"]["method"]
+    assert (f"by {method}" in text) == (run.name not in ("kept", "four-bit"))
     assert 10 * divergence(theirs, ours) < divergence(other_base(run), ours)
     assert 10 * report["logits"][-1]["kl_mean"] < divergence(other_base(run), ours)
     assert "not the model" not in report["verdict"]
