@@ -151,6 +151,10 @@ def test_one_figure_of_memory(files: Path, tmp_path: Path, kind: str, capsys: Ca
     assert "set " not in printed and f"qlora train {path}" in printed
     values = yaml.safe_load(path.read_text())
     assert (values["model"], values["data"]["train"], values["train"]["epochs"]) == (model, rows, 3)
+    assert values["output_dir"] == {"folder": "model-qlora", "gguf": "file-qlora"}[kind]
+    assert values["train"]["dtype"] == "auto"
+    (widest,) = re.findall(r"; up to (\S+) fit", path.read_text())
+    assert widest == f"{int(widest.replace(',', '')):,}" and "," in widest
     (first,) = re.findall(r": ([\d,]+ MiB) of [\d,.]+ [MG]iB by", path.read_text().splitlines()[0])
     more = ["--output_dir", str(tmp_path / "out"), "--steps", "1"]
     assert main(["estimate", str(path), *more]) == 0
