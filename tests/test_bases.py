@@ -111,7 +111,8 @@ def test_an_adapter_of_other_weights_is_no_start(files: Path, tmp_path: Path) ->
 def command(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     capsys.readouterr()
     assert main.main([*map(str, words), "--json"]) == 0
-    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    printed: dict[str, Any] = {**json.loads(captured.out), "stderr": captured.err}
     return printed
 
 
@@ -162,6 +163,8 @@ def test_every_command_and_snippet_of_the_card(run: Path, tmp_path: Path) -> Non
                 loaded.append(logits(model.eval()))
         report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     ours, theirs = loaded
+    method = yaml.safe_load((run / "adapter" / "config.yaml").read_text())["quant"]["method"]
+    assert (f"by {method}" in text) == (run.name not in ("kept", "four-bit"))
     assert 10 * divergence(theirs, ours) < divergence(other_base(run), ours)
     assert 10 * report["logits"][-1]["kl_mean"] < divergence(other_base(run), ours)
     assert "not the model" not in report["verdict"]
@@ -178,7 +181,12 @@ def test_the_commands_take_the_weights_that_were_trained(run: Path, tmp_path: Pa
     rows = run.parent / "held.jsonl"
     answers = command(capsys, "chat", model, "--adapter", adapter, "--prompt", "what is red?", "--max-tokens", 3)
     assert [answer["from"] for answer in answers["answers"]] == ["base", "adapter"]
-    sides = command(capsys, "eval", model, "--data", rows, "--adapter", adapter)["sides"]
+    evaluated = command(capsys, "eval", model, "--data", rows, "--adapter", adapter)
+    sides, method = evaluated["sides"], KINDS[run.name][1].get("method", "rtn")
+    label = "base, as in its file" if run.name == "kept" else f"base, 4-bit by {method}"
+    assert [side["label"] for side in sides[-2:]] == [label, f"{label} + adapter"]
+    assert [*evaluated["answers"][0]][-2:] == ["base", "tuned"]
+    assert [str(run / STORED) in said["stderr"] for said in (answers, evaluated)] == [is_stored] * 2
     losses = {side["name"]: side["texts"]["held.jsonl"]["loss"] for side in sides}
     (name,) = (name for name in losses if name.endswith(" + adapter"))
     assert len(losses) == 2 + run.name.startswith("folder")  # the others have no 16-bit original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Pa
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     table = done.stdout.partition("**held.jsonl**")[2]
     names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert names[:4] == ["", "16-bit", "rtn", "wmse"]
+    assert names[:4] == ["", "16-bit base", "base, 4-bit by rtn", "base, 4-bit by wmse"]
     assert "peak memory" in done.stdout and (tmp_path / "r" / "report.md").is_file()
 
 
@@ -105,6 +106,9 @@ def test_is_it_better(files: Path, adapter: Path, capsys: pytest.CaptureFixture[
     assert [text.count(f"   - {part}: ") for part in ("question", "expected", "base", "tuned")] == [2] * 4
 
 
+NAMES = ["16-bit base", "base, 4-bit by rtn", "base, 4-bit by rtn + adapter"]
+
+
 def test_no_column_is_empty_or_compares_a_thing_with_itself(
     files: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,10 +120,12 @@ def test_no_column_is_empty_or_compares_a_thing_with_itself(
         tables.append([[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if "---" not in row])
     for part in tables:
         head, *body = part
-        assert [row[0] for row in body] == ["16-bit", "rtn", "rtn + adapter"] and "gap closed" not in head
+        assert [row[0] for row in body] == NAMES and "gap closed" not in head
         assert all(any(row[at] for row in body) for at in range(len(head)))
         assert not body[0][head.index("KL to 16-bit")]
     assert "exact" in tables[0][0] and "exact" not in tables[1][0]  # plain text has no answers
+    (legend,) = re.findall("^Rows: .*$", text, re.MULTILINE)
+    assert all(f"{name}: " in legend for name in NAMES)
 
 
 def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ MISTAKES = {
     "bench --no-such-option": "unrecognized arguments: --no-such-option",
     "estimate gone": "gone",
     "estimate {model} --gpu much": "much",
-    "estimate": "the following arguments are required",
+    "estimate": "expected a config, a model, or",
     "data show gone.yaml": "gone.yaml",
     "data look gone.yaml": "invalid choice: 'look'",
     "data": "the following arguments are required",
@@ -253,8 +254,12 @@ def test_the_demo_with_the_files_own_weights(
     assert main.main([*shlex.split(command)[1:], "--out", str(tmp_path / "adapter.gguf")]) == 0
 
 
-def test_the_demo_in_float16(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model and the run have the dtype."""
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_the_demo_in_float16(is_asked: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and the run have the dtype, by the option, or as on a card without bfloat16."""
+    if not is_asked:
+        card = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda **_: False)
+        monkeypatch.setattr("qlora_native.config.torch", SimpleNamespace(cuda=card))
     dtypes: list[torch.dtype] = []
 
     def answer(model: Any, *_: Any) -> str:
@@ -265,6 +270,7 @@ def test_the_demo_in_float16(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
     monkeypatch.setattr(demo, "model_file", lambda name: model)
     monkeypatch.setattr(demo, "_answer", answer)
-    assert main.main(["demo", "--steps", "1", "--dtype", "float16", "--out", str(tmp_path / "out")]) == 0
+    words = ["--steps", "1", *["--dtype", "float16"] * is_asked, "--out", str(tmp_path / "out")]
+    assert main.main(["demo", *words]) == 0
     made = yaml.safe_load((tmp_path / "out" / "adapter" / "config.yaml").read_text())
     assert made["train"]["dtype"] == "float16" and set(dtypes) == {torch.float16}

@@ -59,6 +59,9 @@ def test_a_data_file_with_keys_and_one_row(
     assert ":7: 64 tokens, 54 of them trained, 108 more " in shown(capsys, *words, "--row", 7)
     assert ":9: 64 tokens, 0 of them trained," in (out := shown(capsys, *words, "--row", 9))
     assert "dropped: no trained token within max_length=64\n" in out
+    out = shown(capsys, *words[:5], "--row", 9)
+    assert out == shown(capsys, "--row", 9, *words[:5])
+    assert out == shown(capsys, "--model", files / "model", "--train", *words[:1], "--row", 9, *words[3:5])
 
 
 def test_another_chat_template(files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -111,6 +114,9 @@ def test_on_a_terminal_trained_tokens_are_colored(
         "rows.xls --model model",
         "odd.jsonl --model model",
         "train.jsonl",
+        "--train train.jsonl",
+        "train.jsonl --train train.jsonl --model model",
+        "--model model",
         "train.jsonl --model model --row 99",
         "train.jsonl --model model --max_lenght 9",
     ],

@@ -191,7 +191,8 @@ def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Pat
     monkeypatch.setattr(figure, "draw", lambda self, renderer: drawn.extend(self.axes) or draw(self, renderer))  # type: ignore[func-returns-value]
     assert write_report(comparison, tmp_path, ["notes.txt: plain text"])
     assert drawn[0].get_title() == "model"
-    assert [label.get_text() for label in drawn[0].get_xticklabels()] == [side.name for side in comparison.variants]
+    labels = [" ".join(label.get_text().split()) for label in drawn[0].get_xticklabels()]
+    assert labels == [side.label for side in comparison.variants]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "\n".join(tables(comparison)) in page and "- notes.txt: plain text" in page
@@ -200,7 +201,7 @@ def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Pat
     assert row["rtn"]["excess"] == pytest.approx(row["rtn"]["loss"] - row["16-bit"]["loss"])
     closed = 1 - row["rtn_signed"]["excess"] / row["rtn"]["excess"]
     assert row["rtn_signed"]["closed"] == pytest.approx(closed) and row["rtn + adapter"]["closed"] is None
-    cells = cells_of(page, "rtn_signed")
+    cells = cells_of(page, "base, 4-bit by rtn_signed")
     first = report["sides"][3]["texts"]["held.jsonl"]
     assert cells["loss"].split() == [f"{first['loss']:.4f}", "±", f"{first['loss_error']:.4f}"]
     assert f"{100 * first['same_first']:.1f} ±" in cells["same first token"]

@@ -3,6 +3,7 @@ how much; with --llama-cpp, the loss that llama.cpp has of it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,15 @@ def values(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_file_with_other_codes(files: Path, tmp_path: Path) -> None:
+def test_the_file_with_other_codes(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against the adapter's change in llama.cpp's own names and order of rows."""
     source, out, text = files / "file.gguf", tmp_path / "out.gguf", files / "text.jsonl"
     export(
         source, "--adapter", files / "adapter", "--to", "gguf", "--type", "keep", "--out", out, "--calibration", text
     )
+    said = capsys.readouterr().err
+    (total,) = re.findall(r"finding the codes of (\d+) weights with \d+ sequences of \d+ tokens", said)
+    assert said.splitlines()[-1] == f"calibrating: layer {total} of {total}" and said.count("calibrating: layer") >= 8
     export(source, "--to", "gguf", "--type", "f32", "--out", tmp_path / "plain.gguf")
     export(source, "--adapter", files / "adapter", "--to", "gguf", "--type", "f32", "--out", tmp_path / "merged.gguf")
     before, after, plain, merged = (tensors(tmp_path / path) for path in (source, out, "plain.gguf", "merged.gguf"))

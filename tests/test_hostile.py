@@ -388,6 +388,27 @@ def test_a_signal_leaves_nothing_half_written(
         signal.signal(number, before)
 
 
+def test_a_second_signal_interrupts_no_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted join of a thread forgets it: it would come back from native code after Python's end, and abort."""
+    cleaned: list[bool] = []
+
+    def run(args: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+
+    monkeypatch.setattr(doctor, "run", run)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert main(["doctor"]) == 143 and cleaned == [True]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 @pytest.mark.parametrize("where", ["2>/dev/full", "<&- >&- 2>&-"])
 def test_output_that_cannot_be_written(sound: Path, tmp_path: Path, where: str) -> None:

@@ -17,9 +17,11 @@ from tiny_models import distance, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
+from qlora_native._io import atomic_folder
 from qlora_native.cli import main
 from qlora_native.evaluate.measure import measure
 from qlora_native.evaluate.texts import load_text
+from qlora_native.export import check
 from qlora_native.hf import convert
 from qlora_native.hf.checkpoint import Checkpoint
 from qlora_native.hf.load import load_dense
@@ -50,6 +52,19 @@ def exact(model: Path, adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Ten
             w = weights[f"{path}.weight"].double()
             found[path] = (w, w + SCALE * (b @ a))
     return found
+
+
+def test_the_report_has_layer_2_before_layer_10(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model", num_hidden_layers=11)
+    adapter = make_adapter(tmp_path / "model", tmp_path / "adapter", ["q_proj", "down_proj"])
+    work = Merging(tmp_path / "model", adapter)
+    with atomic_folder(tmp_path / "out") as partial:
+        work.write(partial, 1 << 30)
+    layers = [row["layer"].split(".")[2:] for row in check.check_weights(work, tmp_path / "out")]
+    expected = [
+        [str(number), *name.split(".")] for number in range(11) for name in ("mlp.down_proj", "self_attn.q_proj")
+    ]
+    assert layers == expected
 
 
 @torch.no_grad()

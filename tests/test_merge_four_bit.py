@@ -206,9 +206,10 @@ def test_the_bytes_are_those_of_any_number_of_threads(files: Path) -> None:
         assert torch.equal(rounded[name], tensor), name
 
 
-def test_gptq_is_merging_and_then_quantizing(files: Path) -> None:
+def test_gptq_is_merging_and_then_quantizing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = str(files / CALIBRATION)
     out = merge(files, "model", "gptq", "--method", "gptq", "--calibration", text)
+    assert "calibrating: layer" in capsys.readouterr().err
     assert not list(files.glob(".gptq*"))
     words = [str(files / "model"), str(files / "adapter"), "--out", str(files / "sum")]
     assert main.main(["merge", *words]) == 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY, patch
@@ -29,9 +30,10 @@ from qlora_native.hf.load import load_model
 from qlora_native.hf.source import SafetensorsSource, load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train import graphs
+from qlora_native.train import graphs, setup
 from qlora_native.train import loop as loop_module
 from qlora_native.train.loop import Trainer
+from qlora_native.train.progress import Progress
 from qlora_native.train.setup import learning_rate, make_optimizer
 
 Record = dict[str, Any]
@@ -341,10 +343,27 @@ def test_one_row_cannot_be_split(make: Make) -> None:
         run(make(rows=1, eval_fraction=0.5))
 
 
+def test_what_takes_long_is_said(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(setup, "announced", lambda text: begun.append(text) or nullcontext())  # type: ignore[func-returns-value]
+    config = make(steps=1)
+    run(config)
+    assert begun == []  # quiet
+    Trainer(config).train()
+    assert begun == [f"loading {config.model}"] and "before the first step" not in capsys.readouterr().out
+    progress = Progress(2, 0, 1, 1)
+    progress.evaluation(0, 1.0, 12.0)
+    for step in (1, 2):
+        progress.step({"step": step, "seconds": 3.0, "loss": 1.0, "lr": 1.0, "tokens_per_second": 1.0})
+    ends = [line.rpartition("MiB  ")[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert ends == ["0:27 left", "0:12 left, for the last evaluation"]
+
+
 def test_plain_lines_where_there_is_no_terminal(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(eval_fraction=0.25, steps=5, log_every=2)
     Trainer(config).train()
     printed = capsys.readouterr().out
     assert re.findall(r"^step (\S+) .*tokens/s", printed, re.MULTILINE) == ["1/5", "2/5", "4/5", "5/5"]
     assert printed.count("held-out loss") == 3  # before, after, summary
+    assert printed.index("before the first step") < printed.index("held-out loss")
     assert "\x1b" not in printed

@@ -118,6 +118,26 @@ def test_the_first_line_is_what_is_trained(files: Path, tmp_path: Path, capsys: 
         assert f"{count / 1000:.3g} k of" in line and f"on {len(adapter) // 2} layers" in line
 
 
+def test_estimate_takes_what_train_takes(
+    files: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes((files / "train.jsonl").read_bytes())
+    model, rows = str(files / "model"), str(files / "train.jsonl")
+    assert main(["estimate", model]) == 0
+    assert "longest" not in capsys.readouterr().out  # of a file that nobody named
+    words = ["--model", model, "--train", rows]
+    assert main(["estimate", *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"(the longest of 190 rows of {rows})" in printed
+    assert main(["estimate", model, "--gpu", "24GB", "--cpu", *words[2:]]) == 0
+    assert capsys.readouterr().out.startswith(printed.splitlines()[0])
+    (total,) = re.findall(r"total +([\d,]+ MiB)", printed)
+    assert re.search(r"libraries take some [\d,.]+ [MG]iB beside it", printed)
+    assert main(["train", *words, "--steps", "1", "--output_dir", "out"]) == 0
+    assert re.findall(r"predicted ([\d,]+ MiB)", capsys.readouterr().out) == [total]
+
+
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_one_figure_of_memory(files: Path, tmp_path: Path, kind: str, capsys: Capture) -> None:
     """What `config init` prints, what `estimate` prints of that file, and what the run and its report predict."""
@@ -131,6 +151,10 @@ def test_one_figure_of_memory(files: Path, tmp_path: Path, kind: str, capsys: Ca
     assert "set " not in printed and f"qlora train {path}" in printed
     values = yaml.safe_load(path.read_text())
     assert (values["model"], values["data"]["train"], values["train"]["epochs"]) == (model, rows, 3)
+    assert values["output_dir"] == {"folder": "model-qlora", "gguf": "file-qlora"}[kind]
+    assert values["train"]["dtype"] == "auto"
+    (widest,) = re.findall(r"; up to (\S+) fit", path.read_text())
+    assert widest == f"{int(widest.replace(',', '')):,}" and "," in widest
     (first,) = re.findall(r": ([\d,]+ MiB) of [\d,.]+ [MG]iB by", path.read_text().splitlines()[0])
     more = ["--output_dir", str(tmp_path / "out"), "--steps", "1"]
     assert main(["estimate", str(path), *more]) == 0

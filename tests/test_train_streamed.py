@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +89,13 @@ def test_a_streamed_run_is_the_run_in_memory_and_tells_of_it(files: Path, capsys
     streamed = capsys.readouterr().out
     assert "6 of 6 layers" in streamed
     assert "did not fit" in streamed
+    held = json.loads((files / "streamed" / "report.json").read_text())["memory"]["mapped"]
+    assert layers / 3 < held < layers  # two of six layers, and the head
+    found = re.findall(
+        r"([\d,]+) MiB of it are mapped weights, of ([\d,]+) MiB in the files; .* ([\d,]+) MiB", streamed
+    )
+    (part, whole, beside), *others = [[int(text.replace(",", "")) for text in each] for each in found]
+    assert part < whole < beside and part == round(held / 2**20) and not others
 
 
 def test_a_gguf_file_streams_as_a_folder_does(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,12 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
     return TrainedBase(model, options)
 
 
+def announce_base(args: argparse.Namespace, base: TrainedBase) -> None:
+    """Print which weights take the place of those in ``args.model``, if others do."""
+    if base.path != args.model:
+        print(f"base: the 4-bit weights of {base.path}, on which {args.adapter} was trained", file=sys.stderr)
+
+
 def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
     """The shell command that makes the weights of a run again."""
     from qlora_native.calibration.data import kept_calibration, quantize_command

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_native._io import as_user_error, user_path
 from qlora_native.cli._run import has_rich_terminal, printable
-from qlora_native.cli._weights import DTYPES, add_quantizing, as_trained
+from qlora_native.cli._weights import DTYPES, add_quantizing, announce_base, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() else None
         note = partial(print, file=sys.stderr)
         base = as_trained(args)
+        announce_base(args, base)
         options = base.options | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
         model: Any = load_to_device(base.path, device=device, note=note, **options)
         if args.adapter:

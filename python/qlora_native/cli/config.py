@@ -177,13 +177,13 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
   double_quant: true          # false keeps the scales in fp32, for {size(3 * step.scales)} more
   method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
 """
-    about = "".join(f"# {note}\n" for note in notes)
+    about, out = "".join(f"# {note}\n" for note in notes), model.name.removesuffix(".gguf")
     return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
 #   qlora train {name}
 # `qlora train --help` lists every key; those left out here keep their defaults.
 {about}
 model: {model}
-output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
+output_dir: {out}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
 
 data:
   train: {train or "train.jsonl":<20} # one JSON object per line; `qlora train --help` names the formats
@@ -200,12 +200,12 @@ lora:
 
 train:
   epochs: {chosen.epochs:<20}# {counted}; more as long as the held-out loss falls: best/ has the best
-  batch_size: {chosen.batch_size:<16}# rows in memory at once; up to {widest} fit
+  batch_size: {chosen.batch_size:<16}# rows in memory at once; up to {widest:,} fit
   grad_accum: {chosen.grad_accum:<16}# a step learns from {chosen.batch_size * chosen.grad_accum} rows, in as many parts
   eval_every: {chosen.eval_every:<16}# steps between evaluations on the held-out rows
   optimizer: {optimizer:<17}# its states take {size(step.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about
   grad_checkpointing: true    # false is about a third faster and takes {all_kept} here
-  dtype: bfloat16             # of activations and of what is not 4-bit
+  dtype: auto                 # of activations and of what is not 4-bit: bfloat16, or float16 on a card without it
 """

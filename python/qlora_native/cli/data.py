@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
     parser.add_argument("action", choices=("show", "check"))
-    parser.add_argument("source", metavar="CONFIG|FILE", help="a config of qlora train, or a data file")
+    help = "a config of qlora train, or a data file, which --train FILE names too"
+    parser.add_argument("source", metavar="CONFIG|FILE", nargs="?", help=help)
+    parser.add_argument("--train", metavar="FILE", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
     parser.add_argument("--row", metavar="LINE", type=int, help="show the row on this line of the file (Parquet: row)")
@@ -123,21 +125,28 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.data.readers import DATA_SUFFIXES, hub_id, read_rows
 
     overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
-    suffix = Path(args.source).suffix.lower()
-    if suffix in CONFIG_SUFFIXES:
-        return TrainConfig.from_file(args.source, overrides)
-    if suffix not in DATA_SUFFIXES and not hub_id(args.source):
-        raise UserError(
-            f"{args.source}: got a '{suffix}' file, expected a config ({', '.join(CONFIG_SUFFIXES)}) or data "
-            f"({', '.join(DATA_SUFFIXES)})"
-        )
-    read_rows(args.source)
+    source, files = args.source, args.train
+    if source is None and args.overrides and not args.overrides[0].startswith("--"):  # it stands behind an option,
+        source = overrides.pop(-len(args.overrides))  # where argparse does not look for what can be left out
+    if source is not None and Path(source).suffix.lower() in CONFIG_SUFFIXES:
+        return TrainConfig.from_file(source, [*overrides, *(["--train", *files] if files else [])])
+    if (source is None) == (files is None):
+        raise UserError(f"qlora data {args.action}: expected a config, or one of FILE and --train FILE")
+    files = files or [source]
+    for source in files:
+        suffix = Path(source).suffix.lower()
+        if suffix not in DATA_SUFFIXES and not hub_id(source):
+            raise UserError(
+                f"{source}: got a '{suffix}' file, expected a config ({', '.join(CONFIG_SUFFIXES)}) or data "
+                f"({', '.join(DATA_SUFFIXES)})"
+            )
+        read_rows(source)
     if not args.model:
         raise UserError(
-            f"qlora data {args.action} {args.source}: which tokens are trained depends on the model's tokenizer and "
+            f"qlora data {args.action} {files[0]}: which tokens are trained depends on the model's tokenizer and "
             "chat template; name its folder with --model DIR"
         )
-    return TrainConfig.from_values({"data": {"train": args.source, "eval_fraction": 0}}, overrides)
+    return TrainConfig.from_values({"data": {"train": files if files[1:] else files[0], "eval_fraction": 0}}, overrides)
 
 
 # ---- a file

@@ -42,8 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     keep = (
         "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
     )
-    dtype = "of activations and of what is not 4-bit (default: bfloat16)"
-    add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
+    dtype = "of activations and of what is not 4-bit (default: auto, bfloat16, or float16 on a card without it)"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
     add("--keep", action="store_true", help=keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
@@ -104,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
 
     made = "quantized to NF4 with double quantization, calibrated on the rows"
     print(f"model: {model_path.stem}, {'its own weights as they are' if keep else made}", flush=True)
+    config = demo_config(model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing)
     tokenizer: Any = load_tokenizer(str(model_path))
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     options = {"quant_type": "keep"} if keep else {"method": METHOD, "calibration": calibration}
     with layer_progress() as progress:
-        model: Any = qn.load_model(model_path, dtype=getattr(torch, args.dtype), progress=progress, **options)
+        model: Any = qn.load_model(model_path, dtype=getattr(torch, config.train.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
     questions, encoder = _questions(held_out), ChatEncoder(tokenizer)
 
@@ -116,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
         return [_answer(model, encoder, question["messages"][0]) for question in questions]
 
     before = answers()
-    config = demo_config(model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
 
     for question, old, new in zip(questions, before, answers(), strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import as_user_error, as_write_error, user_path
+from qlora_native._memory import peak_rss_bytes
 from qlora_native.cli._run import parse_size, print_result, require
 from qlora_native.errors import UserError
 
@@ -47,9 +48,10 @@ WHEN = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.usage = "qlora estimate CONFIG|MODEL [--gpu 24GB] [--key value ...]"
+    parser.usage = "qlora estimate [CONFIG|MODEL] [--gpu 24GB] [--key value ...]"
     add = parser.add_argument
-    add("what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file")
+    what = "a YAML file, a model folder (config.json is enough) or a .gguf file; --model names a model too"
+    add("what", metavar="CONFIG|MODEL", nargs="?", help=what)
     add("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
     add(
         "--seq-length", type=int, metavar="N", help="tokens of the longest row (default: of data.train, if it is there)"
@@ -64,10 +66,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object, in bytes")
     add("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
     parser.epilog = """No weights are read, but with --memory. Any key of the config can be given as --key value.
+With a model and --train FILE it is the run of `qlora train --model MODEL --train FILE`, which chooses by the rows.
 docs/memory.md derives each figure and compares it with measurements.
 
 examples:
   qlora estimate config.yaml
+  qlora estimate --model Llama-3.1-8B-Instruct --train train.jsonl
   qlora estimate Llama-3.1-8B-Instruct --gpu 24GB --seq-length 2048 --batch-size 1
   qlora estimate Llama-3.1-70B-Instruct --gpus 8 --gpu 24GB --link 50GB
   qlora estimate Llama-3.1-8B-nf4 --memory 4GB --disk-rate 500MB
@@ -84,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)
-    config = _config(args)
     device = "cpu" if args.cpu or (card is None and not torch.cuda.is_available()) else "cuda"
-    counts, why = (None, "") if args.seq_length else _rows_at_hand(config)
+    config, has_rows = _config(args, device, card)
+    counts, why = _rows_at_hand(config) if has_rows and not args.seq_length else (None, "")
     with as_user_error():
         source = opened(user_path(config.model))
         estimator = Estimator(source, Setting.from_config(config, device, *(counts or ())))
@@ -122,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     )
     terms = [(name, getattr(estimate.peak, field)) for field, name in NAMES.items()]
     lines = _lines(estimate, card, fitting)
+    if device == "cpu":
+        lines.append(f"Python and its libraries take some {size(peak_rss_bytes())} beside it.")  # as in this process
     lines += [] if on_card is None else _lines_on_card(on_card)
     lines += ([] if streamed is None else [str(streamed)]) + [rank.line(card) for rank in ranks]
     rows = [f"  {name:<20} {size(num_bytes):>12}" for name, num_bytes in [*terms, ("total", estimate.total)]]
@@ -154,14 +160,24 @@ def _streamed(args: argparse.Namespace, config: TrainConfig, estimator: Estimato
     return streamed_run(config, estimator, card_bytes(args.memory, "--memory"), rate)
 
 
-def _config(args: argparse.Namespace) -> TrainConfig:
+def _config(args: argparse.Namespace, device: str, card: int | None) -> tuple[TrainConfig, bool]:
+    """The config, and whether files of rows were named."""
+    from qlora_native.cli.train import config_of
     from qlora_native.config import TrainConfig
 
     flags = {"--data.max_length": args.seq_length, "--train.batch_size": args.batch_size}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    if args.what.endswith((".yaml", ".yml")):
-        return TrainConfig.from_file(args.what, overrides)
-    return TrainConfig.from_values({"model": args.what, "data": {"train": "rows.jsonl"}}, overrides)
+    is_behind = not args.what and bool(args.overrides) and not args.overrides[0].startswith("--")
+    what = overrides.pop(0) if is_behind else args.what
+    if what and what.endswith((".yaml", ".yml")):
+        return TrainConfig.from_file(what, overrides), True
+    overrides = [*(["--model", what] if what else []), *overrides]
+    given = {word.partition("=")[0] for word in overrides}
+    if given & {"--train", "--data.train"}:
+        return config_of(overrides, device, card), True
+    if "--model" not in given:
+        raise UserError("qlora estimate: expected a config, a model, or --model MODEL --train FILE")
+    return TrainConfig.from_values({"data": {"train": "rows.jsonl"}}, overrides), False
 
 
 def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
@@ -182,7 +198,7 @@ def _rows_at_hand(config: TrainConfig) -> tuple[tuple[int, int] | None, str]:
         rows, longest = measured_rows(config)
     except UserError as error:
         return None, f" (data.max_length: {error})"
-    return (rows, longest), f" (the longest of {rows:,} rows)"
+    return (rows, longest), f" (the longest of {rows:,} rows of {' and '.join(config.data.files)})"
 
 
 def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_native._io import as_user_error, as_write_error, reading, user_path
 from qlora_native.cli._run import print_result, printable, require
-from qlora_native.cli._weights import DTYPES, as_trained
+from qlora_native.cli._weights import DTYPES, announce_base, as_trained
 from qlora_native.errors import UserError
 
 
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         options["dtype"] = getattr(torch, args.dtype)
     with as_user_error():
         trained = as_trained(args)
+        announce_base(args, trained)
         variants = Variants(
             args.model,
             methods=list(dict.fromkeys(args.compare)),

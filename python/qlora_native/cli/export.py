@@ -122,6 +122,7 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
     from qlora_native.export.gguf import architecture_of, export_gguf, near_type
     from qlora_native.export.gguf_kept import export_kept
+    from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer, open_source
 
     architecture_of(open_source(args.model))  # before minutes of work
@@ -131,8 +132,8 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             "qlora export: --type keep and --calibration FILE, text such as the model will meet, go together"
         )
     if args.type == "keep":
-        with as_write_error(out), atomic_file(out) as partial:
-            return export_kept(work, partial, args.adapter, args.calibration)
+        with as_write_error(out), atomic_file(out) as partial, layer_progress() as progress:
+            return export_kept(work, partial, args.adapter, args.calibration, progress)
     source = open_source(args.model)
     is_gguf = source.path.suffix == ".gguf"
     tokenizer = source.path if is_gguf else load_tokenizer(str(args.model), args.adapter)

@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
         "predict how much memory a run takes, and what fits a card, before anything is loaded",
         _CONFIG,
         first="the config file or the model",
+        can_lack_first=True,
     ),
     "quantize": Command("quantize a 16-bit model to 4 bits, as a folder in bitsandbytes' format", _MODEL),
     "convert": Command("convert a model folder between 16-bit, 4-bit and bitsandbytes' 4-bit weights", _MODEL),
@@ -161,6 +162,7 @@ class _Stopped(SystemExit):
 
 
 def _on_signal(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends two; one amid the join of a thread would leave it running
     stop = _Stopped(f"stopped by {signal.Signals(number).name}")
     stop.code = 128 + number
     raise stop

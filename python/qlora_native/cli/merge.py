@@ -15,6 +15,7 @@ from qlora_native.cli._weights import add_base, add_quantizing, add_shard_size, 
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
+    from qlora_native.hf.load import Progress
     from qlora_native.hf.merge import Merging
 
 REPORT = "merge_report"
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.data.template import check_vocabulary
     from qlora_native.export import check
+    from qlora_native.hf.load import layer_progress
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
 
@@ -82,13 +84,14 @@ def run(args: argparse.Namespace) -> int:
         else:
             with as_write_error(out):
                 out.parent.mkdir(parents=True, exist_ok=True)
-            with as_write_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            temporary = TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+            with as_write_error(out), temporary as folder, layer_progress() as progress:
                 if work.four_bit or work.rounded:
                     calibration = CalibrationData(args.calibration)
-                    work.codes = calibrated_codes(work, adapter, calibration, Path(folder))
+                    work.codes = calibrated_codes(work, adapter, calibration, Path(folder), progress)
                     write_merged(work, out, args.shard_size)
                 else:
-                    write_calibrated(work, args, base.options, Path(folder))
+                    write_calibrated(work, args, base.options, Path(folder), progress)
         result: dict[str, Any] = {
             "out": str(out),
             "model": str(source),
@@ -134,7 +137,9 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
             tokenizer.save_pretrained(partial)
 
 
-def write_calibrated(work: Merging, args: argparse.Namespace, given: dict[str, Any], folder: Path) -> None:
+def write_calibrated(
+    work: Merging, args: argparse.Namespace, given: dict[str, Any], folder: Path, progress: Progress
+) -> None:
     """Write the sum as :func:`qlora_native.quantize_calibrated` rounds it; it lies in ``folder`` in 16 bits, and is
     read from there layer after layer."""
     from qlora_native.calibration.data import CalibrationData
@@ -147,7 +152,7 @@ def write_calibrated(work: Merging, args: argparse.Namespace, given: dict[str, A
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
     options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}
-    model: Any = load_model(folder / "sum", **options)
+    model: Any = load_model(folder / "sum", progress=progress, **options)
     with as_write_error(out), atomic_folder(out) as partial, aligned_files():
         model.save_pretrained(partial, max_shard_size=args.shard_size)
         tokenizer.save_pretrained(partial)

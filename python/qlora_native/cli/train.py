@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def config_of(overrides: list[str]) -> TrainConfig:
-    """The config of a run without a file: what is given, and for the rest what suits the rows and the memory. A resumed
-    run has that of its checkpoint."""
+def config_of(overrides: list[str], device: str | None = None, limit: int | None = None) -> TrainConfig:
+    """The config of a run without a file: what is given, and for the rest what suits the rows and the memory, of
+    ``limit`` bytes if not of this machine. A resumed run has that of its checkpoint."""
     import torch
 
     from qlora_native._memory import free_device_memory, free_memory
@@ -119,11 +119,14 @@ def config_of(overrides: list[str]) -> TrainConfig:
         for folder in checkpoints(user_path(config.output_dir))[-1:] if is_auto else [Path(config.resume)]:
             return TrainConfig.from_file(folder / CONFIG, overrides)
     rows, longest = measured_rows(config, ENOUGH_ROWS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if device == "cuda" else free_memory()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if limit is None:
+        is_card = device == "cuda"
+        free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
+        limit = free.bytes if free else 8 << 30
     with as_user_error():
         estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
-    chosen, given = start(estimator, free.bytes if free else 8 << 30, rows, longest), config.train.model_fields_set
+    chosen, given = start(estimator, limit, rows, longest), config.train.model_fields_set
     options = config.train
     for name in {"optimizer", "eval_every"} - given:
         setattr(options, name, getattr(chosen, name))

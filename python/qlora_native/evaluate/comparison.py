@@ -17,7 +17,7 @@ from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
 from qlora_native.evaluate.retention import retention
 from qlora_native.evaluate.texts import Text
-from qlora_native.evaluate.variants import ADAPTED, REFERENCE, SHIPPED, Variants
+from qlora_native.evaluate.variants import ADAPTED, REFERENCE, SHIPPED, Variants, label_of
 
 
 @dataclass
@@ -29,6 +29,7 @@ class VariantResult:
     seconds_to_load: float
     texts: dict[str, Scores] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    label: str = ""  # for people; the name is that of older versions, which JSON keeps
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Comparison:
         rows = [
             {
                 "name": variant.name,
+                "label": variant.label,
                 "bytes": variant.num_bytes,
                 "seconds_to_load": round(variant.seconds_to_load, 2),
                 "texts": {name: without_nan(self.text_row(variant, name)) for name in variant.texts},
@@ -133,14 +135,14 @@ def compare(
     kept: dict[str, Kept] = {}
     asked = {text.name: [row for row in text.rows[:answered] if has_answer(row)] for text in texts}
     found = [_question(tokenizer, name, row) for name, rows in asked.items() for row in rows]
-    answering = {variants.base: "base", f"{variants.base}{ADAPTED}": "tuned"}
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
             began = time.monotonic()
             model = load()
             num_bytes = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-            result = VariantResult(name, num_bytes, time.monotonic() - began)
-            note(f"{name}: {result.num_bytes / 2**20:,.0f} MiB of weights, loaded in {result.seconds_to_load:.1f} s")
+            result = VariantResult(name, num_bytes, time.monotonic() - began, label=label_of(name, model.load_report))
+            seconds = result.seconds_to_load
+            note(f"{result.label}: {result.num_bytes / 2**20:,.0f} MiB of weights, loaded in {seconds:.1f} s")
             for text in texts:
                 highest = max(int(row["input_ids"].max()) for row in text.rows)
                 check_vocabulary(max(highest, pad_id), tokenizer, model, text.name)
@@ -151,13 +153,14 @@ def compare(
                 if reference is not None:
                     kept[text.name] = reference
                 result.texts[text.name] = scores
-                note(f"{name}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}")
+                note(f"{result.label}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}")
             if tasks:
                 result.tasks = run_tasks(model, tokenizer, tasks, limit)
-            if name in answering and found:
+            side = "tuned" if name.endswith(ADAPTED) else "base"
+            if found and name not in (REFERENCE, SHIPPED) and side not in found[0]:
                 replies = answers(model, tokenizer, [row for rows in asked.values() for row in rows])
                 for about, reply in zip(found, replies, strict=True):
-                    about[answering[name]] = reply
+                    about[side] = reply
             results.append(result)
             del model
             gc.collect()

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_native._io import atomic_file, write_whole
 from qlora_native.evaluate.comparison import Comparison, VariantResult
 from qlora_native.evaluate.page import shorten
+from qlora_native.evaluate.variants import SHIPPED
 
 RETENTION = "retention"
 COLUMNS = (
@@ -40,15 +41,29 @@ def tables(comparison: Comparison) -> list[str]:
         lines += [_verdict(comparison, text), ""] if comparison.adapted is not None else []
     for task, metrics in comparison.variants[0].tasks.items():
         body = [
-            [variant.name, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
+            [variant.label, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
             for variant in comparison.variants
         ]
         lines += [f"**{task}** (lm-eval)", "", *_table(("", *metrics), body), ""]
+    legend = _legend(comparison)
+    lines += [legend, ""] if legend else []
     for number, about in enumerate(comparison.answers, 1):
         lines.append(f"{number}. {about['text']}")
         parts = ("question", "expected", "base", "tuned")
         lines += [f"   - {part}: {shorten(' '.join(about[part].split()))}" for part in parts if part in about] + [""]
     return lines[:-1]
+
+
+def _legend(comparison: Comparison) -> str:
+    """What the rows' names mean, in a sentence."""
+    parts = [f"{comparison.reference.label}: the model before 4 bits"] if comparison.reference else []
+    if comparison.adapted is not None:
+        base, tuned = comparison.adapted
+        parts += [f"{base.label}: the weights that the adapter was trained on", f"{tuned.label}: the same with it"]
+    parts += [f"{SHIPPED}: the model that the adapter was merged into"] if comparison.ships else []
+    if any("4-bit by rtn" in variant.label for variant in comparison.variants):
+        parts.append("rtn: rounded to nearest")
+    return f"Rows: {'; '.join(parts)}." if parts else ""
 
 
 def _verdict(comparison: Comparison, text: str) -> str:
@@ -93,7 +108,9 @@ def plot(comparison: Comparison, path: Path) -> bool:
         name = f"{text}, {rows[0]['loss']:.3f} in 16 bits" if comparison.reference else text
         axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=name, capsize=2)
     axes.set_title(Path(comparison.model).name)
-    axes.set_xticks(range(len(variants)), [variant.name for variant in variants])
+    axes.set_xticks(
+        range(len(variants)), [variant.label.replace(", ", ",\n").replace(" + ", "\n+ ") for variant in variants]
+    )
     axes.set_ylabel(label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(frameon=False, fontsize="small")
@@ -110,7 +127,7 @@ def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[st
     loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}", _figure(row, "change")]
     exact = "" if row["exact"] is None else f"{round(row['exact'] * rows):,} of {rows:,}"
     ships = _figure(row, RETENTION) if RETENTION in row else ""
-    return [variant.name, *loss, exact, *figures, _figure(row, "closed", 100) if closes else "", ships]
+    return [variant.label, *loss, exact, *figures, _figure(row, "closed", 100) if closes else "", ships]
 
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:

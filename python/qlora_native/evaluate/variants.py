@@ -10,13 +10,21 @@ from typing import Any
 
 from qlora_native.errors import UserError
 from qlora_native.hf.device_layers import load_to_device
-from qlora_native.hf.load import load_dense
+from qlora_native.hf.load import LoadReport, load_dense
 from qlora_native.hf.source import AUTO, open_source
 from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
 
 REFERENCE, FOUR_BIT, KEPT, ADAPTED, SHIPPED = "16-bit", "4-bit", "as it is", " + adapter", "shipped"
+
+
+def label_of(name: str, report: LoadReport) -> str:
+    """What a variant is in plain words, with the method that really made its 4-bit weights."""
+    if name in (REFERENCE, SHIPPED):
+        return f"{name} base" if name == REFERENCE else name
+    made = f"4-bit by {report.method}" if report.method else "4-bit"
+    return f"base, {'as in its file' if report.is_kept else made}{ADAPTED * name.endswith(ADAPTED)}"
 
 
 @dataclass

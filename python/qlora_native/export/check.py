@@ -36,9 +36,9 @@ SAMPLE = (
 def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     """Compare each weight that ``work`` changed, as written in ``folder``, with W + scale * B A in fp64.
 
-    Per weight: ``layer``; ``error``, the Frobenius norm of the difference over that of the exact sum; ``change``, the
-    norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of the difference over that
-    of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
+    Per weight, in the order of the layers: ``layer``; ``error``, the Frobenius norm of the difference over that of the
+    exact sum; ``change``, the norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of
+    the difference over that of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
     """
     written = Checkpoint(folder)
     rows = []
@@ -61,7 +61,7 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
         if size := float(delta.norm()):
             row |= {"change": size / (float(base.norm()) or 1.0), "lost": off / size}
         rows.append(row)
-    return rows
+    return sorted(rows, key=lambda row: [part.zfill(6) if part.isdigit() else part for part in row["layer"].split(".")])
 
 
 def check_logits(

@@ -15,11 +15,12 @@ from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import StoredTensor
 from qlora_native.hf.gguf import ARCHITECTURES, DENSE_NAMES, KEPT
 from qlora_native.hf.gguf_source import GgufSource
+from qlora_native.hf.load import Progress
 from qlora_native.hf.merge import Merging, calibrated_codes
 from qlora_native.hf.plan import Plain
 
 
-def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str) -> dict[str, Any]:
+def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, progress: Progress) -> dict[str, Any]:
     """Write ``path``, the GGUF file of the source with the adapter in its blocks.
 
     Codes become those of :func:`~qlora_native.hf.merge.recode`, with ``text`` as calibration; floats the rounded sum.
@@ -42,7 +43,7 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str) -> d
             raise UserError(f"{source.path} has {module} in {kind}: expected one of {', '.join(sorted(KEPT))}")
     changed: dict[str, float] = {}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        codes = calibrated_codes(work, adapter_folder, CalibrationData(text), Path(folder))
+        codes = calibrated_codes(work, adapter_folder, CalibrationData(text), Path(folder), progress)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             for module, pair in adapter.pairs.items():

@@ -23,7 +23,7 @@ from qlora_native.hf.checkpoint import Output, Scratch, ShardWriter
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
 from qlora_native.hf.fuse import unfuse
-from qlora_native.hf.load import LoadReport, load_model, make_report
+from qlora_native.hf.load import LoadReport, Progress, load_model, make_report
 from qlora_native.hf.loss import hidden_states
 from qlora_native.hf.mapped import BESIDE, stream_if_needed
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
@@ -374,7 +374,9 @@ class Merging(Conversion):
             yield part.view(-1, self.shape(step)[-1])
 
 
-def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folder: Path) -> dict[str, Path]:
+def calibrated_codes(
+    work: Merging, adapter: Path, given: CalibrationData, folder: Path, progress: Progress
+) -> dict[str, Path]:
     """The files for ``work.codes``, made in ``folder`` by recoding the model as it was trained, 4-bit with the adapter
     beside it.
 
@@ -388,10 +390,14 @@ def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folde
     options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
     model: Any = load_adapter(load_model(source.path, **options, fuse=False), adapter)
     streaming = stream_if_needed(model, None, BESIDE)
+    total = sum(isinstance(layer.base_layer, QuantizedLinear) for _, layer in lora_layers(model))
+    rows, length = tokens.ids.shape
+    progress(f"finding the codes of {total} weights with {rows} sequences of {length} tokens", 0, total)
 
     def write(path: str, packed: Tensor) -> None:
         codes[path] = folder / f"{len(codes)}.codes"
         packed.cpu().numpy().tofile(codes[path])
+        progress(f"layer {len(codes)} of {total}", len(codes), total)
 
     with ExitStack() as stack:
         pool, _ = stack.enter_context(side_by_side(model.device))

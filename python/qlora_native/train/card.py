@@ -27,10 +27,11 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     record, is_kept = read_record(folder), quant.type == "keep"
     is_stored, is_made = "folder" in record, bool(record)
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
-    made, base = "", f"base in 4 bits ({quant.type}, blocks of {quant.block_size}"
+    made, base = "", f"base in 4 bits ({quant.type} by {quant.method}, blocks of {quant.block_size}"
     base += ", double quantization)" if quant.double_quant else ")"
     if is_made:
         base = "GGUF file whose weights stayed as they are" if is_kept else "base in 4 bits"
+        base += f" ({quant.type} by {quant.method})" if is_stored else ""
         arguments = repr(str(Path(config.output_dir) / record["folder"]) if is_stored else model)
     started = "" if lora.adapter is None else f", from the adapter in {lora.adapter}"
     trains_more = bool(lora.modules_to_save or lora.trainable_tokens)
@@ -85,7 +86,7 @@ model = qn.load_model({arguments})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 
-With PEFT:{_made_for_peft(config, record, skipped)}
+With PEFT{_made_for_peft(config, record, skipped)}:
 
 ```python
 {peft_snippet(config, record, "path/to/this/folder")}
@@ -122,7 +123,7 @@ def _made_for_peft(config: TrainConfig, record: Mapping[str, str], skipped: Sequ
     """How to make the base that PEFT loads, where transformers does not make it."""
     if record or _is_bitsandbytes(config):
         return ""
-    return f" on the base that `{_command(config, skipped)}` makes"
+    return f", on the base that `{_command(config, skipped)}` makes"
 
 
 def _is_bitsandbytes(config: TrainConfig) -> bool:

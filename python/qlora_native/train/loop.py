@@ -219,8 +219,7 @@ class Trainer:
             page.note(f"continuing from {checkpoint} after step {state.step}")
         if getattr(model, "streamed_layers", None) is not None:
             page.note(f"the model is larger than the device: {model.streamed_layers}")
-        reason = why_eager(config, model, ranks.world)
-        if reason:
+        if reason := why_eager(config, model, ranks.world):
             page.note(f"CUDA graphs are off: {reason}")
         self.passes = Passes(model, lambda batch: causal_lm_loss(model, batch), page.note, is_captured=reason is None)
         samples = None
@@ -246,6 +245,8 @@ class Trainer:
                     page.note(f"after step {state.step} the weights are those that ship, {config.lora.ship}")
                 if is_due(state.step, options.eval_every, total):
                     started, what = time.monotonic(), f"evaluation after step {state.step}"
+                    if not state.step and (held_out or samples):
+                        progress.note("evaluating before the first step")
                     if samples is not None:
                         state.samples = oom_retry.run(partial(samples.answers, state.samples), what)
                     if held_out:

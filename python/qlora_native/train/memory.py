@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from qlora_native import _C
-from qlora_native._memory import free_device_memory, free_memory, kib_fields, release_free_memory
+from qlora_native._memory import free_device_memory, free_memory, kib_fields, peak_rss_bytes, release_free_memory
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.hf.source import Source
@@ -45,7 +45,7 @@ class MemoryReport:
         self.predicted: Estimate | None = None
         self.layers_budget: int | None = None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
         self.reason = ""
-        self.mapped = 0  # bytes of the weights that lie in mapped files
+        self.mapped = self.streamed = 0  # bytes of mapped weights: in memory at once, and those left in the files
         try:
             estimator = Estimator(source, Setting.from_config(config, self.device, rows, longest))
             self.predicted = estimator.at()
@@ -92,19 +92,25 @@ class MemoryReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, in bytes; ``predicted`` is by part, with the ``mapped`` weights."""
-        parts = {} if self.predicted is None else vars(self.predicted.peak)
+        parts = {} if self.predicted is None else dict(vars(self.predicted.peak))
+        if self.streamed and parts:
+            parts["weights"] = max(0, parts["weights"] - self.streamed)
         return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
 
     def line(self) -> str:
-        """Predicted against measured, with the mapped weights in both: the figure of `qlora estimate`."""
+        """Predicted against measured, with the mapped weights in both, as far as they are in memory, and what is beside
+        them: the libraries' memory is no part of either."""
         measured = self.measured() and self.measured() + self.mapped
         result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which was not measured"
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
-        predicted = self.predicted.total
+        predicted = self.predicted.total - self.streamed
         error = f" ({100 * (predicted / measured - 1):+.1f} %)" if measured else ""
         mapped = f"; {self.mapped / 2**20:,.0f} MiB of it are mapped weights" if self.mapped else ""
-        return f"memory of model and training: predicted {predicted / 2**20:,.0f} MiB, {result}{error}{mapped}"
+        mapped += f", of {(self.mapped + self.streamed) / 2**20:,.0f} MiB in the files" if self.streamed else ""
+        beside = max(0, peak_rss_bytes() - measured) if self.device == "cpu" and measured else 0
+        rest = f"; Python, libraries and rows take {beside / 2**20:,.0f} MiB beside it" if beside else ""
+        return f"memory of model and training: predicted {predicted / 2**20:,.0f} MiB, {result}{error}{mapped}{rest}"
 
     def beside_weights(self) -> int:
         """Bytes that the run is predicted to take beside frozen weights and the adapters, which are there already."""
@@ -143,6 +149,9 @@ class MappedWeights:
             beside = report.beside_weights() * int(os.environ.get("LOCAL_WORLD_SIZE", world))
         streaming = stream_if_needed(model, config.weight_budget, beside, note)
         self.stream = None if streaming is None else streaming.stream
+        if report is not None and streaming is not None:
+            report.streamed = max(0, report.mapped - streaming.plan.num_bytes)
+            report.mapped -= report.streamed
 
     def check(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""

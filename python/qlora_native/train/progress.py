@@ -193,9 +193,10 @@ class Progress:
         left = self._step_seconds / (done - self._start) * (self.total - done) + self._evaluation_seconds * due
         minutes, seconds = divmod(round(left), 60)
         clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+        clock += " left" if done < self.total or round(left) == 0 else " left, for the last evaluation"
         status = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB  {clock} left"
+            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB  {clock}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from qlora_native._io import as_user_error, as_write_error, user_path
+from qlora_native._io import announced, as_user_error, as_write_error, user_path
 from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
@@ -69,7 +70,8 @@ def prepare_model(
             for note in notes_of(source, config.quant.options["quant_type"]):
                 progress(note, 0, 0)
             on_card = torch.cuda.is_available() and layers_budget is None
-            model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
+            with nullcontext() if quiet or not ranks.is_first else announced(f"loading {source.path}"):
+                model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
             model.load_report = replace(model.load_report, path=source.path)
             if layers_budget is not None:
                 from qlora_native.hf.device_layers import stream_layers
