@@ -38,6 +38,9 @@ def test_a_real_model(
     assert summary.loss_before is not None and summary.loss_after is not None
     assert summary.loss_after < summary.loss_before - 0.1 and summary.skipped_steps == 0
     record_property(f"{name}: held-out loss before and after", (summary.loss_before, summary.loss_after))
+    memory = json.loads((run / "report.json").read_text())["memory"]
+    predicted, measured = sum(memory["predicted"].values()), memory["measured"] + memory["mapped"]
+    assert 0.9 < predicted / measured < 1.25 or not memory["measured"], memory
     del trainer
     capsys.readouterr()
 

@@ -22,6 +22,8 @@ from qlora_native.hf.source import AUTO, SafetensorsSource, Source, four_bit_con
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.weight import quantize
 
+READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -122,10 +124,13 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
 
 
 def _read_whole(meta: MetaModel, dtype: torch.dtype) -> int:
-    """Bytes at the peak of transformers' reader of GGUF: all tensors in fp32, once more in ``dtype`` as the model, and
-    the largest of them in fp32 twice. Nothing is 4-bit then."""
+    """Bytes at the peak of transformers' reader of GGUF, where nothing is 4-bit: the tokenizer's arrays, and either the
+    largest tensor (decoded rows, these end to end, and a copy, all in fp32, and in ``dtype``), or all in ``dtype`` with
+    the memory of those rows, which the heap keeps."""
     sizes = [tensor.numel() for name, tensor in meta.shapes.items() if name not in meta.tied]
-    return (4 + dtype.itemsize) * sum(sizes) + 4 * max(sizes)
+    largest, vocabulary = max(sizes), meta.model.config.get_text_config().vocab_size
+    read = max((12 + dtype.itemsize) * largest, dtype.itemsize * sum(sizes) + 4 * largest)
+    return int(READER_TOKEN * vocabulary + read)
 
 
 Options = dict[str, dict[str, Any]]  # arguments of quantize for each 4-bit weight, by its name
