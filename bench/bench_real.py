@@ -194,7 +194,7 @@ def measure(name: str, arguments: argparse.Namespace, work: Path, measured: Ceil
     task = {"folder": str(folder), "source": str(source), **options}
     rows = []
     for part in arguments.parts:
-        for checkpointing in (True, False) if part == "train" else (False,):
+        for checkpointing in arguments.checkpointing if part == "train" else (False,):
             counts = {"new_tokens": arguments.new_tokens, "repeats": arguments.repeats}
             about = {**key, **options, "part": part, "checkpointing": checkpointing, **counts}
 
@@ -217,6 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "generate"), default=(*PARTS, "generate"))
+    parser.add_argument(
+        "--checkpointing", nargs="+", type=json.loads, metavar="true|false", default=[True, False], help="of train"
+    )
     parser.add_argument("--steps", type=int, default=9, help=f"of train, {WARM_UP} of them to warm up")
     parser.add_argument("--learn-steps", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=64)
