@@ -184,7 +184,8 @@ def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: st
     if len(taken) < least:
         raise UserError(
             f"{name}: {len(taken):,} tokens of text, expected at least {least:,} to calibrate {method} "
-            f"({rows} sequences of {length}); give more text, ask for fewer or shorter sequences, or do without calibration (rtn)."
+            f"({rows} sequences of {length}); give more text, ask for fewer or shorter sequences, or do without "
+            "calibration (rtn)."
         )
     whole = min(rows, len(taken) // length)
     return torch.tensor(taken[: whole * length], dtype=torch.int64).view(whole, length)
