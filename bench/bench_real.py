@@ -16,8 +16,10 @@ first loss is that of transformers' code in fp32 on the decoded weights, to 0.5 
 same file; seconds include the prompt. `match`: whether our tokens are the peer's, or part from them first where the
 peer itself nearly wavers.
 
-With `--work` a row that was measured with this code (`births.PATHS`) and these settings is taken from there, so that a
-run that was killed goes on. Takes about 80 minutes on two cores with AMX: 45 for 1.5b, 18 for 0.5b, 17 for gemma-270m.
+A run of some rows leaves the others of its class in the stored result. With `--work` a row that was measured with this
+code (`births.PATHS`) and these settings is taken from there, so that a run that was killed goes on.
+
+Takes about 80 minutes on two cores with AMX: 45 for 1.5b, 18 for 0.5b, 17 for gemma-270m.
 Needs 5 GB of disk and, without checkpointing for 1.5b, 12 GB of memory; needs the extra `bench`, and xllamacpp for its
 rows.
 """
@@ -44,7 +46,19 @@ from bench_generate import NEAR_TIE, first_difference
 from bench_train import LOSS_TOLERANCE, TUNED_MALLOC, WARM_UP
 from ceilings import Ceilings, ceilings, floor
 from children import Child
-from common import Bar, add_json, birth, line, machine, peer_dtype, quartiles, rounded, timings, write_json
+from common import (
+    Bar,
+    add_json,
+    birth,
+    keep_other_rows,
+    line,
+    machine,
+    peer_dtype,
+    quartiles,
+    rounded,
+    timings,
+    write_json,
+)
 from real_sides import PARTS, generate, prepare, train
 from train_sides import LENGTH, RANK, ROWS
 
@@ -249,6 +263,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for model in arguments.models:
             result["rows"] += measure(model, arguments, arguments.work or Path(name), result["ceilings"])
+    keep_other_rows(arguments.json, result, ("model", "part", "checkpointing"))
     write_json(arguments.json, result)
 
 

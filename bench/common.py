@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -220,6 +220,26 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="", help="file for the result; without a name bench/results/BENCH-CPU_CLASS.json"
     )
+
+
+def keep_other_rows(path: str | None, result: dict[str, Any], key: Sequence[str]) -> None:
+    """Rows of the stored result that this run did not measure stay in it, and the birth of the first of them.
+
+    Raises:
+        SystemExit: they were measured with other versions of torch or of a peer.
+    """
+    file = Path(path or RESULTS / f"{result['bench']}-{result['machine']['cpu_isa']}.json")
+    if path is None or not file.exists():
+        return
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    measured = {tuple(row.get(name) for name in key): row for row in result["rows"]}
+    rows = {tuple(row.get(name) for name in key): row for row in stored["rows"]} | measured
+    if len(rows) > len(measured):
+        now = birth()
+        if stored["birth"]["versions"] != now["versions"]:
+            raise SystemExit(f"{file} has rows of {stored['birth']['versions']}, now {now['versions']}: measure all.")
+        result["birth"] = {**stored["birth"], "until": {name: now[name] for name in ("commit", "changed", "date")}}
+        result["rows"] = list(rows.values())
 
 
 def write_json(path: str | None, result: dict[str, Any], name: str | None = None) -> None:

@@ -100,12 +100,12 @@ def faster(row: Row, rival: str) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
-def machines(results: Results) -> str:
+def machines(*groups: Results) -> str:
     """The machines, each with the CPU classes that were measured on it."""
-    classes: dict[str, list[str]] = {}
-    for machine in (result["machine"] for result in results.values()):
+    classes: dict[str, dict[str, None]] = {}
+    for machine in (result["machine"] for results in groups for result in results.values()):
         name = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-        classes.setdefault(name, []).append(machine["cpu_isa"])
+        classes.setdefault(name, {})[machine["cpu_isa"]] = None
     return "; ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
 
 
@@ -399,7 +399,7 @@ def summary(folder: Path) -> list[str]:
         "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
         "",
         *tables,
-        *dict.fromkeys(f"Machine: {machines(each)}." for each in (real, results) if each),
+        f"Machine: {machines(real, results)}.",
         f"Commits: {', '.join(born)}.",
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
         f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "

@@ -135,6 +135,30 @@ def test_a_work_folder_keeps_the_first_birth_and_refuses_other_versions(
         common.birth_in(work)
 
 
+def test_rows_that_were_not_measured_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {**BIRTH}
+    monkeypatch.setattr(common, "birth", lambda: dict(now))
+    file = tmp_path / "real-amx.json"
+
+    def measure(*rows: tuple[str, bool | None, float]) -> dict[str, Any]:
+        of = [{"model": model, "part": value} | ({} if on is None else {"on": on}) for model, on, value in rows]
+        result: dict[str, Any] = {"bench": "real", "machine": {"cpu_isa": "amx"}, "rows": of}
+        common.keep_other_rows(str(file), result, ("model", "on"))
+        common.write_json(str(file), result)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    assert measure(("a", True, 1.0), ("a", False, 2.0), ("b", None, 3.0))["birth"] == BIRTH
+    now |= {"commit": "cd" * 20, "date": "2026-12-03"}
+    part = measure(("a", False, 5.0), ("c", None, 6.0))
+    assert [row["part"] for row in part["rows"]] == [1.0, 5.0, 3.0, 6.0]
+    assert part["birth"]["commit"] == BIRTH["commit"] and part["birth"]["until"]["commit"] == "cd" * 20
+    whole = measure(("a", True, 1.5), ("a", False, 2.5), ("b", None, 3.5), ("c", None, 4.5))
+    assert whole["birth"] == now
+    now["versions"] = {"torch": "2.14.0"}
+    with pytest.raises(SystemExit, match="measure all"):
+        measure(("a", True, 1.0))
+
+
 def test_outside_a_clone_the_commit_is_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(common, "ROOT", tmp_path)
     assert common.birth.__wrapped__()["commit"] is None
