@@ -116,5 +116,9 @@ def empty_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     num_bytes = count * x.dtype.itemsize
     if num_bytes < LEAST:
         return x.new_empty(shape)
-    # resize_, because a view would have a base.
-    return torch.frombuffer(BLOCKS.lend(num_bytes), dtype=x.dtype, count=count).resize_(shape)
+    try:
+        block = BLOCKS.lend(num_bytes)
+    except OSError:  # no memory: what is kept may be in the way, and torch's error is the one that callers know
+        BLOCKS.release()
+        return x.new_empty(shape)
+    return torch.frombuffer(block, dtype=x.dtype, count=count).resize_(shape)  # a view would have a base

@@ -155,7 +155,18 @@ def _free_of_cgroups() -> Iterator[Free]:
 
 
 def free_memory() -> Free | None:
-    """The limit of this process that leaves least; None where no limit can be read (no procfs)."""
+    """The limit of this process that leaves least; None where no limit can be read (no procfs).
+
+    Blocks that the ops keep count as used while there is enough; when it is short, they are given back first.
+    """
+    free = _least_free()
+    if free is not None and free.bytes < free.margin and BLOCKS.kept:
+        BLOCKS.release()
+        free = _least_free()
+    return free
+
+
+def _least_free() -> Free | None:
     found: list[Free] = []
     for source in (_free_of_process, _free_of_cgroups, lambda: [free_of_machine(_read("/proc/meminfo"))]):
         try:
@@ -235,16 +246,19 @@ USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def keep_freed_memory(checkpointing: bool = False) -> bool:
-    """Have glibc hold on to freed memory; False without glibc, or where the user has set malloc's variables.
+    """Have glibc and the ops hold on to freed memory; False without glibc. Where the user has set malloc's variables
+    nothing is kept, and False returned.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
-    cleared anew, tens of thousands a step. The ops' large outputs are kept as blocks (qlora_native._blocks), whatever
-    malloc does. Of the rest large blocks come and go: with ``checkpointing``, which is there to save memory, from
-    256 KiB on, otherwise from 8 MiB.
+    cleared anew, tens of thousands a step. The ops' large outputs are kept as blocks (qlora_native._blocks). Of the
+    rest large blocks come and go: with ``checkpointing``, which is there to save memory, from 256 KiB on, otherwise
+    from 8 MiB.
     """
+    if any(name in os.environ for name in USER_SETTINGS):
+        return False
     keep_blocks()
     mallopt = _libc("mallopt")
-    if mallopt is None or any(name in os.environ for name in USER_SETTINGS):
+    if mallopt is None:
         return False
     least = LEAST_MAPPED_WITH_CHECKPOINTING if checkpointing else LEAST_MAPPED
     return bool(mallopt(MMAP_THRESHOLD, least) and mallopt(TRIM_THRESHOLD, 2**31 - 1))

@@ -214,7 +214,9 @@ def _base_of(adapter: Path) -> Path:
     from qlora_native.lora.adapter import CONFIG_NAME
 
     if not (adapter / CONFIG_NAME).is_file():
-        raise UserError(f"{adapter} has no {CONFIG_NAME}: expected an adapter, or MODEL and --adapter DIR")
+        inside = adapter / "adapter"  # of the output folder of a run
+        hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else ""
+        raise UserError(f"{adapter} has no {CONFIG_NAME}: expected an adapter, or MODEL and --adapter DIR{hint}")
     base = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter} names no base: give it as MODEL, and the adapter as --adapter DIR")

@@ -84,7 +84,9 @@ def infer_format(rows: Iterable[SourceRow], mapped: Iterable[str] = ()) -> str:
             found, where = next((name for name, needed in meant.items() if {*needed} <= {*keys}), ""), row.where
             if not found:
                 formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in meant.items())
-                advice = _renames(meant.values(), keys) or "rename the keys to those of one format"
+                advice = _renames(meant.values(), keys) or (
+                    "rename the keys to those of one format, or map them: --columns prompt=KEY completion=KEY"
+                )
                 raise row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")
         elif not {*_REQUIRED[found]} <= {*keys}:
             problem = str(_missing(row, found, keys)).removesuffix(".")

@@ -105,7 +105,8 @@ class MemoryReport:
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
         predicted = self.predicted.total - self.streamed
-        error = f" ({100 * (predicted / measured - 1):+.1f} %)" if measured else ""
+        share = 100 * (predicted / measured - 1) if measured else 0.0
+        error = f" ({abs(share):.1f} % too {'much' if share > 0 else 'little'} predicted)" if measured else ""
         mapped = f"; {self.mapped / 2**20:,.0f} MiB of it are mapped weights" if self.mapped else ""
         mapped += f", of {(self.mapped + self.streamed) / 2**20:,.0f} MiB in the files" if self.streamed else ""
         beside = max(0, peak_rss_bytes() - measured) if self.device == "cpu" and measured else 0
