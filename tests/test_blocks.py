@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from qlora_native import _blocks
-from qlora_native._blocks import LEAST, Blocks, empty_like
+from qlora_native.ops import _library
+from qlora_native.ops._library import LEAST, Blocks, empty_like
 
 MIB = 1 << 20
 
@@ -19,8 +19,8 @@ MIB = 1 << 20
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Blocks:
     blocks = Blocks()
-    monkeypatch.setattr(_blocks, "BLOCKS", blocks)
-    monkeypatch.setattr(_blocks, "_are_kept", True)
+    monkeypatch.setattr(_library, "BLOCKS", blocks)
+    monkeypatch.setattr(_library, "_are_kept", True)
     return blocks
 
 
@@ -103,9 +103,9 @@ def test_tracers_have_no_memory(kept: Blocks) -> None:
 
 ONE_STEP = """
 import sys, torch
-from qlora_native import _blocks
 from qlora_native._memory import keep_freed_memory
 from qlora_native.nn import QuantizedLinear
+from qlora_native.ops import _library
 
 if sys.argv[1] == "kept":
     keep_freed_memory(checkpointing=True)
@@ -115,7 +115,7 @@ x = torch.randn(2048, 512, dtype=torch.bfloat16, requires_grad=True)
 for step in range(3):
     x.grad = None
     sum(layer(x).float().square().mean() for _ in range(8)).backward()
-print(_blocks.BLOCKS.most >> 20, float(x.grad.double().sum()))
+print(_library.BLOCKS.most >> 20, float(x.grad.double().sum()))
 """
 
 

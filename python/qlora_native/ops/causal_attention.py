@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._library import autograd, empty_like, fake, implement
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
-from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call, may_autocast
-from qlora_native.ops._library import Weight, autograd, buffer, cuda_modules, fake, implement, say_once, scratch
+from qlora_native.ops._library import (
+    Weight,
+    autograd,
+    buffer,
+    cuda_modules,
+    empty_like,
+    fake,
+    implement,
+    say_once,
+    scratch,
+)
 from qlora_native.ops.dequantize_4bit import decode_panel
 
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64

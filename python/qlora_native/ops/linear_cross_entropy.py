@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
-from qlora_native._blocks import empty_like
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, autograd, cuda_modules, fake, implement
+from qlora_native.ops._library import Weight, autograd, cuda_modules, empty_like, fake, implement
 from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk
