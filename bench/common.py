@@ -222,14 +222,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def result_file(path: str, result: dict[str, Any], name: str | None = None) -> Path:
+    """Where a result is stored; "" is its file in bench/results."""
+    return Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
+
+
 def keep_other_rows(path: str | None, result: dict[str, Any], key: Sequence[str]) -> None:
     """Rows of the stored result that this run did not measure stay in it, and the birth of the first of them.
 
     Raises:
         SystemExit: they were measured with other versions of torch or of a peer.
     """
-    file = Path(path or RESULTS / f"{result['bench']}-{result['machine']['cpu_isa']}.json")
-    if path is None or not file.exists():
+    if path is None or not (file := result_file(path, result)).exists():
         return
     stored = json.loads(file.read_text(encoding="utf-8"))
     measured = {tuple(row.get(name) for name in key): row for row in result["rows"]}
@@ -246,7 +250,7 @@ def write_json(path: str | None, result: dict[str, Any], name: str | None = None
     """Writes a result; "" is its file in bench/results by its ``name``, None writes nothing. A result that has a
     birth keeps it. The innermost lists stay on one line."""
     if path is not None:
-        file = Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
+        file = result_file(path, result, name)
         born = {"birth": birth(), **result}
         if "bitsandbytes" in sys.modules:
             born["bitsandbytes_kernels"] = bitsandbytes_kernels()

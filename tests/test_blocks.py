@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from qlora_native import _memory
 from qlora_native.ops import _library
 from qlora_native.ops._library import LEAST, Blocks, empty_like
 
@@ -127,3 +129,40 @@ def test_a_training_process_takes_the_ops_outputs_from_blocks() -> None:
     assert int(found["malloc's"][0]) == 0  # nothing is kept unless it is asked for
     assert int(found["kept"][0]) >= 8  # MiB, of an output
     assert found["kept"][1] == found["malloc's"][1]
+
+
+def no_pages(size: int) -> NoReturn:
+    raise OSError(12, f"no memory for {size} bytes")
+
+
+def test_without_pages_tensors_are_torchs_and_what_is_kept_is_given_back(
+    kept: Blocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(512, 600)
+    del (held := [empty_like(x)])[0]
+    assert not held
+    monkeypatch.setattr(_library, "_pages", no_pages)
+    larger = empty_like(x, (1024, 600))
+    assert larger.fill_(2.0).sum() == 2 * larger.numel()
+    assert (kept.used, kept.kept) == (0, 0)
+
+
+def test_short_memory_is_measured_again_without_what_is_kept(kept: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_memory, "BLOCKS", kept)
+    room = 100 * MIB  # of which blocks take their part, lent or free
+
+    def least() -> _memory.Free:
+        taken = kept.used + kept.kept
+        return _memory.Free(room - taken, 1024 * MIB, "a limit")  # its margin is 64 MiB
+
+    monkeypatch.setattr(_memory, "_least_free", least)
+    block = kept.lend(20 * MIB)
+    del block
+    found = _memory.free_memory()
+    assert found is not None and found.bytes == 80 * MIB  # enough: the block stays
+    block = kept.lend(20 * MIB)
+    assert kept.most == 20 * MIB
+    more = kept.lend(20 * MIB)
+    del block, more  # and nobody has asked for a block since
+    found = _memory.free_memory()
+    assert found is not None and found.bytes == 100 * MIB

@@ -160,7 +160,7 @@ def free_memory() -> Free | None:
     Blocks that the ops keep count as used while there is enough; when it is short, they are given back first.
     """
     free = _least_free()
-    if free is not None and free.bytes < free.margin and BLOCKS.kept:
+    if free is not None and free.bytes < free.margin:
         BLOCKS.release()
         free = _least_free()
     return free

@@ -7,10 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_native._io import as_user_error, user_path
+
 if TYPE_CHECKING:
+    from qlora_native.config import TrainConfig
     from qlora_native.estimate import Estimate, Estimator
 
 MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
+ENOUGH_ROWS = 4096  # of a file, to choose by
 OPTIMIZERS = ("adamw", "adamw8bit")
 LENGTHS = (2048, 1024, 512, 256)  # tokens a row
 MICRO_BATCHES = (16, 8, 4, 2, 1)  # rows
@@ -62,3 +66,47 @@ def start(estimator: Estimator, limit: int, rows: int = ROWS, longest: int = LEN
             break
     eval_every = min(100, max(1, epochs * math.ceil(rows / wide) // EVALUATIONS))
     return Start(estimate, fits, max_length, batch_size, grad_accum, epochs, eval_every)
+
+
+def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
+    """How many rows of ``data.train`` are trained, and the tokens of the longest; of the first ``limit`` of a file."""
+    from qlora_native.data.dataset import load_split
+    from qlora_native.hf.source import load_tokenizer
+
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
+    rows = load_split(config.data, tokenizer, config.train.seed, limit=limit)[0]
+    return len(rows), config.data.longest(rows)
+
+
+def completed(config: TrainConfig, device: str | None = None, limit: int | None = None) -> TrainConfig:
+    """The config of a run without a file: for what was not given what suits the rows and the memory, of ``limit`` bytes
+    if not of this machine."""
+    import torch
+
+    from qlora_native._memory import free_device_memory, free_memory
+    from qlora_native.estimate import Estimator, Setting
+
+    rows, longest = measured_rows(config, ENOUGH_ROWS)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if limit is None:
+        is_card = device == "cuda"
+        free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
+        limit = free.bytes if free else 8 << 30
+    with as_user_error():
+        estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
+    chosen, given = start(estimator, limit, rows, longest), config.train.model_fields_set
+    options = config.train
+    for name in {"optimizer", "eval_every"} - given:
+        setattr(options, name, getattr(chosen, name))
+    if not given & {"epochs", "steps"}:
+        options.epochs = chosen.epochs
+    if "max_length" not in config.data.model_fields_set:
+        config.data.max_length = chosen.max_length
+    wide = chosen.batch_size * chosen.grad_accum
+    if not given & {"batch_size", "grad_accum"}:
+        options.batch_size, options.grad_accum = chosen.batch_size, chosen.grad_accum
+    elif "grad_accum" not in given:
+        options.grad_accum = max(1, wide // options.batch_size)
+    elif "batch_size" not in given:
+        options.batch_size = max(1, wide // options.grad_accum)
+    return config

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.cli._run import refuse_existing, require
-from qlora_native.cli._start import MARGIN, ROWS, start
-from qlora_native.cli.estimate import card_bytes, measured_rows, size
+from qlora_native.cli._start import MARGIN, ROWS, measured_rows, start
+from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import as_user_error, as_write_error, user_path
-from qlora_native._memory import peak_rss_bytes
 from qlora_native.cli._run import parse_size, print_result, require
 from qlora_native.errors import UserError
 
@@ -127,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     terms = [(name, getattr(estimate.peak, field)) for field, name in NAMES.items()]
     lines = _lines(estimate, card, fitting)
     if device == "cpu":
-        lines.append(f"Python and its libraries take some {size(peak_rss_bytes())} beside it.")  # as in this process
+        lines.append("Python and its libraries take up to 0.5 GiB beside it.")
     lines += [] if on_card is None else _lines_on_card(on_card)
     lines += ([] if streamed is None else [str(streamed)]) + [rank.line(card) for rank in ranks]
     rows = [f"  {name:<20} {size(num_bytes):>12}" for name, num_bytes in [*terms, ("total", estimate.total)]]
@@ -162,7 +161,7 @@ def _streamed(args: argparse.Namespace, config: TrainConfig, estimator: Estimato
 
 def _config(args: argparse.Namespace, device: str, card: int | None) -> tuple[TrainConfig, bool]:
     """The config, and whether files of rows were named."""
-    from qlora_native.cli.train import config_of
+    from qlora_native.cli._start import completed
     from qlora_native.config import TrainConfig
 
     flags = {"--data.max_length": args.seq_length, "--train.batch_size": args.batch_size}
@@ -174,24 +173,16 @@ def _config(args: argparse.Namespace, device: str, card: int | None) -> tuple[Tr
     overrides = [*(["--model", what] if what else []), *overrides]
     given = {word.partition("=")[0] for word in overrides}
     if given & {"--train", "--data.train"}:
-        return config_of(overrides, device, card), True
+        return completed(TrainConfig.from_values({"data": {}}, overrides), device, card), True
     if "--model" not in given:
         raise UserError("qlora estimate: expected a config, a model, or --model MODEL --train FILE")
     return TrainConfig.from_values({"data": {"train": "rows.jsonl"}}, overrides), False
 
 
-def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
-    """How many rows of ``data.train`` are trained, and the tokens of the longest; of the first ``limit`` of a file."""
-    from qlora_native.data.dataset import load_split
-    from qlora_native.hf.source import load_tokenizer
-
-    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
-    rows = load_split(config.data, tokenizer, config.train.seed, limit=limit)[0]
-    return len(rows), config.data.longest(rows)
-
-
 def _rows_at_hand(config: TrainConfig) -> tuple[tuple[int, int] | None, str]:
-    """:func:`measured_rows` where the files are here and can be read, and how that is said."""
+    """``measured_rows`` where the files are here and can be read, and how that is said."""
+    from qlora_native.cli._start import measured_rows
+
     if not all(user_path(path).exists() for path in config.data.files):
         return None, ""
     try:

@@ -10,15 +10,12 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_native._io import as_user_error, user_path
+from qlora_native._io import user_path
 from qlora_native.cli._run import missing_packages
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
-
-ENOUGH_ROWS = 4096  # of a file, to choose a run's start by
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and the page of keys."""
@@ -101,16 +98,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def config_of(overrides: list[str], device: str | None = None, limit: int | None = None) -> TrainConfig:
-    """The config of a run without a file: what is given, and for the rest what suits the rows and the memory, of
-    ``limit`` bytes if not of this machine. A resumed run has that of its checkpoint."""
-    import torch
-
-    from qlora_native._memory import free_device_memory, free_memory
-    from qlora_native.cli._start import start
-    from qlora_native.cli.estimate import measured_rows
+def config_of(overrides: list[str]) -> TrainConfig:
+    """The config of a run without a file; a resumed run has that of its checkpoint."""
+    from qlora_native.cli._start import completed
     from qlora_native.config import TrainConfig
-    from qlora_native.estimate import Estimator, Setting
     from qlora_native.train.checkpoint import CONFIG, checkpoints
 
     config = TrainConfig.from_values({"data": {}}, overrides)
@@ -118,27 +109,4 @@ def config_of(overrides: list[str], device: str | None = None, limit: int | None
         is_auto = config.resume == "auto"
         for folder in checkpoints(user_path(config.output_dir))[-1:] if is_auto else [Path(config.resume)]:
             return TrainConfig.from_file(folder / CONFIG, overrides)
-    rows, longest = measured_rows(config, ENOUGH_ROWS)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if limit is None:
-        is_card = device == "cuda"
-        free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
-        limit = free.bytes if free else 8 << 30
-    with as_user_error():
-        estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
-    chosen, given = start(estimator, limit, rows, longest), config.train.model_fields_set
-    options = config.train
-    for name in {"optimizer", "eval_every"} - given:
-        setattr(options, name, getattr(chosen, name))
-    if not given & {"epochs", "steps"}:
-        options.epochs = chosen.epochs
-    if "max_length" not in config.data.model_fields_set:
-        config.data.max_length = chosen.max_length
-    wide = chosen.batch_size * chosen.grad_accum
-    if not given & {"batch_size", "grad_accum"}:
-        options.batch_size, options.grad_accum = chosen.batch_size, chosen.grad_accum
-    elif "grad_accum" not in given:
-        options.grad_accum = max(1, wide // options.batch_size)
-    elif "batch_size" not in given:
-        options.batch_size = max(1, wide // options.grad_accum)
-    return config
+    return completed(config)

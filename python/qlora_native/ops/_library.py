@@ -282,7 +282,7 @@ def part_of(tensor: Tensor) -> Tensor:
 
 # Blocks of memory for the large outputs of the CPU's ops, kept for outputs to come.
 # A layer frees what it has computed and the next one asks for the same sizes. Given back to the system, those pages are
-# cleared anew each time, a third of a step; and in glibc's heap an aligned block seldom fits the hole that one of its
+# cleared anew each time, and in glibc's heap an aligned block seldom fits the hole that one of its
 # size has left, so that the heap grows to several times what is used. Here a block that came back serves the next
 # request of its size, and blocks in use and kept are together never more than the most that were in use at one time:
 # nothing is held beyond what a step needs anyway.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, _native
-from qlora_native._memory import free_memory, release_free_memory
+from qlora_native._memory import free_memory
 from qlora_native.ops import _library
 from qlora_native.ops._library import part_of
 from qlora_native.ops._optim import Plan
@@ -263,7 +263,7 @@ class PagedStates:
             if pages is None:
                 continue
             before = pages.state_bytes()
-            release_free_memory()  # states come to stay, and what is kept for later makes room
+            _library.BLOCKS.release()  # states come to stay, and what is kept for later makes room
             pages.reserve(chosen)
             self._pages[device] = pages
             watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step checks
