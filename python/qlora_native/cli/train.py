@@ -17,6 +17,7 @@ from qlora_native.errors import UserError
 if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
 
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and the page of keys."""
     help = "a YAML file; `qlora config init` writes one; without it --model and --train are needed"
