@@ -233,10 +233,14 @@ def test_wrong_adapters_are_one_sentence(
 
 
 def test_an_adapter_of_another_base(tmp_path: Path, sound: Path) -> None:
-    wider = "down_proj is for 96 inputs and 64 outputs.*128 and 64.*trained on .*base"
+    wider = "trained on .*base: that of .*down_proj is for 96 inputs and 64 outputs.*128 and 64"
     for name, changes, message in (
         ("wider", {"intermediate_size": 128}, wider),
-        ("shallow", {"num_hidden_layers": 1}, r"for model\.layers\.1\..*but LlamaForCausalLM has no such module"),
+        (
+            "shallow",
+            {"num_hidden_layers": 1},
+            r"trained on .*base: it is for model\.layers\.1\..*but LlamaForCausalLM has no such module",
+        ),
         ("other", {"kind": "GPT2"}, "GPT2LMHeadModel has no such module"),
     ):
         with pytest.raises(qn.UserError, match=message):

@@ -164,7 +164,7 @@ def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
     worst = result["largest_drift"]
     if worst is not None:
         lost = "" if worst["lost"] is None else f", {worst['lost']:.2g} of what the adapter changes there"
-        yield f"largest drift: {worst['layer']}, relative error {worst['error']:.2g}{lost}"
+        yield f"largest error of a weight: {worst['layer']}, relative error {worst['error']:.2g}{lost}"
     for row in result["logits"]:
         yield (
             f"logits against {row['against']}: KL {row['kl_mean']:.2g} nats a token (largest {row['kl_max']:.2g}), "

@@ -138,6 +138,7 @@ def compare(
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
             began = time.monotonic()
+            note(f"{name}: loading")
             model = load()
             num_bytes = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
             result = VariantResult(name, num_bytes, time.monotonic() - began, label=label_of(name, model.load_report))

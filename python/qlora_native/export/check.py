@@ -217,7 +217,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         "",
     ]
     if worst := report["largest_drift"]:
-        lines += [f"Largest drift: `{worst['layer']}`, error {worst['error']:.3g}.", ""]
+        lines += [f"Largest error: `{worst['layer']}`, {worst['error']:.3g}.", ""]
     lines += ["| layer | error | change | lost |", "|---|---|---|---|"]
     for row in report["weights"]:
         error, change, lost = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("error", "change", "lost"))

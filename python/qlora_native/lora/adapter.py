@@ -365,7 +365,7 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
         layer = modules.get(path)
         if not isinstance(layer, nn.Linear):
             what = "no such module" if layer is None else f"a {type(layer).__name__} there"
-            raise UserError(f"{folder}: the adapter is for {path}, but {name} has {what}; it was trained on {base}.")
+            raise UserError(f"{folder}: the adapter was trained on {base}: it is for {path}, but {name} has {what}.")
         rank = config.rank_of(path)
         got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
         if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
@@ -375,8 +375,8 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
             )
         if got != ((rank, layer.in_features), (layer.out_features, rank)):
             raise UserError(
-                f"{folder}: the adapter of {path} is for {got[0][1]} inputs and {got[1][0]} outputs, but the layer of "
-                f"{name} has {layer.in_features} and {layer.out_features}; it was trained on {base}."
+                f"{folder}: the adapter was trained on {base}: that of {path} is for {got[0][1]} inputs and "
+                f"{got[1][0]} outputs, but the layer of {name} has {layer.in_features} and {layer.out_features}."
             )
     present = dict(lora_layers(model))
     if present and (differing := sorted(pairs.keys() ^ present.keys())):
