@@ -231,6 +231,12 @@ def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
     assert set(ALIASES.values()) <= set(keys()) and not set(ALIASES) & set(leaves)
 
 
+def test_the_start_of_an_adapter_is_no_key_and_is_read_in_older_configs() -> None:
+    assert LoraSection.model_validate({"init": "zero", "r": 4}).r == 4
+    with pytest.raises(ValueError, match="init\n  Extra inputs"):
+        LoraSection.model_validate({"init": "h_svd"})
+
+
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = TrainConfig.from_file(write(tmp_path, MINIMAL), ["--lr", "3e-5", "--target_modules", "[a, b]", "--resume"])
     again = TrainConfig.from_file(write(tmp_path, config.to_yaml()))

@@ -226,7 +226,7 @@ def test_its_tokenizer_is_transformers_without_reading_twice(file: Path, monkeyp
     assert found.special_tokens_map == expected.special_tokens_map
 
 
-@pytest.mark.parametrize("kind", ["folder", "floats", "method", "whole", "save", "statistics", "sharded", "config"])
+@pytest.mark.parametrize("kind", ["folder", "floats", "method", "whole", "save", "sharded", "config"])
 def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
     with pytest.raises((qn.UserError, ValueError), match=r"keep|GGUF|quantized") as seen:  # noqa: PT012
         if kind == "folder":
@@ -239,8 +239,6 @@ def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
             qn.add_lora(load_model(file), qn.LoraConfig(modules_to_save=["embed_tokens"]))
         elif kind == "save":
             load_model(file).save_pretrained(tmp_path)
-        elif kind == "statistics":
-            next(iter(qn.lora_statistics(load_model(file))))
         elif kind == "sharded":
             qn.distributed.load_model(file)
         else:

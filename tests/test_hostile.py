@@ -33,7 +33,6 @@ from qlora_native.cli import doctor
 from qlora_native.cli.main import MOST_CHARACTERS, main
 from qlora_native.data import template
 from qlora_native.hf.convert import convert as convert_folder
-from qlora_native.lora.layer import LayerStatistics, lora_layers
 
 SECONDS = 20  # in which a sentence must come
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -318,21 +317,6 @@ def test_a_width_of_nothing(sound: Path, tmp_path: Path, mistake: Callable[..., 
     shutil.copytree(sound / "model", tmp_path / "model")
     edit_config(tmp_path / "model", hidden_size=0)
     assert "hidden_size is 0" in mistake("convert", tmp_path / "model", tmp_path / "out", "--to", "16bit")
-
-
-def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(sound: Path) -> None:
-    model = qn.load_model(sound / "model")
-    model.lm_head.weight.requires_grad_(True)
-    paths = [path for path, module in model.named_modules() if path.endswith("_proj")]
-
-    def statistics() -> Iterator[LayerStatistics]:
-        yield LayerStatistics(paths[0], torch.zeros(64, 64))
-        yield LayerStatistics(paths[1], torch.zeros(3, 3))
-
-    with pytest.raises(ValueError, match="another model"):
-        qn.add_lora(model, qn.LoraConfig(init="loftq"), statistics())
-    assert not any(True for _ in lora_layers(model)) and not hasattr(model, "lora_config")
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
 
 
 def test_a_state_dict_of_another_kind_names_the_key() -> None:

@@ -237,10 +237,6 @@ def test_an_open_source_loads_again_and_again(tmp_path: Path, kind: str) -> None
     for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
         model, expected = load_model(source, dtype=dtype), load_model(tmp_path, dtype=dtype)
         assert torch.equal(logits(model), logits(expected))
-    given, found = (list(qn.lora_statistics(model, source=one)) for one in (source, None))
-    assert len(given) == {"safetensors": 14, "experts": 8, "gguf": 7}[kind]
-    for one, other in zip(given, found, strict=True):
-        assert one.path == other.path and torch.equal(one.weight, other.weight)
 
 
 def test_gguf_file_and_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import dense_twin, distance, logits, make, save, tokens
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import qlora_native as qn
 from qlora_native.hf.load import load_model
 from qlora_native.hf.merge import merge
-from qlora_native.lora import LoraConfig, LoRALinear, adapters_off, add_lora, lora_layers
+from qlora_native.lora import LoraConfig, LoRALinear, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_native.nn import QuantizedLinear
 
 
@@ -190,7 +191,6 @@ def test_what_selects_no_layer_is_refused(folder: Path, options: dict[str, Any],
         ({"r": 0}, "rank 'r' is 0"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank 'q_proj' is 1.5"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"init": "hsvd"}, "init is 'hsvd': expected 'zero', 'h_svd'"),
         ({"target_modules": []}, "target_modules is empty"),
     ],
 )
@@ -334,3 +334,12 @@ def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
     save(folder, intermediate_size=128)
     with pytest.raises(qn.UserError, match=r"has changed .*down_proj.weight is \[64, 128\] there now"):
         merge(model)
+
+
+def test_an_older_adapter_that_corrects_its_base_loads_and_says_so(folder: Path, tmp_path: Path) -> None:
+    save_adapter(fill(add_lora(load_model(folder), LoraConfig(r=4))), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"qlora_native.init": "loftq"})
+    with pytest.warns(UserWarning, match="init loftq.* base 'dequantized'"):
+        model = load_adapter(load_model(folder), tmp_path / "adapter")
+    assert all(layer.lora_B.any() for _, layer in lora_layers(model))

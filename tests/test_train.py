@@ -318,9 +318,8 @@ def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(make: Make) -> No
     assert not any(torch.equal(first[key], third[key]) for key in first)
 
 
-@pytest.mark.parametrize("init", ["zero", "h_svd"])
-def test_a_run_opens_the_model_once(make: Make, init: str) -> None:
-    trainer = Trainer(make(steps=1, rows=200, init=init), quiet=True)
+def test_a_run_opens_the_model_once(make: Make) -> None:
+    trainer = Trainer(make(steps=1, rows=200), quiet=True)
     with patch.object(SafetensorsSource, "__init__", autospec=True, side_effect=SafetensorsSource.__init__) as opened:
         trainer.train()
     opened.assert_called_once_with(ANY, Path(trainer.config.model))

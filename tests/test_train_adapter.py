@@ -28,7 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": LORA,
     "whole": {**LORA, "rslora": True, "modules_to_save": ["lm_head"]},
     "tokens": {**LORA, "trainable_tokens": ["<|new|>", "<|user|>"]},
-    "loftq": {"r": 4, "init": "loftq"},
 }
 
 

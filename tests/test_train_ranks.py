@@ -186,12 +186,6 @@ def test_weights_that_processes_read_together_are_not_mapped(folder: Path) -> No
         prepare_model(refused, ranks=Ranks("ddp", 0, 2))
 
 
-def test_an_adapter_start_that_one_process_computes_is_refused(folder: Path) -> None:
-    refused = config(folder, "refused", parallel="fsdp", lora={"init": "loftq"})
-    with pytest.raises(UserError, match="lora.init is loftq, .* one process .* 2 were"):
-        prepare_model(refused, ranks=Ranks("fsdp", 0, 2))
-
-
 def test_two_ranks(calibrated: Path) -> None:
     folder = calibrated
     found = on_ranks(2, on_two, folder)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from qlora_native.hf.merge import merge
     from qlora_native.hf.peft import peft_config
     from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
-    from qlora_native.hf.residuals import lora_statistics
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
     from qlora_native.train.loop import Trainer
@@ -51,7 +50,6 @@ _LAZY = {
     "save_adapter": "lora",
     "load_adapter": "lora",
     "unload_adapter": "lora",
-    "lora_statistics": "hf.residuals",
     "merge": "hf.merge",
     "TrainConfig": "config",
     "Trainer": "train.loop",
@@ -79,7 +77,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "lora_linear",
-    "lora_statistics",
     "merge",
     "nn",
     "ops",

@@ -174,17 +174,18 @@ class LoraSection(_Section):
         [], "tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it lacks"
     )
     rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
-    init: Literal["zero", "h_svd", "loftq"] = _key(
-        "zero",
-        "what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
-        "text in the model; lower the learning rate; merge with base dequantized)",
-    )
-
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
         "also write a 4-bit model without an adapter, the one that the last evaluation is of, merged with rows of "
         "train as calibration; gguf: over a GGUF file, each weight in the type it has there",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_init(cls, values: Any) -> Any:
+        """Configs that 0.1 wrote out have ``init: zero``, the only start that is left."""
+        is_old = isinstance(values, dict) and values.get("init") == "zero"
+        return {name: value for name, value in values.items() if name != "init"} if is_old else values
 
     @model_validator(mode="after")
     def _as_the_adapter(self) -> LoraSection:

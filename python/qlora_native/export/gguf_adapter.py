@@ -11,7 +11,6 @@ import gguf
 from qlora_native.errors import UserError
 from qlora_native.hf.gguf import ARCHITECTURES, interleaved, reordered_heads
 from qlora_native.hf.merge import Merging
-from qlora_native.lora.config import ZERO
 
 
 def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
@@ -32,11 +31,6 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
     if adapter.whole:
         raise UserError(
             f"the adapter trains {min(adapter.whole)}, which a GGUF adapter cannot hold: export --to gguf merges it."
-        )
-    if adapter.config.init != ZERO:
-        raise UserError(
-            f"the adapter began with init {adapter.config.init!r}, which corrects one 4-bit base that llama.cpp does "
-            "not have: export --to gguf --base dequantized merges it."
         )
     if work.untied:
         raise UserError(

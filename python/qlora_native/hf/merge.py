@@ -30,7 +30,6 @@ from qlora_native.hf.plan import Converted, FourBit, Plain, Step
 from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
 from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
-from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import end_training_rows, end_training_whole, trained_whole
 from qlora_native.lora.tokens import DELTA, put_rows, token_rows
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
@@ -54,8 +53,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
         The model, frozen.
 
     Raises:
-        ValueError: a wrong argument; "original" for a model that was not loaded by load_model, or with an adapter that
-            began with what 4 bits lost, which the original weights have not lost.
+        ValueError: a wrong argument; "original" for a model that was not loaded by load_model.
         UserError: the original weights are gone, or are 4-bit themselves.
     """
     if base not in ("original", "dequantized"):
@@ -74,11 +72,6 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
     if base == "dequantized":
         weights = _decoded(layers, stacks, dtype)
-    elif config is not None and config.init != ZERO:
-        raise ValueError(
-            f"merge: the adapter began with init {config.init!r}, which corrects the 4-bit weights: expected "
-            "base='dequantized'."
-        )
     elif report is None:
         raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
     else:

@@ -1,17 +1,15 @@
 """Low-rank adapters beside frozen linear layers (Hu et al., "LoRA", 2021), 4-bit or dense.
 
-``config.py`` has an adapter's settings, ``layer.py`` puts it into a model and computes the values it begins with,
-``adapter.py`` is PEFT's file format.
+``config.py`` has an adapter's settings, ``layer.py`` puts it into a model, ``adapter.py`` is PEFT's file format.
 """
 
 from __future__ import annotations
 
 from qlora_native.lora.adapter import adapter_settings, load_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
-from qlora_native.lora.layer import LayerStatistics, LoRALinear, adapters_off, add_lora, lora_layers, unload_adapter
+from qlora_native.lora.layer import LoRALinear, adapters_off, add_lora, lora_layers, unload_adapter
 
 __all__ = [
-    "LayerStatistics",
     "LoRALinear",
     "LoraConfig",
     "adapter_settings",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.errors import UserError
-from qlora_native.lora.config import INITS, ZERO, LoraConfig
+from qlora_native.lora.config import LoraConfig
 from qlora_native.lora.layer import (
     LoRALinear,
     insert,
@@ -43,7 +43,7 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-INIT_KEY = "qlora_native.init"  # in the header of the tensors' file: PEFT's config refuses unknown keys
+_INIT_KEY = "qlora_native.init"  # in the header of a file that 0.1 wrote of an adapter that began with a correction
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
 _UNSUPPORTED = (
@@ -93,8 +93,6 @@ def save_adapter(
             places.add(tensor.data_ptr())
     if not write:
         return
-    # One key: safetensors writes two in either order, and a resumed run must give the bytes of an undisturbed one.
-    metadata = {"format": "pt"} if config.init == ZERO else {INIT_KEY: config.init}
     text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     try:
@@ -103,7 +101,7 @@ def save_adapter(
             tensors_file = both.enter_context(atomic_file(folder / TENSORS_NAME))
             config_file.write_bytes(text.encode())
             fsync(config_file)
-            save_file(tensors, tensors_file, metadata=metadata)
+            save_file(tensors, tensors_file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
         raise UserError(f"cannot write the adapter to {folder}: {reason(error)}{kept}.") from error
@@ -157,7 +155,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-    elif stored.config.init == ZERO and any(_whole(layer.lora_B).any() for _, layer in lora_layers(model)):
+    elif any(_whole(layer.lora_B).any() for _, layer in lora_layers(model)):
         warnings.warn(
             f"load_adapter: the adapter in {folder} takes the place of the one that the model has.", stacklevel=2
         )
@@ -190,9 +188,8 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     if folder.is_dir():
         check_folder(folder)
     settings = _read_config(folder)
-    tensors, whole, init = _read_tensors(folder)
+    tensors, whole = _read_tensors(folder)
     config = _our_config(folder, settings, sorted(tensors), whole)
-    config.init = init
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
     _whole_targets(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
@@ -211,7 +208,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     """What an adapter in PEFT's format is, under the names that the section ``lora`` of a config has for it. UserError
     as :func:`load_adapter`."""
     settings = _read_config(folder)
-    tensors, whole, init = _read_tensors(folder)
+    tensors, whole = _read_tensors(folder)
     config = _our_config(folder, settings, sorted(tensors), whole)
     names = settings.get("target_modules")
     if not isinstance(names, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
@@ -220,7 +217,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     tokens = list(dict.fromkeys(chain.from_iterable(dict(config.trainable_tokens).values())))
     others = {"modules_to_save": list(config.modules_to_save), "trainable_tokens": tokens, "layers_to_transform": None}
     found = {name: getattr(config, name) for name in same}
-    return {**found, **others, "target_modules": names, "init": init}
+    return {**found, **others, "target_modules": names}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -306,15 +303,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], str]:
-    """By path {"A": lora_A, "B": lora_B}; by name what was trained whole; and the adapter's ``init``."""
+def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """By path {"A": lora_A, "B": lora_B}; and by name what was trained whole."""
     path = folder / TENSORS_NAME
     if not path.is_file():
         pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
         raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.")
     with reading(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        init = (file.metadata() or {}).get(INIT_KEY)
+        if init := (file.metadata() or {}).get(_INIT_KEY):
+            warnings.warn(
+                f"{path}: the adapter began with a correction of its 4-bit base (init {init}): it fits that base "
+                "alone, also decoded (merge with base 'dequantized'), and no 16-bit weights.",
+                stacklevel=5,
+            )
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -334,7 +336,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
             raise UserError(f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again.")
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
-    return pairs, whole, init if init in INITS else ZERO
+    return pairs, whole
 
 
 def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: dict[str, Tensor]) -> LoraConfig:

@@ -10,9 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 ALL_LINEAR = "all-linear"
-# How an adapter begins: changing nothing, or with what 4 bits lost of each weight.
-ZERO, H_SVD, LOFTQ = "zero", "h_svd", "loftq"
-INITS = (ZERO, H_SVD, LOFTQ)
 
 
 @dataclass
@@ -33,10 +30,6 @@ class LoraConfig:
         modules_to_save: names of dense modules that are trained whole and saved with the adapter, such as "lm_head".
         trainable_tokens: ids of tokens, also new ones, whose rows of embedding and output embedding are trained;
             or such lists by the names of modules, as in PEFT's ``trainable_token_indices``.
-        init: "zero" begins with an adapter that changes nothing. "h_svd" begins with the best rank-r correction of what
-            4 bits lost, weighted by the inputs' second moments, "loftq" with the unweighted one (Li et al., "LoftQ",
-            2023, with one iteration); both need statistics, see :func:`qlora_native.add_lora`. An adapter that begins
-            so belongs to that one 4-bit base, and needs a lower learning rate (docs/quality.md).
     """
 
     r: int = 16
@@ -50,7 +43,6 @@ class LoraConfig:
     layers_to_transform: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
     trainable_tokens: Any = ()
-    init: str = ZERO
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -70,8 +62,6 @@ class LoraConfig:
             self.target_modules = [self.target_modules]
         if not self.target_modules:
             raise ValueError(f"LoraConfig: target_modules is empty: expected {ALL_LINEAR!r} or names of layers.")
-        if self.init not in INITS:
-            raise ValueError(f"LoraConfig: init is {self.init!r}: expected {', '.join(map(repr, INITS))}.")
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         tokens = self.trainable_tokens

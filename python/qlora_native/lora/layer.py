@@ -1,11 +1,10 @@
-"""A linear layer with an adapter beside it, putting adapters into a model, and the values that they begin with."""
+"""A linear layer with an adapter beside it, and putting adapters into a model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -14,15 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
-from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
+from qlora_native.lora.config import ALL_LINEAR, LoraConfig
 from qlora_native.lora.tokens import TokenRows, WithTokenRows
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight
-
-# Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
-# with randomness", 2011). What 4 bits lose has a flat spectrum, on which it converges slowly but to as good a subspace.
-EXTRA, ROUNDS = 16, 8
 
 
 class LoRALinear(nn.Module):
@@ -138,56 +133,28 @@ def end_training_whole(model: nn.Module) -> None:
                 parameter.data = parameter.data.to(before)
 
 
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What the initial values of one layer's adapter are computed from."""
-
-    path: str
-    weight: Tensor  # the 16-bit weight that the layer's 4-bit one stands for, [N, K]
-    # Of the layer's inputs x: E[x_k^2], fp32 [K], or E[x x^T], fp32 [K, K], each to a common factor; None counts all
-    # inputs alike.
-    metric: Tensor | None = None
-
-
 def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
-def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Put an adapter beside the linear layers that ``config`` targets, and freeze everything else.
 
     Args:
         model: from :func:`qlora_native.load_model`, or any module with linear layers; changed in place.
         config: see :class:`LoraConfig`. It stays with the model as ``model.lora_config``.
-        statistics: for ``init`` "h_svd" and "loftq": each layer's 16-bit weight, with the second moments of its inputs
-            for "h_svd", as :func:`qlora_native.lora_statistics` reads and gathers them. Layers that they leave out,
-            and dense ones, which lost nothing, begin as with "zero".
 
     Returns:
         The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, those of ``modules_to_save`` and the
         rows of ``trainable_tokens``.
 
     Raises:
-        ValueError: the model has an adapter already; a name that no linear layer has (the message lists near matches);
-            statistics that are missing, or of another model.
+        ValueError: the model has an adapter already; a name that no linear layer has (the message lists near matches).
     """
-    if (config.init == ZERO) != (statistics is None):
-        wrong = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
-        raise ValueError(f"add_lora: init {config.init!r} {wrong}.")
     targets = select_targets(model, config)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     scales = {path: (config.rank_of(path), config.scale_of(path)) for path in targets}
-    was_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     insert(model, scales, config, generator)
-    try:
-        if statistics is not None:
-            _start(model, config, statistics)
-    except BaseException:  # statistics are read and checked one layer after another
-        unload_adapter(model)
-        end_training_whole(model)
-        for parameter, is_trained in was_trained.items():
-            parameter.requires_grad_(is_trained)
-        raise
     return model
 
 
@@ -206,82 +173,6 @@ def unload_adapter(model: nn.Module) -> nn.Module:
         if saving.args[1] is not None:  # the one that refuses to write the weights of a GGUF file
             model.save_pretrained = saving.args[1]
     return model.requires_grad_(False)
-
-
-@torch.no_grad()
-def _start(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics]) -> None:
-    """Set the adapters of 4-bit layers to the values that correct these layers best."""
-    layers = dict(lora_layers(model))
-    started = 0
-    for known in statistics:
-        layer = layers.get(known.path)
-        if layer is None or not isinstance(layer.base_layer, QuantizedLinear):
-            continue
-        shape = [layer.out_features, layer.in_features]
-        if list(known.weight.shape) != shape:
-            raise ValueError(
-                f"add_lora: the statistics of {known.path} hold a weight {list(known.weight.shape)}, the layer's is "
-                f"{shape}: they are of another model."
-            )
-        if config.init == H_SVD and known.metric is None:
-            raise ValueError(f"add_lora: init 'h_svd' needs the inputs' second moments, which {known.path} lacks.")
-        decoded = layer.base_layer.quantized.dequantize(torch.float32)
-        residual = known.weight.to(decoded.device, torch.float32) - decoded
-        metric = None if config.init == LOFTQ or known.metric is None else known.metric.to(residual)
-        a, b = residual_factors(residual, layer.r, layer.scale, metric, config.seed or 0)
-        layer.lora_A.copy_(a)
-        layer.lora_B.copy_(b)
-        started += 1
-    if not started:
-        raise ValueError("add_lora: the statistics are of none of the adapted 4-bit layers.")
-
-
-@torch.no_grad()
-def residual_factors(
-    residual: Tensor, rank: int, scale: float, metric: Tensor | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The A and B for which scale * B A is nearest to a residual in the norm trace(E H E^T).
-
-    If U are the first ``rank`` left singular vectors of residual H^(1/2), which are eigenvectors of residual H
-    residual^T, the best approximation is U U^T residual (Eckart and Young, 1936): neither a root of H nor its inverse
-    is needed, and a singular H is as good as any. U is found by subspace iteration. The rows of A and the columns of B
-    get equal norms.
-
-    Args:
-        residual: fp32 [N, K], the 16-bit weight less the decoded one.
-        rank: columns of B; beyond min(N, K) they are zero, and A's rows with them.
-        scale: what the adapter multiplies B A by.
-        metric: H: fp32 [K, K], or its diagonal, fp32 [K], finite; None is the identity.
-        seed: of the subspace that the iteration begins with.
-
-    Returns:
-        A, fp32 [rank, K], and B, fp32 [N, rank].
-    """
-    n, k = residual.shape
-    if metric is not None and (list(metric.shape) not in ([k], [k, k]) or not bool(torch.isfinite(metric).all())):
-        raise ValueError(
-            f"residual_factors: metric is {list(metric.shape)}: expected [{k}] or [{k}, {k}] of finite numbers for a "
-            f"residual {list(residual.shape)}."
-        )
-    width = min(rank + EXTRA, n, k)
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(n, width, generator=generator).to(residual.device)
-    for _ in range(ROUNDS + 1):
-        basis = torch.linalg.qr(image)[0]
-        x = residual.t() @ basis
-        if metric is not None:
-            x = metric[:, None] * x if metric.dim() == 1 else metric @ x
-        image = residual @ x
-    _, vectors = torch.linalg.eigh(basis.t() @ image)
-    kept = min(rank, width)
-    u = basis @ vectors[:, -kept:].flip(1)
-    down = (u.t() @ residual) / scale
-    norms = torch.linalg.vector_norm(down, dim=1)
-    share = norms.sqrt()
-    a, b = residual.new_zeros(rank, k), residual.new_zeros(n, rank)
-    a[:kept] = down * torch.where(share > 0, 1 / share, 0.0)[:, None]
-    b[:, :kept] = u * share
-    return a, b
 
 
 def insert(

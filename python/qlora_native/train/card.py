@@ -91,7 +91,7 @@ With PEFT{_made_for_peft(config, record, skipped)}:
 ```python
 {peft_snippet(config, record, "path/to/this/folder")}
 ```
-{_llama_cpp(config) if is_kept and not trains_more and lora.init == "zero" else ""}
+{_llama_cpp(config) if is_kept and not trains_more else ""}
 As a model of its own: `{shlex.join(["qlora", "merge", merged, "path/to/this/folder"])} --out merged --check`
 
 {answers}## Data

@@ -23,7 +23,6 @@ from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
 from qlora_native.hf.source import AUTO, Source, notes_of, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
-from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.graphs import why_eager
@@ -58,11 +57,6 @@ def prepare_model(
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
     options, ranks = config.train, ranks or OneProcess()
-    if ranks.world > 1 and config.lora.init != ZERO and adapter is None and not _has_adapters(model):
-        raise UserError(
-            f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
-            f"lora.init to {ZERO}"
-        )
     lora = config.lora.as_config(options.seed, tokenizer)
     with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
@@ -86,13 +80,7 @@ def prepare_model(
             for _, layer in lora_layers(model):
                 layer.dropout = model.lora_config.dropout = lora.dropout
         elif not _has_adapters(model):
-            statistics = None
-            if config.lora.init != ZERO:
-                from qlora_native.hf.residuals import lora_statistics
-
-                text = _text(config, rows, "lora.init is h_svd") if config.lora.init == H_SVD else None
-                statistics = lora_statistics(model, text, full=False, source=source)
-            add_lora(model, lora, statistics)
+            add_lora(model, lora)
         if ranks.is_sharded:
             from torch.distributed.fsdp import FSDPModule
 
@@ -244,26 +232,21 @@ def _load(
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
     method, path = config.quant.method, config.quant.calibration
     if method not in CALIBRATED:
-        if path is not None and config.lora.init != H_SVD:
+        if path is not None:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
         return None
-    from qlora_native.calibration.data import FILE
+    from qlora_native.calibration.data import FILE, CalibrationData
 
     folder = user_path(config.output_dir)
     with as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
-
-
-def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
-    from qlora_native.calibration.data import CalibrationData
-
-    if config.quant.calibration is not None:
-        return CalibrationData(user_path(config.quant.calibration), seed=config.train.seed)
-    if rows is None:
-        raise ValueError(f"{why}: it needs the training rows or quant.calibration")
-    # Not the file: it also holds the rows that are held out.
-    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=config.train.seed)
+    if path is not None:
+        given: Any = user_path(path)
+    elif rows is not None:  # not their file, which also holds the rows that are held out
+        given = [torch.from_numpy(row["input_ids"].copy()) for row in rows]
+    else:
+        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
+    return CalibrationData(given, seed=config.train.seed, keep=folder / FILE)
 
 
 def seed_all(seed: int) -> None:
