@@ -28,7 +28,9 @@ from qlora_native.hf.plan import Step
 from qlora_native.hf.source import AUTO, SafetensorsSource, Source, open_source
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.adapter import copy_whole
-from qlora_native.lora.layer import LoRALinear, fill_a, insert, lora_layers, select_targets
+from qlora_native.lora.layer import LoRALinear, fill_a, lora_layers
+from qlora_native.lora.model import insert
+from qlora_native.lora.targets import select_targets
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
 
 

@@ -23,7 +23,7 @@ from qlora_native.hf.load import LoadReport
 from qlora_native.hf.loss import LOGIT_FIELDS, is_random
 from qlora_native.hf.source import Source
 from qlora_native.lora import LoRALinear
-from qlora_native.lora.layer import trained_whole
+from qlora_native.lora.targets import trained_whole
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native

@@ -30,7 +30,8 @@ from qlora_native.hf.plan import Converted, FourBit, Plain, Step
 from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
 from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
-from qlora_native.lora.layer import end_training_rows, end_training_whole, trained_whole
+from qlora_native.lora.layer import end_training_rows, end_training_whole
+from qlora_native.lora.targets import trained_whole
 from qlora_native.lora.tokens import DELTA, put_rows, token_rows
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear

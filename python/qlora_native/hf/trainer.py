@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import trainer
 
-from qlora_native.lora.adapter import TENSORS_NAME, load_adapter
+from qlora_native.lora.adapter import TENSORS_NAME
 from qlora_native.lora.layer import lora_layers
+from qlora_native.lora.model import load_adapter
 
 
 def _reading_ours(load: Callable[..., Any], folder_of: Callable[..., str]) -> Callable[..., Any]:

@@ -10,10 +10,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,9 @@ from qlora_native._io import atomic_file, check_folder, fsync, read_json, readin
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.errors import UserError
 from qlora_native.lora.config import LoraConfig
-from qlora_native.lora.layer import (
-    LoRALinear,
-    insert,
-    lora_layers,
-    matches,
-    plain_modules,
-    token_modules,
-    trained_whole,
-)
+from qlora_native.lora.layer import LoRALinear, lora_layers
+from qlora_native.lora.targets import matches, plain_modules, token_modules, trained_whole
 from qlora_native.lora.tokens import DELTA, token_rows
-from qlora_native.ops._library import say_once
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -79,7 +70,7 @@ def save_adapter(
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     state = state_dict or {}
     tensors = {
-        f"{PREFIX}{path}.lora_{side}.weight": _whole(state.get(f"{path}.lora_{side}", own)).float().cpu().contiguous()
+        f"{PREFIX}{path}.lora_{side}.weight": gathered(state.get(f"{path}.lora_{side}", own)).float().cpu().contiguous()
         for path, layer in layers.items()
         for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
@@ -88,7 +79,7 @@ def save_adapter(
     others |= {path: {DELTA: rows.trainable_tokens_delta} for path, rows in token_rows(model).items()}
     for path, named in others.items():
         for name, tensor in named.items():
-            tensor = _whole(state.get(f"{path}.{name}", tensor)).cpu().contiguous()
+            tensor = gathered(state.get(f"{path}.{name}", tensor)).cpu().contiguous()
             tensors[f"{PREFIX}{path}.{name}"] = tensor.clone() if tensor.data_ptr() in places else tensor
             places.add(tensor.data_ptr())
     if not write:
@@ -105,66 +96,6 @@ def save_adapter(
     except (OSError, SafetensorError) as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
         raise UserError(f"cannot write the adapter to {folder}: {reason(error)}{kept}.") from error
-
-
-def save_pretrained(
-    model: Any,
-    without_adapter: Callable[..., None] | None,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Tensor] | None = None,
-    **options: Any,
-) -> None:
-    """transformers' method for a model with an adapter: write the adapter, not weights that nothing could load."""
-    if not any(True for _ in lora_layers(model)):  # merged since
-        save = without_adapter or partial(type(model).save_pretrained, model)
-        save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
-        return
-    if options.get("push_to_hub"):
-        raise ValueError("save_pretrained: push_to_hub=True takes no adapter: call model.push_to_hub(repo_id) instead.")
-    if is_main_process:
-        say_once(
-            "save_pretrained writes the adapter alone, in PEFT's format: after qlora_native.merge(model) it writes a "
-            "whole model."
-        )
-    save_adapter(model, save_directory, write=is_main_process, state_dict=state_dict)
-
-
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Read an adapter in PEFT's format into the model.
-
-    A model without an adapter gets one, trainable as after :func:`add_lora`; into a model that has one of the same
-    layers, rank and scale, the values are copied, with a warning if that one was trained or loaded. rsLoRA, rank and
-    alpha patterns, ``modules_to_save`` and ``trainable_token_indices`` are honored.
-
-    Args:
-        model: the base that the adapter was trained on; changed in place.
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: a file is missing or broken; the adapter is for another model or another rank; it uses something
-            (DoRA, trained biases, ...) that this library does not compute. The model is then unchanged.
-    """
-    stored = read_adapter(model, folder)
-    if not any(True for _ in lora_layers(model)):
-        layers = {path: (len(a), scale) for path, (a, _, scale) in stored.pairs.items()}
-        try:
-            insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from error
-    elif any(_whole(layer.lora_B).any() for _, layer in lora_layers(model)):
-        warnings.warn(
-            f"load_adapter: the adapter in {folder} takes the place of the one that the model has.", stacklevel=2
-        )
-    for path, layer in lora_layers(model):
-        copy_whole(layer.lora_A, stored.pairs[path][0])
-        copy_whole(layer.lora_B, stored.pairs[path][1])
-    for name, target in _whole_targets(folder, model, stored.whole).items():
-        copy_whole(target, stored.whole[name])
-    return model
 
 
 @dataclass(frozen=True)
@@ -192,7 +123,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     config = _our_config(folder, settings, sorted(tensors), whole)
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    _whole_targets(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
+    parameters_of(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
     try:
         chosen = token_modules(model, config.trainable_tokens)
     except ValueError as error:
@@ -220,7 +151,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     return {**found, **others, "target_modules": names}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor, detached; a DTensor is gathered, in which every rank takes part."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -403,7 +334,7 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
             )
 
 
-def _whole_targets(folder: str | os.PathLike[str], model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+def parameters_of(folder: str | os.PathLike[str], model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's parameters and buffers of the names of ``whole``. UserError if one is missing or of another shape."""
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, tensor in whole.items():
