@@ -115,8 +115,8 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_native.hf.source import open_source
     from qlora_native.train import loop, memory
+    from qlora_native.weights.open import open_source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)

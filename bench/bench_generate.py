@@ -189,7 +189,7 @@ def smollm2(folder: Path) -> Tensor:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     source = model_file()
     tokenizer: Any = load_tokenizer(str(source))

@@ -28,7 +28,7 @@ from common import Bar, add_json, interleaved, line, machine, ratios, relative_e
 from qlora_native.cli.demo import model_file
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import pack, permutation
-from qlora_native.hf.loss import causal_lm_loss, trained_tokens
+from qlora_native.models.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
 from qlora_native.train.batches import check_packing, micro_batches
 from qlora_native.train.setup import prepare_model

@@ -62,7 +62,7 @@ def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float
 
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     imported = private_megabytes("VmRSS")
     if head == "trl":

@@ -42,7 +42,7 @@ def make_base(folder: Path, ids: torch.Tensor) -> None:
     """Write one base."""
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.load import load_dense
+    from qlora_native.models.load import load_dense
 
     if folder.name == REFERENCE:
         model = load_dense(model_file())
@@ -190,7 +190,7 @@ def _bar(measure: str, limit: float, value: float, at_least: bool) -> dict[str, 
 def main() -> None:
     """Make what is missing, then put it together."""
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="what is done is kept here")

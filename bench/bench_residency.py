@@ -80,7 +80,7 @@ def opened(folder: Path, residency: str) -> dict[str, Any]:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import qlora_native as qn
-    import qlora_native.hf.load
+    import qlora_native.models.load
 
     before, began = private_bytes(), time.monotonic()
     model = qn.load_model(folder, residency=residency)
@@ -95,7 +95,7 @@ def passes(folder: Path, residency: str, tokens: int) -> None:
     import torch
 
     import qlora_native as qn
-    from qlora_native.hf.loss import causal_lm_loss
+    from qlora_native.models.loss import causal_lm_loss
 
     model: Any = qn.add_lora(qn.load_model(folder, residency=residency), qn.LoraConfig(r=RANK, seed=0)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -149,7 +149,7 @@ def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
     began, start = time.monotonic(), time.process_time()
     trainer = Trainer(config, on_step=on_step)
     summary = trainer.train()
-    from qlora_native.hf.mapped import num_bytes, parts_of, streaming_of
+    from qlora_native.models.mapped import num_bytes, parts_of, streaming_of
 
     streaming = streaming_of(trainer.model)
     plan = None if streaming is None else streaming.plan

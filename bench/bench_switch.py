@@ -45,7 +45,7 @@ def prepare(folder: Path, steps: int) -> None:
 
     from qlora_native.cli.demo import MAX_CHARACTERS, model_file
     from qlora_native.data.standard_library import examples
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     disable_progress_bar()
     source = model_file()

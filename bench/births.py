@@ -36,7 +36,8 @@ _OPTIMIZER = (
     *(f"{_PACKAGE}/{name}" for name in ("optim", "ops/_optim.py", "ops/adamw_step.py", "ops/lion_step.py")),
 )
 _PAGED = (*_OPTIMIZER, "cpp/cpu/paging*", "cpp/cpu/file_store*", "bench/bench_paged.py", "bench/paged_loop.py")
-_MODEL = ("cpp/core", "cpp/cpu", *(f"{_PACKAGE}/{name}" for name in ("ops", "nn", "lora", "hf", "functional.py")))
+_ROOMS = ("ops", "nn", "lora", "weights", "models", "functional.py")
+_MODEL = ("cpp/core", "cpp/cpu", *(f"{_PACKAGE}/{name}" for name in _ROOMS))
 _STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_memory.py")))
 _RUN = (*_STEP, f"{_PACKAGE}/train", f"{_PACKAGE}/data")
 _TRAIN = (*_STEP, "bench/bench_train.py", "bench/train_sides.py")

@@ -189,7 +189,7 @@ def birth_in(work: Path) -> dict[str, Any]:
 
 def multiplies_bf16() -> bool:
     """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
-    from qlora_native.hf.fuse import attends_in_fp32  # brings transformers, which most benches do without
+    from qlora_native.models.fuse import attends_in_fp32  # brings transformers, which most benches do without
 
     return not attends_in_fp32()
 

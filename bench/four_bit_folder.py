@@ -18,10 +18,11 @@ import torch
 from gpu_models import llama_config
 from torch import Tensor
 
-from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel
-from qlora_native.hf.checkpoint import WEIGHTS_NAME, Output, ShardWriter
-from qlora_native.hf.load import bitsandbytes_config
+from qlora_native.models.build import MetaModel
 from qlora_native.weight import QuantizedWeight, to_bnb
+from qlora_native.weights.config import bitsandbytes_config
+from qlora_native.weights.files import WEIGHTS_NAME, Output, ShardWriter
+from qlora_native.weights.shapes import OUTPUT_EMBEDDING
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -88,7 +88,7 @@ def made_up_blocks(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
 def build(name: str, four_bit: Callable[[int, int], Any]) -> Any:
     """The model on the device, with ``four_bit(n, k)`` in place of the weights that become 4-bit: a QuantizedWeight, or
     a dense tensor. Norms are ones, embeddings normal."""
-    from qlora_native.hf.build import MetaModel
+    from qlora_native.models.build import MetaModel
 
     meta = MetaModel(llama_config(name), half(), device())
     linears = meta.four_bit_weights(["lm_head"], 64)
@@ -254,7 +254,7 @@ def _unsloth(name: str, length: int) -> Any:
 
     model_of: Any = import_module("unsloth").FastLanguageModel
     with tempfile.TemporaryDirectory() as folder:
-        from qlora_native.hf.load import bitsandbytes_config
+        from qlora_native.weights.config import bitsandbytes_config
 
         model = build(name, made_up)
         options = {"quant_type": "nf4", "block_size": 64, "double_quant": True}

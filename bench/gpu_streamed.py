@@ -15,8 +15,8 @@ from gpu_models import LLAMA, RANK, build, made_up
 from gpu_timing import Case, Context, device, interleaved_calls, on_gpu
 
 import qlora_native as qn
-from qlora_native.hf.device_layers import layer_units, stream_layers
-from qlora_native.hf.loss import causal_lm_loss, settle
+from qlora_native.models.device_layers import layer_units, stream_layers
+from qlora_native.models.loss import causal_lm_loss, settle
 
 TOKENS = (256, 1024, 4096)
 

@@ -34,8 +34,8 @@ def sizes(device: str) -> list[str]:
     from transformers import AutoConfig
 
     from qlora_native.estimate import Estimator, Setting
-    from qlora_native.hf.device_layers import layer_units
-    from qlora_native.hf.residency import least_residency
+    from qlora_native.models.device_layers import layer_units
+    from qlora_native.models.residency import least_residency
 
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     body = []

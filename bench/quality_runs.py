@@ -37,7 +37,7 @@ def as_rows(ids: torch.Tensor) -> list[dict[str, np.ndarray]]:
 def load(folder: Path) -> Any:
     """A base of the comparison, 16-bit or 4-bit."""
     import qlora_native as qn
-    from qlora_native.hf.load import load_dense
+    from qlora_native.models.load import load_dense
 
     return load_dense(folder) if folder.name == "bf16" else qn.load_model(folder)
 
@@ -46,7 +46,7 @@ def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
     """One adapter of rank 16 on every linear layer, as `qlora train` makes it: AdamW, clipping, warm-up, cosine."""
     import qlora_native as qn
     from qlora_native.evaluate.measure import measure
-    from qlora_native.hf.loss import causal_lm_loss
+    from qlora_native.models.loss import causal_lm_loss
     from qlora_native.train.setup import learning_rate
 
     began = time.monotonic()
@@ -74,7 +74,7 @@ def main() -> None:
     """Make the runs that are missing."""
     from qlora_native._memory import keep_freed_memory
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bases", nargs="+", metavar="BASE")

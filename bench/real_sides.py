@@ -33,9 +33,9 @@ def prepare(folder: Path, source: Path, steps: dict[str, int], seed: int) -> dic
     import qlora_native as qn
     from qlora_native.cli.main import main
     from qlora_native.data.template import ChatEncoder
-    from qlora_native.hf.load import load_dense
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.load import load_dense
     from qlora_native.nn import QuantizedLinear
+    from qlora_native.weights.open import load_tokenizer
 
     tokenizer: Any = load_tokenizer(str(source))
     model: Any = qn.load_model(source, fuse=False)
@@ -72,7 +72,7 @@ def our_model(folder: Path, source: Path, checkpointing: bool = False, adapter: 
     """As `qlora train` and `qlora chat` have it."""
     import qlora_native as qn
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.hf.fuse import fuse
+    from qlora_native.models.fuse import fuse
 
     keep_freed_memory(checkpointing)
     model: Any = qn.load_model(source)
@@ -102,7 +102,7 @@ def train(side: str, part: str, folder: Path, source: Path, checkpointing: bool,
 
     After loading, the kernel's record of the peak is reset: "memory" is of the steps.
     """
-    from qlora_native.hf.loss import causal_lm_loss
+    from qlora_native.models.loss import causal_lm_loss
 
     imported = private_megabytes("VmRSS")
     is_ours = side == "ours"

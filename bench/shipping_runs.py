@@ -67,8 +67,8 @@ def write_bases(work: Path) -> None:
     """The model in bf16, and rounded to NF4."""
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.load import load_dense
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.load import load_dense
+    from qlora_native.weights.open import load_tokenizer
 
     for name, load in ((ORIGINAL, lambda: load_dense(model_file())), (BASE, lambda: qn.load_model(work / ORIGINAL))):
         if not (work / name).exists():
@@ -143,7 +143,7 @@ def make_merge(work: Path, name: str, form: str, tokenizer: Any) -> dict[str, li
     """Merge the adapter of a run, and score what comes out."""
     import qlora_native as qn
     from qlora_native.cli.main import main as qlora
-    from qlora_native.hf.load import load_dense
+    from qlora_native.models.load import load_dense
 
     text, (into, options) = name.split("-")[0], MERGES[form]
     out = work / "merged" / f"{name}-{form}"
@@ -171,7 +171,7 @@ def main() -> None:
     """Make the runs that are missing."""
     import qlora_native as qn
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("texts", nargs="*", default=TEXTS, metavar="TEXT")

@@ -51,8 +51,8 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     import qlora_native as qn
     from qlora_native import reference
     from qlora_native.cli.demo import model_file
-    from qlora_native.hf.source import load_tokenizer
     from qlora_native.nn import QuantizedLinear
+    from qlora_native.weights.open import load_tokenizer
 
     source = model_file()
     tokenizer: Any = load_tokenizer(str(source))
@@ -120,8 +120,8 @@ def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Lo
     """The model as `qlora train` has it, and its loss."""
     import qlora_native as qn
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.hf.fuse import fuse
-    from qlora_native.hf.loss import causal_lm_loss
+    from qlora_native.models.fuse import fuse
+    from qlora_native.models.loss import causal_lm_loss
 
     keep_freed_memory()
     model: Any = qn.load_model(folder / "model", dtype=dtype)

@@ -113,7 +113,7 @@ def write_sound(place: Path) -> None:
 
     from qlora_native.cli.main import main
     from qlora_native.distributed.sharding import save_sharded_states
-    from qlora_native.hf.convert import convert
+    from qlora_native.models.convert import convert
 
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
     model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}

@@ -12,7 +12,7 @@ import torch
 from helpers import gguf_weight
 
 from qlora_native.cli import main
-from qlora_native.hf.gguf import KEPT
+from qlora_native.weights.gguf import KEPT
 
 gguf = pytest.importorskip("gguf")
 

@@ -144,7 +144,7 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "_version", "_C", "_cuda", "_import_hooks"},
+    {"errors", "_version", "_C", "_cuda", "_import_hooks", "_moved"},
     {"_native", "_io", "_flags", "_mistakes", "_threads"},
     {"reference", "cases", "gguf_blocks"},
     {"ops"},
@@ -155,14 +155,17 @@ LAYERS: tuple[set[str], ...] = (
     {"__init__"},
     {"data", "bitsandbytes"},
     {"calibration", "config"},
-    {"hf"},
-    {"distributed", "estimate", "export", "evaluate"},
+    {"weights"},
+    {"models"},
+    {"interop", "distributed", "hf"},
+    {"estimate", "export", "evaluate"},
     {"train"},
     {"cli"},
     {"__main__"},
 )
 USES_THE_ECOSYSTEM = {
-    *("data", "config", "calibration", "hf", "distributed", "estimate", "export", "evaluate", "train", "cli")
+    *("data", "config", "calibration", "weights", "models", "interop", "distributed"),
+    *("estimate", "export", "evaluate", "train", "cli"),
 }
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
@@ -182,9 +185,10 @@ def lazy_attributes(files: Tree) -> dict[str, str]:
     return dict(ast.literal_eval(match[1])) if match else {}
 
 
-def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -> Iterator[str]:
-    """Absolute dotted names of everything that a file of the package imports at run time, lazily or not; with `lazy`
-    of :func:`lazy_attributes`, `qn.load_model` counts as an import of its module.
+def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None, typing: bool = False) -> Iterator[str]:
+    """Absolute dotted names of everything that a file of the package imports, lazily or not; with `lazy` of
+    :func:`lazy_attributes`, `qn.load_model` counts as an import of its module; with `typing` also what only type
+    checkers import.
 
     Only the package's own `__init__.py` may offer units above it, lazily: there the top level counts alone.
     """
@@ -195,7 +199,7 @@ def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -
     skipped = {
         node
         for branch in ast.walk(parsed)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        if not typing and isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
         for statement in branch.body
         for node in ast.walk(statement)
     }
@@ -248,6 +252,32 @@ def units_do_not_import_each_other(files: Tree) -> list[str]:
         tuple(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         return ["imported in a circle: " + " -> ".join(error.args[1])]
+    return []
+
+
+# Folders in which files may still import each other; the law is to hold there as well.
+CIRCLES_STILL_IN = ("ops/", "optim/")
+
+
+def files_do_not_import_each_other(files: Tree) -> list[str]:
+    """No circle of files, however an import is written: such files can be read, moved and tested together only."""
+    modules = {path.removeprefix(PACKAGE): text for path, text in package_files(files)}
+    names = {
+        ".".join(("qlora_native", *path.removesuffix(".py").split("/"))).removesuffix(".__init__"): path
+        for path in modules
+    }
+    lazy, graph = lazy_attributes(files), dict[str, set[str]]()
+    for path, text in modules.items():
+        graph[path] = set()
+        for name in imported_modules(PACKAGE + path, text, lazy, typing=path != "__init__.py"):
+            target = names.get(name) or names.get(name.rpartition(".")[0], path)
+            is_allowed = path.startswith(CIRCLES_STILL_IN) and target.startswith(CIRCLES_STILL_IN)
+            if target != path and not is_allowed and name not in ("qlora_native._C", "qlora_native._cuda"):
+                graph[path].add(target)
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return ["files import each other: " + " -> ".join(error.args[1])]
     return []
 
 

@@ -91,7 +91,7 @@ MENDS = (
     Mend("warnings stop the builds of users", "cmake/cuda_library.cmake",
          "$<$<BOOL:${QLORA_NATIVE_WERROR}>:-Xcompiler=-Werror>", "-Xcompiler=-Werror",
          "test_build_options.py warnings_stop"),
-    Mend("fuse() takes the CPU's models alone", "python/qlora_native/hf/fuse.py",
+    Mend("fuse() takes the CPU's models alone", "python/qlora_native/models/fuse.py",
          "return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None", "return is_on_cpu(tensor)",
          "test_activations_emulated.py fused_models and Llama"),
 )  # fmt: skip

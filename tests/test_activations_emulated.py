@@ -18,8 +18,8 @@ from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native.hf import fuse as fusing
-from qlora_native.hf.fuse import fuse
+from qlora_native.models import fuse as fusing
+from qlora_native.models.fuse import fuse
 from qlora_native.ops import _direct, _library, rms_norm, rotary, swiglu
 
 OPS = torch.ops.qlora_native

@@ -20,9 +20,9 @@ from tiny_models import dense_twin, distance, logits, make, save
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.hf.load import load_model
 from qlora_native.lora import LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_native.lora.tokens import token_rows
+from qlora_native.models.load import load_model
 
 peft = pytest.importorskip("peft")
 

@@ -21,10 +21,10 @@ from runs import Crash, crash_at
 
 import qlora_native as qn
 from qlora_native.cli import main
-from qlora_native.hf.load import load_dense
-from qlora_native.hf.source import open_source
-from qlora_native.hf.trained import RECORD, STORED, read_record, stored_base
+from qlora_native.models.load import load_dense
+from qlora_native.models.trained import RECORD, STORED, read_record, stored_base
 from qlora_native.train.progress import read_metrics
+from qlora_native.weights.open import open_source
 
 IDS = torch.arange(5, 45)[None]
 KINDS: dict[
@@ -265,7 +265,7 @@ def test_the_second_half_takes_the_stored_weights(files: Path, monkeypatch: pyte
     half = ["--output_dir", str(files / "half")]
     with pytest.raises(Crash):
         qn.Trainer(qn.TrainConfig.from_file(config, half), on_step=crash_at(3)).train()
-    monkeypatch.setattr("qlora_native.hf.calibrated.calibrated", None)  # is not called again
+    monkeypatch.setattr("qlora_native.models.calibrate.calibrated", None)  # is not called again
     assert main.main(["train", config, *half, "--resume"]) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json", RECORD):
         assert (files / "half" / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
@@ -289,7 +289,7 @@ def test_what_init_writes_is_what_it_says(
 
 
 def test_notes_before_training(files: Path, tmp_path: Path, sentence: Any) -> None:
-    from qlora_native.hf.source import notes_of, open_source
+    from qlora_native.weights.open import notes_of, open_source
 
     kept, other = open_source(files / "kept.gguf"), open_source(tiny_models.save(tmp_path / "gemma3", "Gemma3Text"))
     assert notes_of(kept) == notes_of(open_source(files / "model")) == []

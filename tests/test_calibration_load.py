@@ -28,8 +28,8 @@ import qlora_native as qn
 from qlora_native.calibration.layers import FinishedLayers, decoder_layers
 from qlora_native.calibration.quantize import CalibratedWeight, quantize_calibrated
 from qlora_native.cli.main import main
-from qlora_native.hf import calibrated
-from qlora_native.hf.load import load_model
+from qlora_native.models import calibrate as calibrated
+from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 IDS = tokens(6, 40)
@@ -418,9 +418,9 @@ def test_layers_of_an_older_format_are_discarded(tmp_path: Path) -> None:
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
     from qlora_native.calibration.data import quantize_command
     from qlora_native.config import TrainConfig
-    from qlora_native.hf.source import load_tokenizer
     from qlora_native.train.batches import load_rows
     from qlora_native.train.setup import prepare_model
+    from qlora_native.weights.open import load_tokenizer
 
     def config(model: Path = files / "model", **quant: Any) -> TrainConfig:
         data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}

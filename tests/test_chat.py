@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import chat, main
-from qlora_native.hf import generate
 from qlora_native.lora.layer import adapters_off
+from qlora_native.models import generate
 
 PROMPT = "what is green?"
 TOKENS = 12

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.data.dataset import load_dataset
-from qlora_native.hf.source import load_tokenizer
 from qlora_native.train.loop import Trainer
+from qlora_native.weights.open import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cli.main import main
-from qlora_native.hf import convert as module
-from qlora_native.hf.convert import convert
-from qlora_native.hf.load import load_model
+from qlora_native.models import convert as module
+from qlora_native.models.convert import convert
+from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 

@@ -18,8 +18,8 @@ LARGEST = 4 * HIDDEN * INNER  # bytes of the largest tensor
 # From the folder sys.argv[1] into sys.argv[2]; sys.argv[3] is the target, or a merge's base.
 WORK = """
 import transformers.models.llama.modeling_llama
-from qlora_native.hf.convert import convert
-from qlora_native.hf.merge import Merging
+from qlora_native.models.convert import convert
+from qlora_native.models.merge import Merging
 
 def work():
     source, folder = map(Path, sys.argv[1:3])

@@ -18,7 +18,7 @@ from qlora_native.data.dataset import load_dataset
 from qlora_native.data.formats import infer_format
 from qlora_native.data.readers import SourceRow
 from qlora_native.errors import UserError
-from qlora_native.hf.source import load_tokenizer
+from qlora_native.weights.open import load_tokenizer
 
 COLUMNS = {"instruction": "question", "output": "sql"}
 

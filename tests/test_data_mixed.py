@@ -20,9 +20,9 @@ from qlora_native.config import TrainConfig
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, mixed_rows
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
-from qlora_native.hf.source import load_tokenizer
 from qlora_native.train.batches import make_sampler
 from qlora_native.train.loop import Trainer
+from qlora_native.weights.open import load_tokenizer
 
 LENGTHS = np.arange(3, 23)
 FILE = np.repeat([0, 1, 2], [12, 5, 3])  # of 20 rows

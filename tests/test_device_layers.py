@@ -31,15 +31,15 @@ from qlora_native.cli import main
 from qlora_native.config import TrainConfig
 from qlora_native.estimate import Estimator, Setting
 from qlora_native.estimate.memory import CUDA_CONTEXT
-from qlora_native.hf import device_layers, fuse
-from qlora_native.hf.build import four_bit_parts
-from qlora_native.hf.device_layers import StreamedLayers, stream_layers
-from qlora_native.hf.loss import causal_lm_loss, settle
-from qlora_native.hf.source import open_source
+from qlora_native.models import device_layers, fuse
+from qlora_native.models.build import four_bit_parts
+from qlora_native.models.device_layers import StreamedLayers, stream_layers
+from qlora_native.models.loss import causal_lm_loss, settle
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
 from qlora_native.train import memory
 from qlora_native.train.graphs import why_eager
 from qlora_native.train.loop import Trainer
+from qlora_native.weights.open import open_source
 
 LAYERS, STEPS, PROMPT = 5, 2, 4
 GGUF_TYPES = (("q4_k", "q6_k"), ("q4_0", "q5_1"))  # of 256 columns, and of others

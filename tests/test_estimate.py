@@ -29,9 +29,9 @@ from qlora_native.estimate import Estimator, Setting
 from qlora_native.estimate.activations import DecoderLayer, decoder_layers, norm_bytes, norms_of
 from qlora_native.estimate.cards import CARDS, RAMP, streamed_on
 from qlora_native.estimate.memory import CUDA_CONTEXT, THREAD_SCRATCH, state_bytes
-from qlora_native.hf import fuse
-from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.lora import LoraConfig
+from qlora_native.models import fuse
+from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_copies
 from qlora_native.ops.causal_attention import ALIGNMENT
 from qlora_native.train.setup import make_optimizer

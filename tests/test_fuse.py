@@ -16,9 +16,9 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import qlora_native as qn
-from qlora_native.hf import fuse as fusing
-from qlora_native.hf.fuse import Fused, fuse, unfuse
-from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.models import fuse as fusing
+from qlora_native.models.fuse import Fused, fuse, unfuse
+from qlora_native.models.loss import causal_lm_loss
 from qlora_native.nn import experts
 
 ALL = {"attention": 2, "mlp": 2, "norm": 5}

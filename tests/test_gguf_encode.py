@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_native import gguf_blocks
 from qlora_native.export.gguf_encode import encode
-from qlora_native.hf.gguf import KEPT
+from qlora_native.weights.gguf import KEPT
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType

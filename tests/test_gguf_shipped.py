@@ -25,12 +25,12 @@ from qlora_native.cli.demo import demo_config, model_file
 from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.data.standard_library import write_split
-from qlora_native.hf.gguf import DENSE_NAMES
-from qlora_native.hf.load import load_model
-from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import lora_layers
+from qlora_native.models.load import load_model
 from qlora_native.train.loop import Trainer
 from qlora_native.weight import quant_type_number
+from qlora_native.weights.gguf import DENSE_NAMES
+from qlora_native.weights.open import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

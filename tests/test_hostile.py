@@ -32,7 +32,7 @@ from qlora_native import _io
 from qlora_native.cli import doctor
 from qlora_native.cli.main import MOST_CHARACTERS, main
 from qlora_native.data import template
-from qlora_native.hf.convert import convert as convert_folder
+from qlora_native.models.convert import convert as convert_folder
 
 SECONDS = 20  # in which a sentence must come
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

@@ -20,8 +20,8 @@ from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig
 from qlora_native.data.readers import content_hash, hub_id, read_rows
 from qlora_native.errors import UserError
-from qlora_native.hf.source import open_source
 from qlora_native.train.loop import Trainer
+from qlora_native.weights.open import open_source
 
 MODEL = "tiny-org/tiny.model-1"
 SNAPSHOT = "hub/models--tiny-org--tiny.model-1/snapshots/0123abc"

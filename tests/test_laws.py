@@ -46,10 +46,18 @@ BREACHES: list[tuple[Law, Tree]] = [
     (
         laws.units_do_not_import_each_other,
         {
-            P + "__init__.py": "_LAZY = {'Quantizer': 'hf.quantizer'}\n",
+            P + "__init__.py": "_LAZY = {'Quantizer': 'interop.quantizer'}\n",
             P + "export.py": "import qlora_native as qn\nqn.Quantizer\n",
-            P + "hf/quantizer.py": "from .. import export\n",
+            P + "interop/quantizer.py": "from .. import export\n",
         },
+    ),
+    (
+        laws.files_do_not_import_each_other,
+        {P + "nn/a.py": "from .b import B\n", P + "nn/b.py": "def f():\n from . import a\n"},
+    ),
+    (
+        laws.files_do_not_import_each_other,
+        {P + "nn/a.py": "if TYPE_CHECKING:\n from .b import B\n", P + "nn/b.py": "from .a import A\n"},
     ),
     (
         laws.train_is_imported_by_its_commands,
@@ -105,11 +113,11 @@ ALLOWED: Tree = {
     P + "ops/quantize_4bit.py": "import torch\nfrom .. import reference\n",
     P + "reference.py": "from __future__ import annotations\nimport math\n",
     P + "lora.py": "if TYPE_CHECKING:\n    from transformers import X\n    from . import cli\n",
-    P + "hf/checkpoint.py": "import transformers\nfrom ..lora import x\n",
+    P + "models/load.py": "import transformers\nfrom ..lora import x\n",
     P + "nn.py": "from . import ops",
     P + "bitsandbytes/nn.py": "from ..nn import QuantizedLinear\n",
-    P + "__init__.py": "_LAZY = {'load_model': 'hf.checkpoint'}\ndef f():\n    from . import hf\n",
-    P + "cli/main.py": "import qlora_native as qn\nfrom ..hf import checkpoint\nqn.load_model\n",
+    P + "__init__.py": "_LAZY = {'load_model': 'models.load'}\ndef f():\n    from . import models\n",
+    P + "cli/main.py": "import qlora_native as qn\nfrom ..models import load\nqn.load_model\n",
     "tests/test_quantize_4bit.py": "def test_bytes(x): ...\n",
     "tests/test_export.py": "assert 'five words stand in a\\nline' in x, 'and six of them in the message'\n",
     "tests/sentences.json": '{"test_quantize_4bit.py::test_bytes[a::b]": []}',

@@ -15,10 +15,10 @@ from tiny_models import dense_twin, distance, edit_config, edit_tensors, four_bi
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qlora_native as qn
-from qlora_native.hf import gguf_source
-from qlora_native.hf.load import load_model
-from qlora_native.hf.source import open_source
+from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
+from qlora_native.weights import gguf_source
+from qlora_native.weights.open import open_source
 
 # Kind, changes to its config, layers that become 4-bit. What each one probes stands behind it.
 ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [

@@ -17,7 +17,7 @@ from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors,
 from torch import Tensor, nn
 
 from qlora_native import reference
-from qlora_native.hf.load import load_model
+from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

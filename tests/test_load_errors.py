@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, edit_tensors, save
 
 import qlora_native as qn
-from qlora_native.hf.build import MetaModel
-from qlora_native.hf.load import load_model
-from qlora_native.hf.source import load_tokenizer
+from qlora_native.models.build import MetaModel
+from qlora_native.models.load import load_model
+from qlora_native.weights.open import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

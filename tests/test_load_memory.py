@@ -25,8 +25,8 @@ LOAD = """
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
-from qlora_native.hf import quantizer
-from qlora_native.hf.load import load_model
+from qlora_native.interop import quantizer
+from qlora_native.models.load import load_model
 options = {"quantization_config": QLoRANativeConfig(), "dtype": torch.bfloat16}
 
 def work():

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import qlora_native as qn
-from qlora_native.hf.load import load_model
-from qlora_native.hf.merge import merge
 from qlora_native.lora import LoraConfig, LoRALinear, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
+from qlora_native.models.load import load_model
+from qlora_native.models.merge import merge
 from qlora_native.nn import QuantizedLinear
 
 

@@ -24,11 +24,11 @@ from helpers import exit_code_of_fork, same_bytes
 import qlora_native as qn
 from qlora_native import _C
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import ALIGNMENT, LEAST_MAPPED, mapped_part, read_header
-from qlora_native.hf.convert import convert
-from qlora_native.hf.loss import causal_lm_loss
-from qlora_native.hf.mapped import Streaming, mapped_tensors
 from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.models.convert import convert
+from qlora_native.models.loss import causal_lm_loss
+from qlora_native.models.mapped import Streaming, mapped_tensors
+from qlora_native.weights.files import ALIGNMENT, LEAST_MAPPED, mapped_part, read_header
 
 pytestmark = pytest.mark.skipif(not hasattr(_C, "MappedFile"), reason="files are mapped on Linux")
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 4}

@@ -22,11 +22,11 @@ from qlora_native.cli import main
 from qlora_native.evaluate.measure import measure
 from qlora_native.evaluate.texts import load_text
 from qlora_native.export import check
-from qlora_native.hf import convert
-from qlora_native.hf.checkpoint import Checkpoint
-from qlora_native.hf.load import load_dense
-from qlora_native.hf.merge import Merging
 from qlora_native.lora import adapter as stored_adapter
+from qlora_native.models import convert
+from qlora_native.models.load import load_dense
+from qlora_native.models.merge import Merging
+from qlora_native.weights.files import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiny_models import assert_same, dense_twin, distance, logits, make, tokens
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
-from qlora_native.hf.build import four_bit_parts
+from qlora_native.models.build import four_bit_parts
 
 # Kind, changes to its config, 4-bit parameters, how far the logits may lie from those of the 16-bit model.
 MODELS: list[tuple[str, dict[str, Any], int, float]] = [

@@ -32,7 +32,7 @@ from qlora_native.config import TrainConfig
 from qlora_native.evaluate.comparison import compare
 from qlora_native.evaluate.texts import load_text
 from qlora_native.evaluate.variants import Variants
-from qlora_native.hf.generate import Sampling, stream
+from qlora_native.models.generate import Sampling, stream
 from qlora_native.train.loop import Trainer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from laws import ROOT
 from runs import write_files
 
 import qlora_native as qn
-from qlora_native.hf.load import load_dense
+from qlora_native.models.load import load_dense
 
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = ROOT / "examples" / "finetune.ipynb"

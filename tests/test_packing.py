@@ -18,8 +18,8 @@ from torch import nn
 
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, collate_packed, pack
 from qlora_native.errors import UserError
-from qlora_native.hf.fuse import documents_of, fuse
-from qlora_native.hf.loss import causal_lm_loss, trained_tokens
+from qlora_native.models.fuse import documents_of, fuse
+from qlora_native.models.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.batches import check_packing
 
 

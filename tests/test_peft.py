@@ -19,7 +19,7 @@ from qlora_native.nn import QuantizedLinear
 from qlora_native.nn.experts import quantized_stacks
 
 peft = pytest.importorskip("peft")
-FusedLayer: Any = pytest.importorskip("qlora_native.hf.peft").QuantizedLoraLinear
+FusedLayer: Any = pytest.importorskip("qlora_native.interop.peft").QuantizedLoraLinear
 
 
 @pytest.fixture(scope="module")

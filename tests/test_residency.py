@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_native.hf.residency import Residency, Unit, plan_residency
+from qlora_native.models.residency import Residency, Unit, plan_residency
 
 LAYER, HEAD = 100, 900
 

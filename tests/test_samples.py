@@ -17,10 +17,10 @@ from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.evaluate.answers import LONGEST
-from qlora_native.hf.source import load_tokenizer
 from qlora_native.train.loop import Trainer
 from qlora_native.train.progress import read_metrics
 from qlora_native.train.samples import Samples
+from qlora_native.weights.open import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

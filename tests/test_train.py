@@ -25,15 +25,16 @@ from safetensors.torch import load_file
 from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
-from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import load_model
-from qlora_native.hf.source import SafetensorsSource, load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.models.fuse import fuse
+from qlora_native.models.load import load_model
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train import graphs, setup
 from qlora_native.train import loop as loop_module
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import learning_rate, make_optimizer
+from qlora_native.weights.open import load_tokenizer
+from qlora_native.weights.source import SafetensorsSource
 
 Record = dict[str, Any]
 Make = Callable[..., TrainConfig]

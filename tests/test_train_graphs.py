@@ -20,8 +20,8 @@ from transformers.utils import import_utils
 import qlora_native as qn
 from qlora_native import lora
 from qlora_native.config import TrainConfig
-from qlora_native.hf import fuse
-from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.models import fuse
+from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
 from qlora_native.train import graphs
 from qlora_native.train.graphs import Passes, is_random, why_eager

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import relative_error
 from torch import nn
 
-from qlora_native.hf.loss import causal_lm_loss, trained_tokens
+from qlora_native.models.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {

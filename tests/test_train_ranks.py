@@ -30,8 +30,8 @@ from qlora_native.config import TrainConfig
 from qlora_native.distributed import RankLost
 from qlora_native.distributed.ranks import Ranks
 from qlora_native.errors import UserError
-from qlora_native.hf.convert import convert
-from qlora_native.hf.load import load_model
+from qlora_native.models.convert import convert
+from qlora_native.models.load import load_model
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import prepare_model
 

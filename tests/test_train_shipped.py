@@ -16,9 +16,9 @@ import qlora_native as qn
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.evaluate.retention import describe
-from qlora_native.hf import merge
-from qlora_native.hf.calibrated import side_by_side
 from qlora_native.lora import lora_layers
+from qlora_native.models import recode as module
+from qlora_native.models.calibrate import side_by_side
 from qlora_native.train import shipping
 from qlora_native.train.loop import Trainer, TrainSummary
 from qlora_native.train.shipping import Shipping
@@ -82,7 +82,7 @@ def test_the_codes_are_those_of_a_merge(shipped: tuple[Trainer, TrainSummary], m
 
     def recode(model: Any, ids: torch.Tensor, *rest: Any) -> None:
         given.append(ids)
-        merge.recode(model, ids, *rest)
+        module.recode(model, ids, *rest)
 
     def beside() -> Any:
         return qn.load_adapter(qn.load_model(run.config.model), summary.adapter_dir)
@@ -93,7 +93,7 @@ def test_the_codes_are_those_of_a_merge(shipped: tuple[Trainer, TrainSummary], m
     Shipping(run.config, model).recode(rows, run.config.data.max_length)
     merged: dict[str, torch.Tensor] = {}
     with side_by_side(torch.device("cpu")) as (pool, _):
-        merge.recode(beside(), given[0], pool, merged.__setitem__)
+        module.recode(beside(), given[0], pool, merged.__setitem__)
     for (path, layer), (_, of_run) in zip(lora_layers(model), lora_layers(run.model), strict=True):
         assert torch.equal(layer.shipped.packed, merged[path]), path  # type: ignore[union-attr]
         assert torch.equal(of_run.shipped.packed, merged[path]), path  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from qlora_native.cli.main import main
 from qlora_native.cli.train import config_of
 from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
-from qlora_native.hf.source import load_tokenizer
+from qlora_native.weights.open import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Capture = pytest.CaptureFixture[str]

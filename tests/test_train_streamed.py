@@ -28,10 +28,10 @@ from qlora_native._memory import Free
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.hf import mapped
-from qlora_native.hf.checkpoint import read_header
-from qlora_native.hf.convert import convert
+from qlora_native.models import mapped
+from qlora_native.models.convert import convert
 from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.weights.files import read_header
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(_C, "MappedFile"), reason="files are mapped on Linux"),

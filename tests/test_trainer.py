@@ -73,7 +73,7 @@ def test_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    from qlora_native.hf.peft import QuantizedLoraLinear
+    from qlora_native.interop.peft import QuantizedLoraLinear
 
     folder = write_model(tmp_path / "base", num_hidden_layers=1)
     rows = [{"text": f"what is {color}? {thing}"} for color, thing in FACTS]
@@ -133,7 +133,7 @@ def test_an_adapter_of_add_lora_is_saved_and_resumed_by_trainer(tmp_path: Path, 
 @pytest.mark.skipif(not hasattr(_C, "MappedFile"), reason="files are mapped on Linux")
 def test_trainer_over_layers_that_stream(tmp_path: Path) -> None:
     """An adapter of PEFT over mapped layers, none of which stays in memory."""
-    from qlora_native.hf.mapped import Streaming
+    from qlora_native.models.mapped import Streaming
 
     path = save(tmp_path / "dense", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
     qn.load_model(path, dtype=torch.float32).save_pretrained(tmp_path / "four")

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "chunk_tokens", lambda *_: CHUNK)
-    monkeypatch.setattr("qlora_native.hf.trl.chunk_tokens", lambda *_: CHUNK)
+    monkeypatch.setattr("qlora_native.interop.trl.chunk_tokens", lambda *_: CHUNK)
 
 
 @contextmanager

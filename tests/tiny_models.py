@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_native.hf.build import four_bit_parts
+from qlora_native.models.build import four_bit_parts
 from qlora_native.nn import QuantizedLinear
 
 VOCAB = 128

@@ -21,36 +21,36 @@ if TYPE_CHECKING:
     from qlora_native import distributed, nn, optim
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.config import TrainConfig
-    from qlora_native.hf.config import QLoRANativeConfig
-    from qlora_native.hf.device_layers import stream_layers
-    from qlora_native.hf.fuse import fuse
-    from qlora_native.hf.load import load_model
-    from qlora_native.hf.merge import merge
-    from qlora_native.hf.peft import peft_config
-    from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.interop.config import QLoRANativeConfig
+    from qlora_native.interop.peft import peft_config
+    from qlora_native.interop.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
+    from qlora_native.models.device_layers import stream_layers
+    from qlora_native.models.fuse import fuse
+    from qlora_native.models.load import load_model
+    from qlora_native.models.merge import merge
     from qlora_native.train.loop import Trainer
+    from qlora_native.weights.open import load_tokenizer
 
 _LAZY = {
     "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
     "distributed": "distributed",
-    "fuse": "hf.fuse",
-    "stream_layers": "hf.device_layers",
-    "peft_config": "hf.peft",
-    "QLoRANativeConfig": "hf.config",
-    "QLoRANativeQuantizer": "hf.quantizer",
-    "load_model": "hf.load",
-    "load_tokenizer": "hf.source",
+    "fuse": "models.fuse",
+    "stream_layers": "models.device_layers",
+    "peft_config": "interop.peft",
+    "QLoRANativeConfig": "interop.config",
+    "QLoRANativeQuantizer": "interop.quantizer",
+    "load_model": "models.load",
+    "load_tokenizer": "weights.open",
     "LoraConfig": "lora",
     "adapters_off": "lora",
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
     "unload_adapter": "lora",
-    "merge": "hf.merge",
+    "merge": "models.merge",
     "TrainConfig": "config",
     "Trainer": "train.loop",
 }

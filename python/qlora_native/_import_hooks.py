@@ -22,10 +22,10 @@ from typing import Any
 
 # Module that holds the registry -> module of ours that enters our classes there when it is imported.
 REGISTRIES = {
-    "transformers.quantizers.auto": "qlora_native.hf.config",
-    "transformers.trainer": "qlora_native.hf.trainer",
-    "peft.tuners.lora.model": "qlora_native.hf.peft",
-    "trl.trainer.utils": "qlora_native.hf.trl",
+    "transformers.quantizers.auto": "qlora_native.interop.config",
+    "transformers.trainer": "qlora_native.interop.trainer",
+    "peft.tuners.lora.model": "qlora_native.interop.peft",
+    "trl.trainer.utils": "qlora_native.interop.trl",
 }
 
 

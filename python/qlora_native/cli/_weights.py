@@ -18,7 +18,7 @@ from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
     from qlora_native.config import QuantConfig
-    from qlora_native.hf.trained import TrainedBase
+    from qlora_native.models.trained import TrainedBase
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -64,7 +64,7 @@ def _file_size(text: str) -> int:
 
 def is_four_bit(model: Path) -> bool:
     """Whether the files hold 4-bit weights."""
-    from qlora_native.hf.source import open_source
+    from qlora_native.weights.open import open_source
 
     return bool(open_source(model).four_bit_config)
 
@@ -92,7 +92,7 @@ def run_of(adapter: Path | None) -> Run | None:
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
     from qlora_native.config import QuantConfig, read_yaml
-    from qlora_native.hf.build import dense_beside
+    from qlora_native.weights.shapes import dense_beside
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]
@@ -116,9 +116,9 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
     Without an adapter, or one whose run is unknown, ``args.model`` with the options of quantizing that were given;
     these come before those of the run.
     """
-    from qlora_native.hf.config import METADATA
-    from qlora_native.hf.source import open_source
-    from qlora_native.hf.trained import TrainedBase, digest, read_record, stored_base
+    from qlora_native.models.trained import TrainedBase, digest, read_record, stored_base
+    from qlora_native.weights.config import METADATA
+    from qlora_native.weights.open import open_source
 
     model, adapter, given = args.model, args.adapter, quantizing(args)
     run, record = run_of(adapter), {} if adapter is None else read_record(adapter)
@@ -172,7 +172,7 @@ def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
 def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
     """``--base``, and what it is of: by default the weights that the adapter was trained on, where its run is known or
     MODEL has no others, else the original ones."""
-    from qlora_native.hf.trained import TrainedBase
+    from qlora_native.models.trained import TrainedBase
 
     run = run_of(args.adapter)
     base = args.base or ("original" if run is None and not is_four_bit(args.model) else "dequantized")

@@ -82,8 +82,8 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
 
 def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
     """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
-    from qlora_native.hf.build import MetaModel
-    from qlora_native.hf.source import open_source
+    from qlora_native.models.build import MetaModel
+    from qlora_native.weights.open import open_source
 
     with as_user_error():
         config = open_source(user_path(model)).config

@@ -65,7 +65,7 @@ class Chat:
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
         from qlora_native.data.template import ChatEncoder
-        from qlora_native.hf.generate import stop_tokens
+        from qlora_native.models.generate import stop_tokens
 
         self.encoder = ChatEncoder(tokenizer)  # as in training
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -78,8 +78,8 @@ class Chat:
     def iter_text(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
         from qlora_native.data.template import check_vocabulary
-        from qlora_native.hf.generate import stream
         from qlora_native.lora.layer import adapters_off
+        from qlora_native.models.generate import stream
 
         prompt = self.encoder.prompt_ids(answer.messages)
         check_vocabulary(max(prompt, default=0), self.tokenizer, self.model, "the conversation")
@@ -159,10 +159,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import qlora_native as qn
-    from qlora_native.hf.device_layers import load_to_device
-    from qlora_native.hf.generate import Sampling
-    from qlora_native.hf.mapped import BESIDE, stream_if_needed
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.device_layers import load_to_device
+    from qlora_native.models.generate import Sampling
+    from qlora_native.models.mapped import BESIDE, stream_if_needed
+    from qlora_native.weights.open import load_tokenizer
 
     with as_user_error():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)

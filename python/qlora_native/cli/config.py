@@ -136,7 +136,9 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     from qlora_native.config import TrainConfig
     from qlora_native.estimate import Estimator, Setting
     from qlora_native.estimate.model import opened
-    from qlora_native.hf.source import AUTO, Source, four_bit_config, notes_of
+    from qlora_native.weights.config import four_bit_config
+    from qlora_native.weights.open import notes_of
+    from qlora_native.weights.source import AUTO, Source
 
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"

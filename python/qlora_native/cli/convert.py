@@ -35,7 +35,7 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from qlora_native.hf.convert import convert
+    from qlora_native.models.convert import convert
 
     source, out = args.source, args.out
     refuse_existing(out, "DST")

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data.batching import evaluation_order
     from qlora_native.data.readers import read_rows
     from qlora_native.data.template import ChatEncoder
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     if args.rows < 0 or (args.limit is not None and args.limit < 1):
         raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
@@ -103,7 +103,7 @@ def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int
     from qlora_native._io import user_path
     from qlora_native.data.check import iter_findings
     from qlora_native.data.dataset import load_split
-    from qlora_native.hf.source import open_source
+    from qlora_native.weights.open import open_source
 
     text: Any = open_source(user_path(config.model)).config.get_text_config()
     rows, held_out = load_split(config.data, tokenizer, config.train.seed, limit=args.limit)

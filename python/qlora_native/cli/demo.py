@@ -20,7 +20,7 @@ from qlora_native.errors import UserError
 if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
     from qlora_native.data.template import ChatEncoder
-    from qlora_native.hf.load import LoadReport
+    from qlora_native.models.load import LoadReport
 
 MAX_LENGTH = 256  # tokens a row
 MAX_CHARACTERS = 700  # of a function, so that its row fits
@@ -90,11 +90,11 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
     from qlora_native.data.template import ChatEncoder
-    from qlora_native.hf.load import layer_progress
-    from qlora_native.hf.source import load_tokenizer
-    from qlora_native.hf.trained import read_record
+    from qlora_native.models.progress import layer_progress
+    from qlora_native.models.trained import read_record
     from qlora_native.train.card import peft_snippet
     from qlora_native.train.loop import Trainer
+    from qlora_native.weights.open import load_tokenizer
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
     out, model_path = args.out, model_file(args.model)

@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
     from qlora_native.estimate import Estimator, Setting
     from qlora_native.estimate.model import opened
-    from qlora_native.hf.source import Source, notes_of
+    from qlora_native.weights.open import notes_of
+    from qlora_native.weights.source import Source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)

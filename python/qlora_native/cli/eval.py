@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.evaluate.report import tables, write_report
     from qlora_native.evaluate.texts import load_text
     from qlora_native.evaluate.variants import Variants
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     if args.lm_eval:
         check_harness()

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merging(args: argparse.Namespace, to: str) -> Any:
-    from qlora_native.hf.merge import Merging
+    from qlora_native.models.merge import Merging
 
     # Where nothing is added there is nothing to choose.
     args.base = args.base if args.adapter or not is_four_bit(args.model) else None
@@ -122,8 +122,8 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
     from qlora_native.export.gguf import architecture_of, export_gguf, near_type
     from qlora_native.export.gguf_kept import export_kept
-    from qlora_native.hf.load import layer_progress
-    from qlora_native.hf.source import load_tokenizer, open_source
+    from qlora_native.models.progress import layer_progress
+    from qlora_native.weights.open import load_tokenizer, open_source
 
     architecture_of(open_source(args.model))  # before minutes of work
     work = _merging(args, "fp32")
@@ -148,8 +148,8 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.data.template import TEMPLATE
-    from qlora_native.hf.source import open_source
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
+    from qlora_native.weights.open import open_source
 
     if args.adapter is None:
         raise UserError("qlora export: --to peft needs MODEL, the base, and --adapter DIR")
@@ -171,7 +171,7 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf-adapter", "gguf")
     from qlora_native.export.gguf import architecture_of
     from qlora_native.export.gguf_adapter import export_adapter
-    from qlora_native.hf.source import open_source
+    from qlora_native.weights.open import open_source
 
     if args.type is not None:
         raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")

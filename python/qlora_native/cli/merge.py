@@ -15,8 +15,8 @@ from qlora_native.cli._weights import add_base, add_quantizing, add_shard_size, 
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_native.hf.load import Progress
-    from qlora_native.hf.merge import Merging
+    from qlora_native.models.merge import Merging
+    from qlora_native.models.progress import Progress
 
 REPORT = "merge_report"
 METHODS = ("gptq", "rtn")
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.data.template import check_vocabulary
     from qlora_native.export import check
-    from qlora_native.hf.load import layer_progress
-    from qlora_native.hf.merge import Merging, calibrated_codes
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.merge import Merging
+    from qlora_native.models.progress import layer_progress
+    from qlora_native.models.recode import calibrated_codes
+    from qlora_native.weights.open import load_tokenizer
 
     source, adapter, out = args.model, args.adapter, args.out
     refuse_existing(out, "--out")
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     """Write the folder of a merged model, with its tokenizer."""
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.weights.open import load_tokenizer
 
     # Beside safetensors the tokenizer is a file, which is copied with the others; that of an adapter takes its place.
     is_other = work.adapter_folder is not None and (work.adapter_folder / "tokenizer_config.json").is_file()
@@ -143,10 +144,10 @@ def write_calibrated(
     """Write the sum as :func:`qlora_native.quantize_calibrated` rounds it; it lies in ``folder`` in 16 bits, and is
     read from there layer after layer."""
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.hf.checkpoint import aligned_files
-    from qlora_native.hf.load import load_model
-    from qlora_native.hf.merge import Merging
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.load import load_model
+    from qlora_native.models.merge import Merging
+    from qlora_native.weights.files import aligned_files
+    from qlora_native.weights.open import load_tokenizer
 
     out, tokenizer = args.out, load_tokenizer(str(args.model), args.adapter)
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)

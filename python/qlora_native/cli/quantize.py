@@ -46,9 +46,10 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from qlora_native.hf.checkpoint import aligned_files
-    from qlora_native.hf.load import layer_progress, load_model
-    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.models.load import load_model
+    from qlora_native.models.progress import layer_progress
+    from qlora_native.weights.files import aligned_files
+    from qlora_native.weights.open import load_tokenizer
 
     source, out = args.model, args.out
     refuse_existing(out, "--out")

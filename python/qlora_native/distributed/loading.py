@@ -21,17 +21,18 @@ from torch.distributed.fsdp import fully_shard
 from qlora_native._memory import trim_heap
 from qlora_native.distributed.sharding import blocks_of, lay_out, shard
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel
-from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import load_model as load_alone
-from qlora_native.hf.plan import Step
-from qlora_native.hf.source import AUTO, SafetensorsSource, Source, open_source
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.adapter import copy_whole
 from qlora_native.lora.layer import LoRALinear, fill_a, lora_layers
 from qlora_native.lora.model import insert
 from qlora_native.lora.targets import select_targets
+from qlora_native.models.build import MetaModel
+from qlora_native.models.fuse import fuse
+from qlora_native.models.load import load_model as load_alone
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
+from qlora_native.weights.match import Step
+from qlora_native.weights.open import open_source
+from qlora_native.weights.source import AUTO, SafetensorsSource, Source
 
 
 @dataclass

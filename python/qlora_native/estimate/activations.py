@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_native.estimate.model import Setting
-from qlora_native.hf.fuse import attends_in_fp32, fuse
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.targets import plain_modules
+from qlora_native.models.fuse import attends_in_fp32, fuse
 from qlora_native.nn.experts import QuantizedExperts
 
 # The last linear layer of an attention or an MLP; the others there read the block's input.

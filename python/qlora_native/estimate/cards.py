@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qlora_native.estimate.memory import Estimate, Estimator
-from qlora_native.hf.build import four_bit_parts
-from qlora_native.hf.device_layers import layer_units
-from qlora_native.hf.residency import Residency, plan_residency
+from qlora_native.models.build import four_bit_parts
+from qlora_native.models.device_layers import layer_units
+from qlora_native.models.residency import Residency, plan_residency
 
 RAMP = 128  # tokens at which a product reaches half of the best rate
 

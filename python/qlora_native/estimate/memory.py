@@ -18,17 +18,17 @@ from qlora_native import _C, _native
 from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_layers, head_shape, norm_bytes, norms_of
 from qlora_native.estimate.model import Setting, meta_model
-from qlora_native.hf.build import four_bit_parts
-from qlora_native.hf.load import LoadReport
-from qlora_native.hf.loss import LOGIT_FIELDS, is_random
-from qlora_native.hf.source import Source
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.targets import trained_whole
+from qlora_native.models.build import four_bit_parts
+from qlora_native.models.load import LoadReport
+from qlora_native.models.loss import LOGIT_FIELDS, is_random
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.optim import base
+from qlora_native.weights.source import Source
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes

@@ -14,13 +14,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_native.config import QuantConfig, TrainConfig
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, dense_beside, is_transposed
-from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from qlora_native.hf.load import make_report
-from qlora_native.hf.plan import FourBit, Kept, Plain
-from qlora_native.hf.source import AUTO, SafetensorsSource, Source, four_bit_config, open_source, read_config
 from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.models.build import MetaModel
+from qlora_native.models.load import make_report
 from qlora_native.weight import quantize
+from qlora_native.weights.config import four_bit_config, read_config
+from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME
+from qlora_native.weights.match import FourBit, Kept, Plain
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside, is_transposed
+from qlora_native.weights.source import AUTO, SafetensorsSource, Source
 
 READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
 
@@ -94,14 +97,14 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     options: Options = {}
     if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
         skipped = dense_beside(setting.lora.modules_to_save, setting.lora.trainable_tokens, is_kept=True)
-        kept = model.kept_plan(meta, skipped, is_mapped=True).steps
-        for step in kept:
+        plan = model.kept_plan(meta, skipped, is_mapped=True)
+        for step in plan.steps:
             if isinstance(step, Kept):
                 for name, value in step.iter_tensors(meta.model, model.read):
                     meta.store(name, value.to("meta"), step.file)
         setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
-        options = dict.fromkeys(meta.weights, setting.quant)
-        read = [step.num_bytes for step in kept if not isinstance(step, Kept)]
+        options = dict.fromkeys(plan.rounded, setting.quant)
+        read = [step.num_bytes for step in plan.steps if not isinstance(step, Kept)]
         return _trained(meta, options, setting, path), max(read, default=0)
     if setting.quant["quant_type"] == AUTO:
         setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})

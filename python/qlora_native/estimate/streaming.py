@@ -28,10 +28,10 @@ from qlora_native.calibration.layers import decoder_layers
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.estimate.memory import Estimator
-from qlora_native.hf.load import load_model
-from qlora_native.hf.loss import causal_lm_loss, has_plain_head
-from qlora_native.hf.mapped import budget_of, mapped_tensors, num_bytes, parts_of, plan_streaming
 from qlora_native.lora import add_lora
+from qlora_native.models.load import load_model
+from qlora_native.models.loss import causal_lm_loss, has_plain_head
+from qlora_native.models.mapped import budget_of, mapped_tensors, num_bytes, parts_of, plan_streaming
 
 READ = 256 << 20  # bytes read to measure the disk
 BLOCK = 8 << 20

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_native.hf.fuse import modes_kept
-from qlora_native.hf.generate import Sampling, iter_tokens, stop_tokens
+from qlora_native.models.fuse import modes_kept
+from qlora_native.models.generate import Sampling, iter_tokens, stop_tokens
 
 LONGEST = 64  # tokens of an answer
 
@@ -46,7 +46,7 @@ def answer(model: Any, tokenizer: Any, prompt: list[int], stop: set[int], *, is_
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
     """The answer to each row, with dropout off; afterwards the model is in the mode it was in."""
-    from qlora_native.hf.mapped import BESIDE, stream_if_needed
+    from qlora_native.models.mapped import BESIDE, stream_if_needed
 
     streaming, stop = stream_if_needed(model, None, BESIDE), stop_tokens(model, tokenizer)
     with modes_kept(model), nullcontext() if streaming is None else closing(streaming):

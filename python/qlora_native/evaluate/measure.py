@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qlora_native.data.batching import collate
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.hf.fuse import modes_kept
-from qlora_native.hf.loss import head_is_plain, hidden_states, without_needless_mask
+from qlora_native.models.fuse import modes_kept
+from qlora_native.models.loss import head_is_plain, hidden_states, without_needless_mask
 from qlora_native.nn.linear import QuantizedLinear
 
 BATCH_TOKENS = 2048  # in one forward pass, padding included
@@ -111,7 +111,7 @@ def measure(
         against: the reference, from a pass over the same rows.
         keep_in: a folder for the states that make this model a reference; without it none are kept.
     """
-    from qlora_native.hf.mapped import BESIDE, check_mapped_finite, stream_if_needed
+    from qlora_native.models.mapped import BESIDE, check_mapped_finite, stream_if_needed
 
     streaming = stream_if_needed(model, None, BESIDE)
     with modes_kept(model), nullcontext() if streaming is None else closing(streaming):

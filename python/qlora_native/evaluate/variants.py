@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_native.errors import UserError
-from qlora_native.hf.device_layers import load_to_device
-from qlora_native.hf.load import LoadReport, load_dense
-from qlora_native.hf.source import AUTO, open_source
-from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
+from qlora_native.models.device_layers import load_to_device
+from qlora_native.models.load import LoadReport, load_dense
+from qlora_native.models.trained import TrainedBase
 from qlora_native.weight import CALIBRATED, METHODS
+from qlora_native.weights.open import open_source
+from qlora_native.weights.source import AUTO
 
 REFERENCE, FOUR_BIT, KEPT, ADAPTED, SHIPPED = "16-bit", "4-bit", "as it is", " + adapter", "shipped"
 

@@ -13,14 +13,14 @@ from qlora_native.data.template import check_vocabulary, padding_id
 from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.retention import describe, retention
 from qlora_native.evaluate.texts import load_text
-from qlora_native.hf.checkpoint import Checkpoint
-from qlora_native.hf.load import load_dense, load_model
-from qlora_native.hf.merge import Merging
-from qlora_native.hf.plan import Converted
-from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
 from qlora_native.lora.adapter import StoredAdapter
+from qlora_native.models.load import load_dense, load_model
+from qlora_native.models.merge import Merging
+from qlora_native.models.trained import TrainedBase
 from qlora_native.weight import from_bnb
+from qlora_native.weights.files import Checkpoint
+from qlora_native.weights.match import Converted
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
 AS_TRAINED = 0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5

@@ -21,12 +21,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
 from qlora_native.export.gguf_encode import encode
-from qlora_native.hf.checkpoint import check_finite
-from qlora_native.hf.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
-from qlora_native.hf.gguf_source import GgufSource
-from qlora_native.hf.merge import Merging
-from qlora_native.hf.plan import Converted, FourBit, Plain
-from qlora_native.hf.source import Source
+from qlora_native.models.merge import Merging
+from qlora_native.weights.files import check_finite
+from qlora_native.weights.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
+from qlora_native.weights.gguf_source import GgufSource
+from qlora_native.weights.match import Converted, FourBit, Plain
+from qlora_native.weights.source import Source
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file

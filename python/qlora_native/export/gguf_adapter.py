@@ -9,8 +9,8 @@ from typing import Any
 import gguf
 
 from qlora_native.errors import UserError
-from qlora_native.hf.gguf import ARCHITECTURES, interleaved, reordered_heads
-from qlora_native.hf.merge import Merging
+from qlora_native.models.merge import Merging
+from qlora_native.weights.gguf import ARCHITECTURES, interleaved, reordered_heads
 
 
 def export_adapter(work: Merging, path: Path) -> dict[str, Any]:

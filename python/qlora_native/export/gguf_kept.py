@@ -12,20 +12,21 @@ from torch import Tensor
 
 from qlora_native.calibration.data import CalibrationData
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import StoredTensor
-from qlora_native.hf.gguf import ARCHITECTURES, DENSE_NAMES, KEPT
-from qlora_native.hf.gguf_source import GgufSource
-from qlora_native.hf.load import Progress
-from qlora_native.hf.merge import Merging, calibrated_codes
-from qlora_native.hf.plan import Plain
+from qlora_native.models.merge import Merging
+from qlora_native.models.progress import Progress
+from qlora_native.models.recode import calibrated_codes
+from qlora_native.weights.files import StoredTensor
+from qlora_native.weights.gguf import ARCHITECTURES, DENSE_NAMES, KEPT
+from qlora_native.weights.gguf_source import GgufSource
+from qlora_native.weights.match import Plain
 
 
 def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, progress: Progress) -> dict[str, Any]:
     """Write ``path``, the GGUF file of the source with the adapter in its blocks.
 
-    Codes become those of :func:`~qlora_native.hf.merge.recode`, with ``text`` as calibration; floats the rounded sum.
-    ``changed`` of the result is the share of bytes that are others, by tensor. UserError for another source, and for an
-    adapter that the file's tensors cannot take.
+    Codes become those of :func:`~qlora_native.models.recode.recode`, with ``text`` as calibration; floats the rounded
+    sum. ``changed`` of the result is the share of bytes that are others, by tensor. UserError for another source, and
+    for an adapter that the file's tensors cannot take.
     """
     source, adapter = work.source, work.adapter
     if not isinstance(source, GgufSource) or source.architecture is None:

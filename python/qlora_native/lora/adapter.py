@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
+from qlora_native._moved import names_from
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.errors import UserError
 from qlora_native.lora.config import LoraConfig
@@ -346,3 +347,6 @@ def parameters_of(folder: str | os.PathLike[str], model: nn.Module, whole: dict[
                 f"load a model whose {name.rpartition('.')[0]} is dense and of that shape."
             )
     return {name: state[name] for name in whole}
+
+
+__getattr__ = names_from(__name__, dict.fromkeys(("load_adapter", "save_pretrained"), "qlora_native.lora.model"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native._moved import names_from
 from qlora_native.functional import dense_linear
 from qlora_native.lora.tokens import TokenRows, WithTokenRows
 from qlora_native.nn.experts import Substitute, substitute_class
@@ -161,3 +162,10 @@ def end_training_rows(model: nn.Module) -> None:
         if isinstance(module, WithTokenRows):
             module.__class__ = type(module).__bases__[1]
             del module.token_adapter
+
+
+__getattr__ = names_from(
+    __name__,
+    dict.fromkeys(("add_lora", "insert", "unload_adapter"), "qlora_native.lora.model")
+    | dict.fromkeys(("matches", "plain_modules", "select_targets", "trained_whole"), "qlora_native.lora.targets"),
+)

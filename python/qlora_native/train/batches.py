@@ -17,8 +17,8 @@ from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler
 from qlora_native.data.dataset import TokenizedDataset, load_split
 from qlora_native.distributed import Items
 from qlora_native.errors import UserError
-from qlora_native.hf.fuse import modes_kept
-from qlora_native.hf.loss import hidden_states
+from qlora_native.models.fuse import modes_kept
+from qlora_native.models.loss import hidden_states
 
 Batch = dict[str, Tensor]
 

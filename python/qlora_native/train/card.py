@@ -12,9 +12,9 @@ from typing import Any
 from qlora_native._version import __version__
 from qlora_native.calibration.data import FILE, quantize_command
 from qlora_native.config import TrainConfig
-from qlora_native.hf.build import dense_beside
-from qlora_native.hf.trained import read_record
+from qlora_native.models.trained import read_record
 from qlora_native.weight import CALIBRATED
+from qlora_native.weights.shapes import dense_beside
 
 
 def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -19,9 +19,9 @@ from transformers import masking_utils
 
 from qlora_native.config import TrainConfig
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.hf.checkpoint import replaced
-from qlora_native.hf.loss import has_plain_head, is_random, without_needless_mask
+from qlora_native.models.loss import has_plain_head, is_random, without_needless_mask
 from qlora_native.train.batches import Batch
+from qlora_native.weights.files import replaced
 
 EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
 MOST_GRAPHS = 32  # their activations share memory, their launches do not

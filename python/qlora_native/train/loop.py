@@ -31,9 +31,8 @@ from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
-from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
-from qlora_native.hf.source import load_tokenizer, open_source
 from qlora_native.lora import load_adapter, save_adapter
+from qlora_native.models.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.batches import Batch, check_packing, describe_rows, load_rows, make_sampler, micro_batches
 from qlora_native.train.checkpoint import (
     BEFORE,
@@ -57,6 +56,7 @@ from qlora_native.train.setup import (
     settle_method,
     what_is_trained,
 )
+from qlora_native.weights.open import load_tokenizer, open_source
 
 MAX_SKIPPED = 5
 
@@ -153,7 +153,7 @@ class Trainer:
             yield
 
     def _train(self) -> TrainSummary:
-        from qlora_native.hf.trained import check_base, record_of, stored_base
+        from qlora_native.models.trained import check_base, record_of, stored_base
 
         config, options, ranks = self.config, self.config.train, self.ranks
         keep_freed_memory(options.grad_checkpointing)
@@ -401,7 +401,7 @@ class Trainer:
     def _write_adapter(self, folder: Path) -> None:
         save_adapter(self.model, folder, write=self.ranks.is_first)  # every rank takes part in gathering it
         if self.ranks.is_first and self.base:
-            from qlora_native.hf.trained import write_record
+            from qlora_native.models.trained import write_record
 
             write_record(folder, self.base)
 

@@ -18,9 +18,9 @@ from qlora_native import _C
 from qlora_native._memory import free_device_memory, free_memory, kib_fields, peak_rss_bytes, release_free_memory
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.hf.source import Source
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.checkpoint import random_state, set_random_state
+from qlora_native.weights.source import Source
 
 if TYPE_CHECKING:
     from qlora_native.estimate import Estimate, Estimator
@@ -140,7 +140,7 @@ class MappedWeights:
                     "mapped` says what is missing"
                 )
             return
-        from qlora_native.hf.mapped import num_bytes, parts_of, stream_if_needed
+        from qlora_native.models.mapped import num_bytes, parts_of, stream_if_needed
 
         parts = parts_of(model)
         self._files = list({id(part.file): part.file for part in parts}.values())
@@ -157,7 +157,7 @@ class MappedWeights:
     def check(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
         if self._files:
-            from qlora_native.hf.mapped import check_files, check_mapped_finite
+            from qlora_native.models.mapped import check_files, check_mapped_finite
 
             check_files(self._files)
             if not math.isfinite(loss):

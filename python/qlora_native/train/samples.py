@@ -10,8 +10,8 @@ import torch
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import ChatEncoder, check_vocabulary
 from qlora_native.evaluate.answers import answer, as_text, split_row
-from qlora_native.hf.fuse import modes_kept
-from qlora_native.hf.generate import stop_tokens
+from qlora_native.models.fuse import modes_kept
+from qlora_native.models.generate import stop_tokens
 
 Sample = dict[str, str]  # prompt, expected (of a held-out row), before (the first answer of the run), answer
 

@@ -17,16 +17,19 @@ from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
-from qlora_native.hf.build import dense_beside, four_bit_parts
-from qlora_native.hf.config import METADATA
-from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import Progress, layer_progress, load_model
-from qlora_native.hf.source import AUTO, Source, notes_of, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
+from qlora_native.models.build import four_bit_parts
+from qlora_native.models.fuse import fuse
+from qlora_native.models.load import load_model
+from qlora_native.models.progress import Progress, layer_progress
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.graphs import why_eager
 from qlora_native.weight import CALIBRATED
+from qlora_native.weights.config import METADATA
+from qlora_native.weights.open import notes_of, open_source
+from qlora_native.weights.shapes import dense_beside
+from qlora_native.weights.source import AUTO, Source
 
 if TYPE_CHECKING:
     from qlora_native.calibration.data import CalibrationData
@@ -68,7 +71,7 @@ def prepare_model(
                 model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
             model.load_report = replace(model.load_report, path=source.path)
             if layers_budget is not None:
-                from qlora_native.hf.device_layers import stream_layers
+                from qlora_native.models.device_layers import stream_layers
 
                 stream_layers(model, "cuda", layers_budget)
         else:
@@ -177,7 +180,7 @@ def _in_words(count: float) -> str:
 
 def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
-    from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
+    from qlora_native.models.trained import STORED, can_round_again, source_of, store_base
 
     source, folder = source_of(model, source), output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):

@@ -19,13 +19,13 @@ from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.evaluate.measure import Scores
 from qlora_native.evaluate.retention import retention
-from qlora_native.hf.calibrated import side_by_side
-from qlora_native.hf.checkpoint import aligned_files
-from qlora_native.hf.config import METADATA
-from qlora_native.hf.gguf_source import GgufSource
-from qlora_native.hf.merge import recode
 from qlora_native.lora import adapters_off, lora_layers
+from qlora_native.models.calibrate import side_by_side
+from qlora_native.models.recode import recode
 from qlora_native.nn import QuantizedLinear
+from qlora_native.weights.config import METADATA
+from qlora_native.weights.files import aligned_files
+from qlora_native.weights.gguf_source import GgufSource
 
 MOST_ROWS = 1024  # that tokens for the calibration are taken from
 METHOD = "trained"  # how the 4-bit weights were made, in config.json

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel, keepable_embeddings
-from qlora_native.hf.checkpoint import Scratch, StoredTensor, first_sentence, replaced, some_of
-from qlora_native.hf.gguf import (
+from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.config import check_config
+from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, replaced, some_of
+from qlora_native.weights.gguf import (
     ARCHITECTURES,
     DENSE,
     DENSE_NAMES,
@@ -39,9 +40,9 @@ from qlora_native.hf.gguf import (
     reordered_heads,
     rope_of,
 )
-from qlora_native.hf.plan import Kept, Plain, Plan
-from qlora_native.hf.source import AUTO, KEEP, Source, check_config
-from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.match import Kept, Plain, Plan, check_plan
+from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
+from qlora_native.weights.source import AUTO, KEEP, Source
 
 
 class _InMemory:
@@ -104,7 +105,7 @@ class GgufSource(Source):
             )
         return is_mapped and quant_type in (AUTO, KEEP)
 
-    def plan(self, meta: MetaModel) -> Plan:
+    def plan(self, meta: ModelShapes) -> Plan:
         """Each tensor decoded, in the model's names."""
         if self.architecture is None:
             if meta.dtype != self._dtype:
@@ -117,17 +118,17 @@ class GgufSource(Source):
         others = [self._stored(name, tensor) for name, tensor in self.gguf.tensors.items() if name not in used]
         steps = [Plain(name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
         plan = Plan([*sorted(steps, key=lambda step: step.stored.start)], others, [])
-        meta.check(plan, self.read, str(self.path))
+        check_plan(plan, meta, self.read, str(self.path))
         return plan
 
     def _stored(self, name: str, tensor: GgufTensor) -> StoredTensor:
         dtype = DENSE.get(tensor.kind, torch.float32)
         return StoredTensor(name, self.path, dtype, tensor.shape, tensor.start, tensor.num_bytes)
 
-    def kept_plan(self, meta: MetaModel, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
+    def kept_plan(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
         """The plan in which weights keep their bytes where the model's module allows it, in the file or in memory.
 
-        Linear weights in formats that no kernel reads are quantized: they become ``meta.weights``.
+        Linear weights in formats that no kernel reads are to be quantized: ``rounded`` of the plan has their names.
         """
         plan = self.plan(meta)
         matrices = meta.four_bit_weights(skip_modules, 64).keys()
@@ -140,14 +141,13 @@ class GgufSource(Source):
             for step in plan.steps
         ]
         others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE_NAMES)
-        meta.weights = {name: False for name in matrices if kinds.get(name) in others}
         if others:
             warnings.warn(
                 f"{self.path}: {sum(others.values())} weights are in {', '.join(others)}, which no kernel reads: "
                 "linear layers become NF4, embeddings 16-bit.",
                 stacklevel=3,
             )
-        return Plan(steps, plan.unexpected, [])
+        return Plan(steps, plan.unexpected, [], {name for name in matrices if kinds.get(name) in others})
 
     def quantized(self, stored: StoredTensor, dtype: torch.dtype, is_mapped: bool) -> QuantizedWeight:
         """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""

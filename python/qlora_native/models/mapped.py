@@ -1,7 +1,7 @@
 """Models whose weights lie in mapped files: what changed under them, what they hold, and which of it streams.
 
 A streamed model keeps its tensors where they are. Hooks tell a native thread which decoder layer runs; it reads the
-layers that are next and gives up those behind (:mod:`qlora_native.hf.residency` says which). A visit that nobody
+layers that are next and gives up those behind (:mod:`qlora_native.models.residency` says which). A visit that nobody
 foresaw costs time, never a wrong value.
 """
 
@@ -18,8 +18,8 @@ from qlora_native import _C
 from qlora_native._memory import Free, free_memory
 from qlora_native.calibration.layers import decoder_layers
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import MappedPart, check_finite, mapped_part
-from qlora_native.hf.residency import Residency, Unit, least_residency, plan_residency
+from qlora_native.models.residency import Residency, Unit, least_residency, plan_residency
+from qlora_native.weights.files import MappedPart, check_finite, mapped_part
 
 BESIDE = 512 << 20  # bytes that chatting and evaluating are given for other things than weights
 GAP = 4096  # bytes between two tensors of a unit that are read as one range

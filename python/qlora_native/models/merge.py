@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_native.calibration.adapted import adapted_codes, correction
-from qlora_native.calibration.data import CalibrationData, take_tokens
-from qlora_native.calibration.statistics import Statistics
 from qlora_native.errors import UserError
-from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, put_dense
-from qlora_native.hf.calibrated import side_by_side
-from qlora_native.hf.checkpoint import Output, Scratch, ShardWriter
-from qlora_native.hf.config import METADATA
-from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
-from qlora_native.hf.fuse import unfuse
-from qlora_native.hf.load import LoadReport, Progress, load_model, make_report
-from qlora_native.hf.loss import hidden_states
-from qlora_native.hf.mapped import BESIDE, stream_if_needed
-from qlora_native.hf.plan import Converted, FourBit, Plain, Step
-from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
-from qlora_native.lora import LoRALinear, load_adapter, lora_layers
+from qlora_native.lora import LoRALinear
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.layer import end_training_rows, end_training_whole
 from qlora_native.lora.targets import trained_whole
 from qlora_native.lora.tokens import DELTA, put_rows, token_rows
+from qlora_native.models.build import MetaModel, put_dense
+from qlora_native.models.convert import Conversion, Job, decoded_parts, part_size, slices
+from qlora_native.models.fuse import unfuse
+from qlora_native.models.load import LoadReport, make_report
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight, to_bnb
+from qlora_native.weights.config import METADATA
+from qlora_native.weights.files import Output, Scratch, ShardWriter
+from qlora_native.weights.match import Converted, FourBit, Plain, Step
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING, is_transposed
+from qlora_native.weights.source import AUTO, KEEP, Source
 
 
 def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -366,74 +359,3 @@ class Merging(Conversion):
             parts = self.parts(step.stored, step.name in self.transposed)
         for part in parts:
             yield part.view(-1, self.shape(step)[-1])
-
-
-def calibrated_codes(
-    work: Merging, adapter: Path, given: CalibrationData, folder: Path, progress: Progress
-) -> dict[str, Path]:
-    """The files for ``work.codes``, made in ``folder`` by recoding the model as it was trained, 4-bit with the adapter
-    beside it.
-
-    Beside the model there are the sequences' activations and the statistics of one layer. What torch computes is on one
-    thread, so that the bytes are the same for any number of them.
-    """
-    source, text = work.source, work.source.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    tokens = take_tokens(given, "wmse", partial(load_tokenizer, source), text.vocab_size, longest)
-    codes: dict[str, Path] = {}
-    options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
-    model: Any = load_adapter(load_model(source.path, **options, fuse=False), adapter)
-    streaming = stream_if_needed(model, None, BESIDE)
-    total = sum(isinstance(layer.base_layer, QuantizedLinear) for _, layer in lora_layers(model))
-    rows, length = tokens.ids.shape
-    progress(f"finding the codes of {total} weights with {rows} sequences of {length} tokens", 0, total)
-
-    def write(path: str, packed: Tensor) -> None:
-        codes[path] = folder / f"{len(codes)}.codes"
-        packed.cpu().numpy().tofile(codes[path])
-        progress(f"layer {len(codes)} of {total}", len(codes), total)
-
-    with ExitStack() as stack:
-        pool, _ = stack.enter_context(side_by_side(model.device))
-        if streaming is not None:
-            stack.callback(streaming.close)
-        recode(model, tokens.ids, pool, write)
-    return codes
-
-
-@torch.no_grad()
-def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor], None]) -> None:
-    """Find the codes of each adapted 4-bit layer, and ``write`` them, packed, under the layer's path.
-
-    The sequences ids [n, length] pass through the model twice, side by side: as it was trained, with the adapter beside
-    its 4-bit weights, and as it ships, through the codes that were just found. A layer's codes are those with which the
-    second pass comes nearest to what the first one gives, so what earlier layers lost is made good by later ones.
-    """
-    shared: dict[str, Any] = {}  # q, k and v have the same input
-
-    def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
-        both = x.numel() == 2 * ids.numel() * x.shape[-1]  # an expert has some tokens; fused layers pass [tokens, K]
-        trained, ships = x.chunk(2) if both else (x, x)
-        if shared.get("x") is not x:
-            statistic = Statistics(full=True)
-            statistic.add([{(path, None): [ships]}], pool)
-            hessian: Any = statistic.of[path, None].hessian()
-            found = correction(hessian, trained, ships, pool) if both else None
-            shared.update(x=x, hessian=hessian, correction=found)
-        weight: Any = layer.base_layer.quantized
-        adapter = layer.lora_A, layer.lora_B, layer.scale
-        packed = adapted_codes(weight, *adapter, shared["hessian"], shared["correction"])
-        write(path, packed)
-        if not both:
-            return plain(x)
-        new = QuantizedLinear.from_quantized(weight._with(weight.op_args()._replace(packed=packed)), layer.bias)
-        return torch.cat([plain(trained), new(ships)])
-
-    layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}
-    for path, layer in layers.items():
-        layer.forward = partial(forward, layer, layer.forward, path)  # type: ignore[method-assign]
-    try:
-        hidden_states(model, {"input_ids": torch.cat([ids, ids]).to(model.device)})
-    finally:
-        for layer in layers.values():
-            del layer.forward

@@ -12,9 +12,10 @@ from typing import Any
 
 from qlora_native._io import as_write_error, atomic_folder, read_json
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import aligned_files
-from qlora_native.hf.load import LoadReport
-from qlora_native.hf.source import KEEP, Source, open_source
+from qlora_native.models.load import LoadReport
+from qlora_native.weights.files import aligned_files
+from qlora_native.weights.open import open_source
+from qlora_native.weights.source import KEEP, Source
 
 RECORD = "adapter_base.json"  # beside an adapter: of its base's weights, sha256; of stored ones, folder and made_from
 STORED = "base-4bit"  # folder beside the folders of the adapters

@@ -21,8 +21,8 @@ from torch import Tensor
 from qlora_native._io import reading
 from qlora_native._native import GGUF_BLOCKS, QUANT_TYPES
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import map_file, view_of
 from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.files import map_file, view_of
 
 DENSE = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies of the rotary embedding

@@ -21,9 +21,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import qlora_native as qn
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.hf.fuse import Dense, modes_kept
 from qlora_native.lora.layer import TrainedWhole
 from qlora_native.lora.tokens import WithTokenRows
+from qlora_native.models.fuse import Dense, modes_kept
 from qlora_native.nn.linear import QuantizedLinear
 
 # config fields by which known models change the logits after the output embedding

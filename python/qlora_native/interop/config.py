@@ -14,9 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import qlora_native as qn
+from qlora_native.weights.config import METADATA, METHOD
 
-METHOD = "qlora_native"  # quant_method in config.json
-METADATA = "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
 # bitsandbytes' names for the same settings, so that a script changes nothing but the class.
 _THEIR_NAMES = {
     "bnb_4bit_quant_type": "quant_type",

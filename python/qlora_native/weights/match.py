@@ -5,12 +5,13 @@ so that each result is read, stored in the model and dropped before the next.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,11 +27,10 @@ from transformers.core_model_loading import (
 )
 
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence, mapped_part
 from qlora_native.weight import QuantizedWeight, from_bnb
-
-if TYPE_CHECKING:
-    from qlora_native.hf.build import MetaModel
+from qlora_native.weights.files import Checkpoint, Scratch, StoredTensor, first_sentence, mapped_part, some_of
+from qlora_native.weights.float8 import FLOATS
+from qlora_native.weights.shapes import DTYPES, ModelShapes
 
 STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every 4-bit weight in bitsandbytes' format
 SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight in 8-bit floats
@@ -181,9 +181,10 @@ class Plan:
     steps: list[Step]
     unexpected: list[StoredTensor]
     conversions: list[WeightRenaming | WeightConverter]
+    rounded: set[str] = field(default_factory=set)  # weights that are to be quantized, of a plan that keeps others
 
 
-def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
+def make_plan(checkpoint: Checkpoint, meta: ModelShapes) -> Plan:
     """Match every stored tensor with the model."""
     model, shapes, tensors = meta.model, meta.shapes, checkpoint.tensors
     conversions = get_model_conversion_mapping(model)
@@ -234,33 +235,48 @@ def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
     return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
 
 
-FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
-_ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
+def check_plan(plan: Plan, meta: ModelShapes, read_state: Read, where: str) -> None:
+    """UserError if the plan lacks tensors of the model, or has one of another shape or kind, before any is read."""
+
+    def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        if STATE_MARK in stored.name:
+            return read_state(stored)
+        dtype = torch.bfloat16 if stored.dtype in FLOATS else stored.dtype
+        return torch.empty(stored.shape, dtype=dtype, device="meta")
+
+    found = set()
+    for step in plan.steps:  # a converter keeps what it is given
+        once = deepcopy(step) if isinstance(step, Converted) else step
+        for name, value in once.iter_tensors(meta.model, read):
+            meta.check_shape(name, value, step.file)
+            if isinstance(value, Tensor) and not _is_like(value.dtype, meta.shapes[name].dtype):
+                expected = "float32, bfloat16 or float16" if meta.shapes[name].is_floating_point() else "integers"
+                raise UserError(f"{step.file}: tensor {name} is {value.dtype}: expected {expected}.")
+            found.add(name)
+    origins = {meta.tied.get(name, name) for name in found}  # of tied tensors any one is enough
+    absent = [name for name in meta.shapes if name not in found and meta.tied.get(name, name) not in origins]
+    absent = _without_ignored(absent, *(meta.model._keys_to_ignore_on_load_missing or ()))
+    computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
+    unexpected = [stored.name for stored in plan.unexpected]
+    ignored = meta.model._keys_to_ignore_on_load_unexpected or ()
+    extra, kind = _without_ignored(unexpected, *computed_today, *ignored), type(meta.model).__name__
+    if absent:
+        also = f", and has {len(extra)} that the model has no place for ({some_of(extra)})" if extra else ""
+        raise UserError(
+            f"{where} lacks {len(absent)} of the {len(meta.shapes)} tensors of {kind} "
+            f"({some_of(absent)}){also}; config.json and the weights are of different models, or the copy is "
+            "incomplete."
+        )
+    if extra:
+        warnings.warn(
+            f"{where}: {kind} has no place for {len(extra)} of the stored tensors ({some_of(extra)}).", stacklevel=4
+        )
 
 
-def unscaled(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [N, K] times its scales [ceil(N / n), ceil(K / k)], each block of n x k by its own, in fp32; as ``dtype``.
-
-    The shapes give the block sizes: the power of two that makes so many blocks, or equal parts; ValueError if none do.
-    """
-    if weight.dim() != 2 or scales.numel() == 1:
-        return (weight.float() * scales.float().reshape(())).to(dtype)
-    rows, columns = (_block(weight.shape, scales.shape, dim) for dim in (0, 1))
-    per_column = scales.float().repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for start in range(0, weight.shape[0], _ROWS):
-        part = slice(start, start + _ROWS)
-        block = torch.arange(start, min(start + _ROWS, weight.shape[0]), device=weight.device) // rows
-        result[part] = weight[part].float().mul_(per_column[block])
-    return result
+def _is_like(dtype: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether a stored tensor can become one of the model: integers remain integers, floats have 16 bits or more."""
+    return dtype in (*DTYPES, torch.float64) if expected.is_floating_point else not dtype.is_floating_point
 
 
-def _block(shape: torch.Size, grid: torch.Size, dim: int) -> int:
-    if len(grid) == 2:
-        size, count = shape[dim], grid[dim]
-        powers = [1 << bit for bit in range(size.bit_length() + 1) if -(-size // (1 << bit)) == count]
-        if powers:
-            return powers[-1]
-        if size % count == 0:
-            return size // count
-    raise ValueError(f"an 8-bit weight {list(shape)} has scales {list(grid)}: expected one a block of equal size.")
+def _without_ignored(names: Iterable[str], *patterns: str) -> list[str]:
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in patterns))

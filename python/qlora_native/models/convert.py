@@ -19,14 +19,16 @@ from qlora_native._io import is_own_file, read_json
 from qlora_native._threads import sleep_while_busy
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
-from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
-from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor, first_sentence
-from qlora_native.hf.config import METADATA, METHOD, QLoRANativeConfig
-from qlora_native.hf.load import bitsandbytes_config
-from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, FourBit, Plain, Plan, Step
-from qlora_native.hf.source import SafetensorsSource, Source, open_source
+from qlora_native.models.build import MetaModel, join
 from qlora_native.reference import NESTED_BLOCK
 from qlora_native.weight import QuantizedWeight, bnb_state_key, quantize, to_bnb, unpack_json
+from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, native_config
+from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor, first_sentence
+from qlora_native.weights.float8 import FLOATS
+from qlora_native.weights.match import STATE_MARK, Converted, FourBit, Plain, Plan, Step
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING, is_transposed
+from qlora_native.weights.source import SafetensorsSource, Source
 
 PART = 1 << 22  # elements at a time: a multiple of every block size
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf", ".h5")
@@ -184,7 +186,7 @@ class Conversion:
         dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in names]
         made: dict[str, Any] = {METADATA: old.get(METADATA, {}) if old else {"method": "rtn"}}
         if self.target == "qlora":
-            return QLoRANativeConfig(**self.options, skip_modules=dense, compute_dtype=compute, **made).to_dict()
+            return native_config(dense, self.options, compute, **made)
         config = {**bitsandbytes_config(self.dtype, self.options, dense), **made}
         config["bnb_4bit_quant_storage"] = str(self._storage).removeprefix("torch.")
         return config | ({"bnb_4bit_compute_dtype": compute} if compute else {})

@@ -4,7 +4,7 @@ The tensors of a streamed layer are views of one of a few slots of device memory
 holds their addresses (views that autograd saved, tables, caches) stays right. The layer's bytes are there only while it
 has its turn, which a hook begins: before its forward pass, before a checkpoint's recomputation, before its backward
 pass. A slot is filled by one copy on a stream of its own, ahead of the turn, in the order of a
-:class:`qlora_native.hf.residency.Residency`. The host waits for nothing: the copy waits for the kernels that were
+:class:`qlora_native.models.residency.Residency`. The host waits for nothing: the copy waits for the kernels that were
 queued to read the slot's bytes of before, the kernels of a turn for their copy.
 """
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_native._memory import free_device_memory
 from qlora_native.calibration.layers import decoder_layers
-from qlora_native.hf.residency import Residency, Unit, plan_residency
+from qlora_native.models.residency import Residency, Unit, plan_residency
 from qlora_native.nn.experts import QuantizedExperts
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops import _cuda_kernels
@@ -232,8 +232,9 @@ def load_to_device(
 
     Whether they have is predicted. ``note`` gets one line about streaming. Without a device it is load_model alone.
     """
-    from qlora_native.hf.load import load_model
-    from qlora_native.hf.source import AUTO, open_source
+    from qlora_native.models.load import load_model
+    from qlora_native.weights.open import open_source
+    from qlora_native.weights.source import AUTO
 
     if device is None:
         return load_model(path, **options)
@@ -255,7 +256,8 @@ def load_to_device(
 
 def _rounded_bytes(source: Any, options: dict[str, Any]) -> int:
     """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
-    from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel
+    from qlora_native.models.build import MetaModel
+    from qlora_native.weights.shapes import OUTPUT_EMBEDDING
 
     dtype, form = options.get("dtype", torch.bfloat16), {"block_size": options.get("block_size", 64)}
     meta = MetaModel(source.config, dtype, torch.device("meta"))

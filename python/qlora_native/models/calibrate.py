@@ -25,13 +25,14 @@ from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, Hidd
 from qlora_native.calibration.quantize import quantize_calibrated, torch_threads
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel, join
-from qlora_native.hf.fuse import fuse, unfuse
-from qlora_native.hf.load import Progress
-from qlora_native.hf.plan import Plain
-from qlora_native.hf.source import Source, load_tokenizer
+from qlora_native.models.build import MetaModel, join
+from qlora_native.models.fuse import fuse, unfuse
+from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import STACKS
 from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.match import Plain
+from qlora_native.weights.open import load_tokenizer
+from qlora_native.weights.source import Source
 
 Stored = dict[str, tuple[Tensor, str]]  # weights to be, as they are stored, and their files
 Group = tuple[Statistic | None, list[Key]]  # weights that share an input, and what is known of it

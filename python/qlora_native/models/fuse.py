@@ -23,12 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qlora_native as qn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
-from qlora_native.hf.checkpoint import mapped_part
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.ops import _library
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import gather_pages
 from qlora_native.ops.causal_attention import is_native
+from qlora_native.weights.files import mapped_part
 
 # How far two orders of rounding may lie apart, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

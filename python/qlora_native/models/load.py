@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -18,20 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_native import _C
-from qlora_native._io import is_terminal
 from qlora_native._memory import trim_heap
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
-from qlora_native.hf import fuse as fusion
-from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_parts
-from qlora_native.hf.checkpoint import FileMap, mapped_part, some_of
-from qlora_native.hf.config import METADATA
-from qlora_native.hf.source import AUTO, KEEP, SafetensorsSource, Source, open_source
+from qlora_native.models import fuse as fusion
+from qlora_native.models.build import MetaModel, four_bit_parts
+from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
+from qlora_native.weights.config import METADATA, bitsandbytes_config
+from qlora_native.weights.files import FileMap, mapped_part, some_of
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING
+from qlora_native.weights.source import AUTO, KEEP, SafetensorsSource, Source
 
 RESIDENCIES = ("auto", "mapped", "memory")
-Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def load_model(
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
             bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
-            :func:`qlora_native.hf.source.open_source` made of it.
+            :func:`qlora_native.weights.source.open_source` made of it.
         quant_type: "nf4" or "fp4", as :func:`qlora_native.quantize`; or "keep", which leaves the weights of a GGUF
             file in its bytes, mapped, in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K or IQ4_NL, embeddings too.
             "auto" is "keep" for such a file without ``method``, and "nf4" for all else. Weights that are 4-bit already
@@ -197,12 +196,14 @@ def load_model(
     elif method != "rtn":
         raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
     if method in CALIBRATED:
-        from qlora_native.hf.calibrated import calibrated
+        from qlora_native.models.calibrate import calibrated
 
         folder = None if work_dir is None else Path(work_dir)
         made["calibration"], fell_back = calibrated(source, meta, method, calibration, folder, progress)
     elif is_kept:  # every process maps the file
-        meta.load(source, source.kept_plan(meta, skip_modules or (), is_mapped).steps, progress)
+        plan = source.kept_plan(meta, skip_modules or (), is_mapped)
+        meta.weights = dict.fromkeys(plan.rounded, False)
+        meta.load(source, plan.steps, progress)
     elif reader is not None:
         reader(source, meta)
     else:
@@ -286,43 +287,3 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
         method=metadata.get("method") if four_bit else None,
         calibration=metadata.get("calibration"),
     )
-
-
-def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
-    """The quantization_config of 4-bit weights in bitsandbytes' format; ``dense`` are the other linear layers."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": options["quant_type"],
-        "bnb_4bit_use_double_quant": options["double_quant"],
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense,
-    }
-
-
-@contextmanager
-def layer_progress(*, quiet: bool = False) -> Iterator[Progress]:
-    """The ``progress`` of :func:`load_model` on stderr: a bar on a terminal, a line now and then elsewhere."""
-    bar: Any = None
-    if not quiet and is_terminal(sys.stderr):
-        with suppress(ImportError):
-            from rich import progress as rich
-            from rich.console import Console
-
-            columns = rich.TextColumn("{task.description}"), rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
-            bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True))
-            bar.add_task("calibrating", visible=False)
-
-    def show(text: str, done: int, total: int) -> None:
-        is_layer = text.startswith("layer ")
-        if bar is not None and is_layer:
-            bar.update(bar.task_ids[0], total=total, completed=done, visible=True)
-        elif bar is not None:
-            bar.console.print(text, markup=False, highlight=False)
-        elif not quiet and (not is_layer or done == total or done % max(1, total // 8) == 0):
-            print(f"calibrating: {text}" if is_layer else text, file=sys.stderr, flush=True)
-
-    with nullcontext() if bar is None else bar:
-        yield show

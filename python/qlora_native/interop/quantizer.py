@@ -17,14 +17,16 @@ from transformers.quantizers.base import HfQuantizer
 from qlora_native._memory import trim_heap
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING, HeapTrimmer, four_bit_weights, kept_in_fp32, put_dense, put_four_bit
-from qlora_native.hf.checkpoint import first_sentence, read_header
-from qlora_native.hf.config import METADATA
-from qlora_native.hf.load import make_report
-from qlora_native.hf.plan import SCALE_SUFFIX, STATE_MARK, unscaled
+from qlora_native.models.build import HeapTrimmer, put_dense, put_four_bit
+from qlora_native.models.load import make_report
 from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
+from qlora_native.weights.config import METADATA
+from qlora_native.weights.files import first_sentence, read_header
+from qlora_native.weights.float8 import unscaled
+from qlora_native.weights.match import SCALE_SUFFIX, STATE_MARK
+from qlora_native.weights.shapes import OUTPUT_EMBEDDING, four_bit_weights, kept_in_fp32
 
 # How the names of the parts of a 4-bit weight end.
 _PARTS = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4"]

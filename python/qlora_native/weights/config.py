@@ -1,0 +1,97 @@
+"""config.json: what it says of a model and its 4-bit weights, read and written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from qlora_native._io import read_json, reading
+from qlora_native.errors import UserError
+from qlora_native.weights.files import first_sentence
+
+METHOD = "qlora_native"  # quant_method in config.json
+METADATA = "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
+# What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
+_COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
+MOST_LAYERS = 2048
+_DROPOUT = re.compile("dropout|pdrop|layerdrop")
+_WIDTH = re.compile("hidden_size|n_embd|d_model")
+_HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def check_config(path: Path, values: dict[str, Any]) -> None:
+    """UserError for numbers of layers that no model has, which would take all memory, for a width of none, for shares
+    to drop that are none, and for code of the hub."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_config(path, value)
+        elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
+            raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
+        elif isinstance(value, int) and _WIDTH.fullmatch(key) and value < 1:
+            raise UserError(f"{path}: {key} is {value:,}: expected 1 or more.")
+        elif type(value) in (int, float) and _DROPOUT.search(key) and not 0 <= value < 1:
+            raise UserError(f"{path}: {key} is {value}: expected 0 or more and less than 1.")
+        elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
+            raise UserError(f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'.")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder; UserError if it is none that transformers can use."""
+    path = folder / "config.json"
+    values = read_json(path)
+    with reading(path):
+        check_config(path, values)
+        window = values.get("sliding_window")
+        if window is not None and (type(window) is not int or not 0 < window < 1 << 31):
+            raise ValueError(f"sliding_window is {window!r}: expected a whole number over 0, or null")
+    kind = values.get("model_type")
+    if not kind:
+        raise UserError(f"{path} has no model_type: expected the configuration of a transformers model.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its validators raise types of their own, with the reason as the cause
+        reason = first_sentence(error.__cause__ or error)
+        raise UserError(f"{path} (model type {kind}) cannot be used: {reason}") from error
+    config.name_or_path = str(folder)
+    return config
+
+
+def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
+    """config.json's own description of 4-bit weights; UserError for other quantized weights but 8-bit floats."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return None
+    values = dict(given if isinstance(given, dict) else given.to_dict())
+    method = values.get("quant_method")
+    if method == METHOD or (method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))):
+        return values
+    if method == "fp8":
+        return None
+    kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else method or "unknown"
+    raise UserError(
+        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
+        "format; load the original model."
+    )
+
+
+def native_config(dense: list[str], options: dict[str, Any], compute_dtype: str | None, **made: Any) -> dict[str, Any]:
+    """The quantization_config of 4-bit weights as :class:`qlora_native.QLoRANativeConfig` has it."""
+    return {"quant_method": METHOD, **options, "skip_modules": dense, "compute_dtype": compute_dtype, **made}
+
+
+def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
+    """The quantization_config of 4-bit weights in bitsandbytes' format; ``dense`` are the other linear layers."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": options["quant_type"],
+        "bnb_4bit_use_double_quant": options["double_quant"],
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+    }

@@ -1,0 +1,159 @@
+"""A causal LM on the meta device: the names and shapes of its tensors, and which of its weights may be 4-bit."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_tie_weights
+from transformers.pytorch_utils import Conv1D
+
+from qlora_native.errors import UserError
+from qlora_native.nn.experts import stacks_of
+from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.files import first_sentence
+
+OUTPUT_EMBEDDING = "lm_head"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def dense_beside(trained: Sequence[str], tokens: object, is_kept: bool) -> list[str]:
+    """The ``skip_modules`` of a base whose modules ``trained`` are trained whole, and ``tokens`` of its embeddings if
+    there are some; its 4-bit weights are kept or new."""
+    beside = ["embed_tokens", OUTPUT_EMBEDDING] if tokens else []
+    return [*trained, *beside] if is_kept else [OUTPUT_EMBEDDING, *trained]
+
+
+def four_bit_weights(
+    model: PreTrainedModel, skip_modules: Iterable[str], block_size: int, in_fp32: Callable[[str], object]
+) -> dict[str, bool]:
+    """The parameters that may become 4-bit, by name, and whether the model stores them transposed, as [in, out].
+
+    These are the weights of every plain linear and the stacks of fused experts, but for tied ones, those that
+    ``in_fp32`` keeps, and those under the modules that ``skip_modules`` names. Raises ValueError for a name there that
+    stands for nothing.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    skip = list(skip_modules)
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in skip:
+        if entry != OUTPUT_EMBEDDING and not any(_stands_for(entry, name) for name in names):
+            near = get_close_matches(entry, {*names, *(name.rpartition(".")[2] for name in names)}, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise ValueError(f"skip_modules: {type(model).__name__} has no module {entry!r}{hint}")
+    output = model.get_output_embeddings() if OUTPUT_EMBEDDING in skip else None
+    chosen = {
+        f"{path}.weight": is_transposed(module)
+        for path, module in model.named_modules()
+        if is_plain_linear(module) and module is not output and not _is_read_raw(model, path)
+    }
+    chosen |= {f"{path}.{name}": False for path, name, _ in stacks_of(model, block_size)}
+    return {
+        name: transposed
+        for name, transposed in chosen.items()
+        if name not in tied
+        and not in_fp32(name)
+        and not any(_stands_for(entry, name.rpartition(".")[0]) for entry in skip)
+    }
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module's forward is x W^T + b; a subclass of nn.Linear may compute something else (routers do)."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module is a linear that stores its weight as [in, out] (GPT-2's Conv1D)."""
+    return is_plain_linear(module) and not isinstance(module, nn.Linear)
+
+
+def keepable_embeddings(meta: ModelShapes, skip_modules: Iterable[str]) -> set[str]:
+    """The weights of plain embeddings that can stay quantized: all that is tied to them are plain linear layers, and
+    none is of ``skip_modules``."""
+    found, output = set(), meta.model.get_output_embeddings()
+    for path, module in meta.model.named_modules():
+        users = [path, *(name.rpartition(".")[0] for name, to in meta.tied.items() if to == f"{path}.weight")]
+        heads = [meta.model.get_submodule(user) for user in users[1:]]
+        skipped = any(_stands_for(entry, user) for entry in skip_modules for user in users)
+        skipped = skipped or (OUTPUT_EMBEDDING in skip_modules and output in heads)
+        if type(module) is nn.Embedding and all(type(head) is nn.Linear for head in heads) and not skipped:
+            found.add(f"{path}.weight")
+    return found
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], object]:
+    """Whether a name is of those that transformers keeps in fp32 when the model is loaded in ``dtype``."""
+    strict = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else ()
+    loose = model._keep_in_fp32_modules if dtype is torch.float16 else ()
+    patterns = [pattern.replace("*", ".*") for pattern in {*(strict or ()), *(loose or ())}]
+    return re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)").search
+
+
+def _is_read_raw(model: nn.Module, path: str) -> bool:
+    """Whether the parent's code uses this layer's weight itself, as Mamba does ``self.dt_proj.weight``.
+
+    Slices are taken only where tensor parallelism is imitated, which is off by default.
+    """
+    parent, _, name = path.rpartition(".")
+    used = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape)\b)"
+    return re.search(used, _source_of(type(model.get_submodule(parent)))) is not None  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def _source_of(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time
+        return ""
+
+
+def _stands_for(entry: str, path: str) -> bool:
+    return f".{entry}." in f".{path}."
+
+
+class ModelShapes:
+    """A causal LM on the meta device, and the names, shapes and dtypes of what it is to hold."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        try:
+            with torch.device("meta"), no_tie_weights():
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    deepcopy(config), dtype=dtype, trust_remote_code=False
+                )
+        except Exception as error:  # of sizes that make no model: a TypeError, a ZeroDivisionError
+            where, kind = config.name_or_path, config.model_type
+            reason = f"{where}: transformers cannot build this {kind} model: {first_sentence(error)}"
+            if "Unrecognized configuration class" in str(error):
+                reason = f"{where} holds a {kind} model: expected a causal language model, such as llama or qwen3."
+            raise UserError(reason) from error
+        self.shapes: dict[str, Tensor] = dict(self.model.state_dict())  # as the model was built
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)  # what is tied -> what it is tied to
+        self.in_fp32 = kept_in_fp32(self.model, dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor takes when it stays dense."""
+        expected = self.shapes[name].dtype
+        return torch.float32 if expected.is_floating_point and self.in_fp32(name) else expected
+
+    def four_bit_weights(self, skip_modules: Iterable[str], block_size: int) -> dict[str, bool]:
+        """As the function of this name."""
+        return four_bit_weights(self.model, skip_modules, block_size, self.in_fp32)
+
+    def check_shape(self, name: str, value: Tensor | QuantizedWeight, file: str) -> None:
+        """UserError unless the tensor has the shape of the model's parameter or buffer ``name``."""
+        expected = self.shapes[name].shape
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        transposed = isinstance(value, QuantizedWeight) and is_transposed(parent)
+        if value.shape != (expected[::-1] if transposed else expected):
+            raise UserError(
+                f"{file}: tensor {name} is {list(value.shape)}, but {list(expected)} by config.json; the two are of "
+                "different models."
+            )
