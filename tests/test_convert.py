@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cli.main import main
-from qlora_native.models import convert as module
 from qlora_native.models.convert import convert
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
+from qlora_native.weights import stream as module
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ LARGEST = 4 * HIDDEN * INNER  # bytes of the largest tensor
 WORK = """
 import transformers.models.llama.modeling_llama
 from qlora_native.models.convert import convert
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 
 def work():
     source, folder = map(Path, sys.argv[1:3])

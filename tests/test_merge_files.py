@@ -23,9 +23,9 @@ from qlora_native.evaluate.measure import measure
 from qlora_native.evaluate.texts import load_text
 from qlora_native.export import check
 from qlora_native.lora import adapter as stored_adapter
-from qlora_native.models import convert
 from qlora_native.models.load import load_dense
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
+from qlora_native.weights import stream
 from qlora_native.weights.files import Checkpoint
 
 
@@ -188,7 +188,7 @@ def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Checkpoint, "read_part", recorded)
     monkeypatch.setattr(Checkpoint, "read", refused)
-    monkeypatch.setattr(convert, "PART", 512)
+    monkeypatch.setattr(stream, "PART", 512)
     work = Merging(files / "model", files / "adapter")
     work.write(tmp_path, 4 * 10**9)
     assert max(sizes) == 4096  # 64 rows of 64, which fill a block of any size, are the least

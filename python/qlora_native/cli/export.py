@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merging(args: argparse.Namespace, to: str) -> Any:
-    from qlora_native.models.merge import Merging
+    from qlora_native.models.merge_files import Merging
 
     # Where nothing is added there is nothing to choose.
     args.base = args.base if args.adapter or not is_four_bit(args.model) else None

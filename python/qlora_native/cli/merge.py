@@ -15,7 +15,7 @@ from qlora_native.cli._weights import add_base, add_quantizing, add_shard_size, 
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_native.models.merge import Merging
+    from qlora_native.models.merge_files import Merging
     from qlora_native.models.progress import Progress
 
 REPORT = "merge_report"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.data.template import check_vocabulary
     from qlora_native.export import check
-    from qlora_native.models.merge import Merging
+    from qlora_native.models.merge_files import Merging
     from qlora_native.models.progress import layer_progress
     from qlora_native.models.recode import calibrated_codes
     from qlora_native.weights.open import load_tokenizer
@@ -145,7 +145,7 @@ def write_calibrated(
     read from there layer after layer."""
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.models.load import load_model
-    from qlora_native.models.merge import Merging
+    from qlora_native.models.merge_files import Merging
     from qlora_native.weights.files import aligned_files
     from qlora_native.weights.open import load_tokenizer
 

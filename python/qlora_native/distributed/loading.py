@@ -8,7 +8,7 @@ part of the model and the incomplete blocks. The bytes are those of a load on on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ from qlora_native.models.build import MetaModel
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model as load_alone
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
-from qlora_native.weights.match import Step
 from qlora_native.weights.open import open_source
 from qlora_native.weights.source import AUTO, SafetensorsSource, Source
+from qlora_native.weights.stream import Item
 
 
 @dataclass
@@ -94,7 +94,7 @@ def load_model(
         trim_heap()
 
     model: Any = load_alone(
-        path, fuse=fused, reader=lambda source, meta: _read_together(source, meta, reading, finished), **options
+        path, fuse=fused, reader=lambda *given: _read_together(reading, finished, *given), **options
     )
     if lora is not None:
         _complete_adapters(model, lora)
@@ -129,7 +129,7 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _read_together(
-    source: Source, meta: MetaModel, reading: Reading, finished: Callable[[nn.Module, str], None]
+    source: Source, meta: MetaModel, items: Iterable[Item], reading: Reading, finished: Callable[[nn.Module, str], None]
 ) -> None:
     rank = dist.get_rank()
     places = {module: path for path, module in meta.model.named_modules()}
@@ -144,39 +144,36 @@ def _read_together(
             if not missing[path]:
                 finished(meta.model, path)
 
-    groups: list[tuple[list[Step] | None, int]]
-    if isinstance(source, SafetensorsSource):
-        groups = [([step], step.num_bytes) for step in source.plan(meta).steps]
-    else:  # of a GGUF file only the rank that reads it makes a plan
-        groups = [(None, source.path.stat().st_size)]
+    groups: Iterable[tuple[Iterable[Item], int]] = [(items, source.path.stat().st_size)]
+    if isinstance(source, SafetensorsSource):  # of a GGUF file only the rank that reads it looks into it
+        groups = [([item], item.entry.num_bytes) for item in items]
     loads = [0] * dist.get_world_size()
-    for steps, num_bytes in groups:
+    for group, num_bytes in groups:
         owner = loads.index(min(loads))
         loads[owner] += num_bytes
         if owner == rank:
             reading.bytes_read += num_bytes
-            _send_tensors(source, meta, steps, stored)
+            _send_tensors(meta, group, stored)
         else:
             for name in _receive_tensors(meta, owner, reading):
                 stored(name)
         meta.trim(num_bytes)
 
 
-def _send_tensors(source: Source, meta: MetaModel, steps: list[Step] | None, stored: Callable[[str], None]) -> None:
-    """Read the steps' tensors, and store each once the other ranks have it."""
+def _send_tensors(meta: MetaModel, items: Iterable[Item], stored: Callable[[str], None]) -> None:
+    """Read the items, and store each tensor once the other ranks have it."""
     try:
-        steps = source.plan(meta).steps if steps is None else steps
-        scratch = meta.scratch(steps)
-        for step in steps:
-            for name, value in meta.iter_tensors(source, step, scratch):
+        for item in items:
+            file = item.entry.file
+            for name, value in meta.values(item):
                 if isinstance(value, QuantizedWeight):
                     about = {key: field for key, field in value.__getstate__().items() if key not in TENSOR_FIELDS}
                     tensors = {key: field for key in TENSOR_FIELDS if (field := getattr(value, key)) is not None}
                 else:
                     about, tensors = None, {"": value}
                 tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                _send({"name": name, "file": step.file, "about": about, "tensors": tensors})
-                meta.store(name, value, step.file)
+                _send({"name": name, "file": file, "about": about, "tensors": tensors})
+                meta.store(name, value, file)
                 stored(name)
     except UserError as error:
         _send({"error": str(error), "tensors": {}})

@@ -20,10 +20,11 @@ from qlora_native.models.load import make_report
 from qlora_native.weight import quantize
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME
-from qlora_native.weights.match import FourBit, Kept, Plain
+from qlora_native.weights.match import Entry
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside, is_transposed
 from qlora_native.weights.source import AUTO, SafetensorsSource, Source
+from qlora_native.weights.stream import stream
 
 READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
 
@@ -97,20 +98,20 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     options: Options = {}
     if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
         skipped = dense_beside(setting.lora.modules_to_save, setting.lora.trainable_tokens, is_kept=True)
-        plan = model.kept_plan(meta, skipped, is_mapped=True)
-        for step in plan.steps:
-            if isinstance(step, Kept):
-                for name, value in step.iter_tensors(meta.model, model.read):
-                    meta.store(name, value.to("meta"), step.file)
+        match, read = model.match_kept(meta, skipped, is_mapped=True), [0]
+        for item in stream(model, meta, entries=match.entries):
+            if item.weight is None:
+                read.append(item.entry.num_bytes)
+            else:
+                meta.store(item.name, item.weight().to("meta"), item.entry.file)
         setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
-        options = dict.fromkeys(plan.rounded, setting.quant)
-        read = [step.num_bytes for step in plan.steps if not isinstance(step, Kept)]
-        return _trained(meta, options, setting, path), max(read, default=0)
+        options = dict.fromkeys(match.rounded, setting.quant)
+        return _trained(meta, options, setting, path), max(read)
     if setting.quant["quant_type"] == AUTO:
         setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
     if isinstance(model, SafetensorsSource):
-        steps = model.plan(meta).steps
-        options = {step.name: _stored_options(step, meta, setting) for step in steps if isinstance(step, FourBit)}
+        entries = [item.entry for item in stream(model, meta) if item.weight is not None]
+        options = {entry.name: _stored_options(entry, meta, setting) for entry in entries}
     if not options:
         skipped = [*setting.skip_modules, *setting.lora.modules_to_save]
         chosen = meta.four_bit_weights(skipped, setting.quant["block_size"])
@@ -157,14 +158,14 @@ def _trained(meta: MetaModel, options: Options, setting: Setting, path: Path) ->
     return model.train()
 
 
-def _stored_options(step: FourBit, meta: MetaModel, setting: Setting) -> dict[str, Any]:
+def _stored_options(entry: Entry, meta: MetaModel, setting: Setting) -> dict[str, Any]:
     """Of a weight that is 4-bit in the files."""
-    parts = {part.name.removeprefix(step.key): part for part in step.parts}
+    parts = {part.name.removeprefix(entry.key): part for part in entry.parts}
     scales = parts.get(".absmax")
     if scales is None or not scales.shape:
-        raise UserError(f"{step.file}: {step.key} has no scales: expected {step.key}.absmax.")
+        raise UserError(f"{entry.file}: {entry.key} has no scales: expected {entry.key}.absmax.")
     blocks = math.prod(scales.shape)
-    per_block = meta.shapes[step.name].numel() / blocks if blocks else setting.quant["block_size"]
+    per_block = meta.shapes[entry.name].numel() / blocks if blocks else setting.quant["block_size"]
     stored = {"block_size": 1 << max(0, math.ceil(math.log2(per_block))), "double_quant": ".nested_absmax" in parts}
     return {**setting.quant, **stored}
 
@@ -172,9 +173,9 @@ def _stored_options(step: FourBit, meta: MetaModel, setting: Setting) -> dict[st
 def _largest_read(source: Source, meta: MetaModel, options: Options) -> int:
     """Bytes of the largest stored tensor that goes through memory of its own on its way into the model."""
     sizes = [0]
-    for step in source.plan(meta).steps:
-        if isinstance(step, Plain) and (step.name in options or step.stored.dtype != meta.dtype_of(step.name)):
-            sizes.append(step.stored.num_bytes)
-        elif not isinstance(step, (Plain, FourBit)):
-            sizes += [stored.num_bytes for stored in step.parts]
+    for item in stream(source, meta):
+        dtype = item.entry.parts[0].dtype
+        is_kept = item.entry.is_plain and item.name not in options and dtype == meta.dtype_of(item.name)
+        if item.weight is None and not is_kept:
+            sizes += [stored.num_bytes for stored in item.entry.parts]
     return max(sizes)

@@ -16,11 +16,10 @@ from qlora_native.evaluate.texts import load_text
 from qlora_native.lora import load_adapter
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.models.load import load_dense, load_model
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 from qlora_native.models.trained import TrainedBase
 from qlora_native.weight import from_bnb
 from qlora_native.weights.files import Checkpoint
-from qlora_native.weights.match import Converted
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
 AS_TRAINED = 0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5
@@ -42,21 +41,22 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     """
     written = Checkpoint(folder)
     rows = []
-    in_files = {step.name for step in work.plan.steps}
-    for step in work.merged_steps():
-        if isinstance(step, Converted) or step.name in work.whole:  # copied exactly
+    for item, base_item in zip(work.items(), work.items(adapted=False), strict=True):
+        if item.entry.converter is not None or item.name in work.whole:  # copied exactly
             continue
-        if not work.changes(step) and not work.becomes_four_bit(step):
+        if not work.changes(item.name) and item.weight is None:
             continue
-        path = step.name.removesuffix(".weight")
-        base = torch.cat([part.double() for part in work.base_rows(step)])
+        path = item.name.removesuffix(".weight")
+        base = torch.cat([part.double() for part in base_item.rows()])
         delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
         exact = base + delta
-        key = step.key if step.name in in_files else step.name
+        key = item.entry.key
         names = [name for name in written.tensors if f"{name}.".startswith(f"{key}.")]
         parts = {name: written.read(written.tensors[name]) for name in names}
         got = (parts[key] if len(parts) == 1 else from_bnb(parts, key).dequantize(torch.float32)).double()
-        off = float(((got.t() if step.name in work.transposed and got.shape != exact.shape else got) - exact).norm())
+        off = float(
+            ((got.t() if item.name in work.meta.transposed and got.shape != exact.shape else got) - exact).norm()
+        )
         row: dict[str, Any] = {"layer": path, "error": off / (float(exact.norm()) or 1.0), "change": None, "lost": None}
         if size := float(delta.norm()):
             row |= {"change": size / (float(base.norm()) or 1.0), "lost": off / size}

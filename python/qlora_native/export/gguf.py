@@ -21,12 +21,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
 from qlora_native.export.gguf_encode import encode
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 from qlora_native.weights.files import check_finite
 from qlora_native.weights.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
 from qlora_native.weights.gguf_source import GgufSource
-from qlora_native.weights.match import Converted, FourBit, Plain
 from qlora_native.weights.source import Source
+from qlora_native.weights.stream import Item
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file
@@ -208,30 +208,29 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         factors = config.rope_parameters["rope_theta"] ** -exponents / scaled  # by which llama.cpp divides
         yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]), work.source.path)
-    for step in work.merged_steps():
-        if isinstance(step, Converted):
-            raise UserError(f"{work.source.path} stores {step.name} in several tensors: merge it to bf16 first.")
-        if step.name in work.meta.tied and not work.untied:
+    for item in work.items():
+        if item.entry.converter is not None:
+            raise UserError(f"{work.source.path} stores {item.name} in several tensors: merge it to bf16 first.")
+        if item.name in work.meta.tied and not work.untied:
             continue  # llama.cpp takes the embedding where there is no output tensor
-        name = names.get_name(step.name, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(item.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; {_INSTEAD}")
-        shape = work.meta.shapes[step.name].shape
-        rows = _rows(work, step, architecture)
+            raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {item.name}; {_INSTEAD}")
+        shape = torch.Size(item.shape)
+        rows = _rows(item, config, architecture)
         yield _Tensor(name, shape, _kind_of(name, shape, kind), rows, work.source.path)
 
 
-def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:
-    path, _, leaf = step.name.rpartition(".")
-    heads = reordered_heads(work.source.config, architecture, path)
-    is_vector = len(work.meta.shapes[step.name].shape) == 1
-    parts = (part.flatten() if is_vector else part for part in work.rows(step))
+def _rows(item: Item, config: Any, architecture: Architecture) -> Iterator[Tensor]:
+    path, _, leaf = item.name.rpartition(".")
+    heads = reordered_heads(config, architecture, path)
+    parts = (part.flatten() if len(item.shape) == 1 else part for part in item.rows())
     if heads is not None:
         yield interleaved(torch.cat([*parts]), heads)
         return
     offset = architecture.norm_offset if path.endswith("norm") and leaf == "weight" else 0.0
     for part in parts:
-        yield part + offset if offset else part
+        yield part.float() + offset if offset else part
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 
 from qlora_native.errors import UserError
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 from qlora_native.weights.gguf import ARCHITECTURES, interleaved, reordered_heads
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from qlora_native.calibration.data import CalibrationData
 from qlora_native.errors import UserError
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 from qlora_native.models.progress import Progress
 from qlora_native.models.recode import calibrated_codes
 from qlora_native.weights.files import StoredTensor
 from qlora_native.weights.gguf import ARCHITECTURES, DENSE_NAMES, KEPT
 from qlora_native.weights.gguf_source import GgufSource
-from qlora_native.weights.match import Plain
 
 
 def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, progress: Progress) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
             f"--type keep takes an adapter of linear layers alone, whose weights are tensors of their own in "
             f"{source.path}; export with another --type"
         )
-    stored = {step.name: step.stored for step in work.plan.steps if isinstance(step, Plain)}
+    stored = {item.name: item.entry.parts[0] for item in work.items()}
     for module in adapter.pairs:
         if (kind := source.kind_of(stored[f"{module}.weight"])) not in KEPT | DENSE_NAMES:
             raise UserError(f"{source.path} has {module} in {kind}: expected one of {', '.join(sorted(KEPT))}")

@@ -10,14 +10,14 @@ _SAME = ("convert", "device_layers", "fuse", "generate", "loss", "mapped", "resi
 _HOMES: dict[str, tuple[str, ...]] = {
     **{name: (f"models.{name}",) for name in _SAME},
     **{name: (f"interop.{name}",) for name in ("peft", "quantizer", "trainer", "trl")},
-    "build": ("models.build", "weights.shapes"),
+    "build": ("models.build", "weights.shapes", "weights.stream"),
     "calibrated": ("models.calibrate",),
     "checkpoint": ("weights.files",),
     "config": ("interop.config", "weights.config"),
     "gguf": ("weights.gguf",),
     "gguf_source": ("weights.gguf_source",),
     "load": ("models.load", "models.progress", "weights.config"),
-    "merge": ("models.merge", "models.recode"),
+    "merge": ("models.merge", "models.merge_files", "models.recode"),
     "plan": ("weights.match", "weights.float8"),
     "source": ("weights.open", "weights.source", "weights.config"),
 }

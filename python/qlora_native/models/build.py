@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,21 +12,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_native._memory import trim_heap
-from qlora_native.errors import UserError
 from qlora_native.nn.experts import put_stack, quantized_stacks
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
-from qlora_native.ops._library import interleave
-from qlora_native.ops.quantize_4bit import double_quantize
-from qlora_native.reference import NESTED_BLOCK
 from qlora_native.weight import QuantizedWeight, quantize
-from qlora_native.weights.files import Scratch, check_finite, first_sentence, mapped_part
-from qlora_native.weights.match import Converted, Plain, Step
+from qlora_native.weights.files import check_finite, mapped_part
+from qlora_native.weights.match import Entry, Value
 from qlora_native.weights.shapes import ModelShapes, is_transposed
 from qlora_native.weights.source import Source
+from qlora_native.weights.stream import Item, rounding, stream
 
 PROGRESS_SECONDS = 3.0  # between two lines of loading
-
-Value = Tensor | QuantizedWeight
 
 
 def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight) -> Tensor:
@@ -102,45 +95,46 @@ class MetaModel(ModelShapes):
         super().__init__(config, dtype)
         self.device = device
         self.missing = set(self.shapes)
-        self.weights: dict[str, bool] = {}  # to be quantized on reading -> whether the model stores it transposed
-        self.options: dict[str, Any] = {}  # of qlora_native.quantize, for these
-        self.rounding: Callable[..., QuantizedWeight] = quantize
         self.trim = HeapTrimmer()
 
-    def load(self, source: Source, steps: list[Step], progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Read the steps' tensors and store them, quantized or dense, one at a time."""
-        scratch, shown = self.scratch(steps), time.monotonic()
-        for number, step in enumerate(steps):
+    def load(self, items: Iterable[Item], progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Read the items and store them, one at a time."""
+        items, shown = [*items], time.monotonic()
+        for number, item in enumerate(items):
             if progress is not None and time.monotonic() > shown + PROGRESS_SECONDS:
-                progress(f"Loading: {number} of {len(steps)} tensors", number, len(steps))
+                progress(f"Loading: {number} of {len(items)} tensors", number, len(items))
                 shown = time.monotonic()
-            for name, value in self.iter_tensors(source, step, scratch):
-                self.store(name, value, step.file)
-            self.trim(step.num_bytes)
+            for name, value in self.values(item):
+                self.store(name, value, item.entry.file)
+            self.trim(item.entry.num_bytes)
 
-    def scratch(self, steps: Iterable[Step]) -> Scratch:
-        """Memory for each of the stored tensors that the model does not keep as they are."""
-        return Scratch(max((step.num_bytes for step in steps if self.is_copied(step)), default=0))
+    def rounded(
+        self,
+        source: Source,
+        names: Container[str],
+        options: Mapping[str, Any],
+        function: Callable[..., QuantizedWeight] = quantize,
+        **others: Any,
+    ) -> Iterator[Item]:
+        """The stream to this model in which the weights of these names are quantized; ``others`` are its options."""
+        transform = rounding(self, names, options, function, self.device)
 
-    def is_copied(self, step: Step) -> bool:
-        """Whether the model keeps something made of the stored tensor, not the tensor itself."""
-        return isinstance(step, Plain) and (
-            step.name in self.weights or step.stored.dtype != self.dtype_of(step.name) or self.device.type != "cpu"
-        )
+        def is_kept(entry: Entry) -> bool:
+            return entry.name not in names and self.keeps(entry)
 
-    def iter_tensors(self, source: Source, step: Step, scratch: Scratch) -> Iterator[tuple[str, Value]]:
-        """What the model stores of a step, by name: 4-bit, or dense in its dtype; on the model's device."""
-        if isinstance(step, Converted) and step.is_stack and step.name in self.weights:
-            yield step.name, self._quantized_stack(source, step)
-            return
-        for name, value in step.iter_tensors(self.model, source.read, scratch if self.is_copied(step) else None):
+        return stream(source, self, [transform], is_kept=is_kept, **others)
+
+    def keeps(self, entry: Entry) -> bool:
+        """Whether a stored tensor that stays dense becomes the parameter itself."""
+        return entry.parts[0].dtype == self.dtype_of(entry.name) and self.device.type == "cpu"
+
+    def values(self, item: Item) -> Iterator[tuple[str, Value]]:
+        """What the model holds of an item, by name: 4-bit, or dense in its dtype; on the model's device."""
+        for name, value in item.values():
             if isinstance(value, QuantizedWeight):
                 yield name, value.to(self.device)
-            elif name in self.weights:
-                weight = self.quantized(name, value.to(self.device), step.file, self.rounding)
-                yield name, self.finished(weight)
             else:
-                yield name, self.dense(name, value, step.file)
+                yield name, self.dense(name, value, item.entry.file)
 
     def dense(self, name: str, tensor: Tensor, file: str) -> Tensor:
         """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity, but in a mapped file,
@@ -149,28 +143,6 @@ class MetaModel(ModelShapes):
         if mapped_part(made) is None:
             check_finite(tensor, name, file)
         return made
-
-    def finished(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """The weight with the model's dtype, in memory that its products read fast."""
-        weight.dtype = self.dtype
-        interleave(weight.packed)
-        return weight
-
-    def quantized(self, name: str, tensor: Tensor, file: str, function: Callable[..., Any], **changes: Any) -> Any:
-        """The parameter ``name``, or a slice of it, by ``function`` with the options, but for ``changes`` to them."""
-        tensor = tensor.t().contiguous() if self.weights[name] else tensor
-        try:
-            return function(tensor, **{**self.options, **changes})
-        except ValueError as error:
-            reason = re.sub(r"^quantize\w*: ", "", first_sentence(error))
-            raise UserError(f"{file}: weight {name} cannot be quantized: {reason}") from error
-
-    def _quantized_stack(self, source: Source, step: Converted) -> QuantizedWeight:
-        parts = (
-            self.quantized(step.name, one.to(self.device), step.file, self.rounding, double_quant=False)
-            for one in step.slices(source.read)
-        )
-        return self.finished(join(parts, self.shapes[step.name].shape, self.dtype, self.options, self.device))
 
     def store(self, name: str, value: Value, file: str) -> None:
         """Make ``value`` the parameter or buffer ``name``; of two equal tied tensors the second is dropped."""
@@ -227,38 +199,3 @@ class MetaModel(ModelShapes):
         origin = self.tied.get(name, name)
         group = {origin, *(other for other, to in self.tied.items() if to == origin)} - {name} - self.missing
         return any(torch.equal(tensor, self.model.get_parameter(other)) for other in group)
-
-
-def join(
-    parts: Iterable[QuantizedWeight],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    device: torch.device | str = "cpu",
-    write: Callable[[Tensor], object] | None = None,
-) -> QuantizedWeight:
-    """The bytes of a tensor quantized whole, of its parts quantized one after another.
-
-    ``parts`` go from the first element to the last, with fp32 scales; all but the last have an even number of whole
-    blocks. ``shape`` and ``dtype`` are of the whole. With ``write``, which takes the codes of each part, it has none.
-    """
-    block, done = options["block_size"], 0
-    packed = torch.empty(0 if write else (math.prod(shape) + 1) // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(-(-math.prod(shape) // block), device=device)
-    for part in parts:
-        if write is None:
-            packed[done // 2 :][: part.packed.numel()] = part.packed
-        else:
-            write(part.packed)
-        scales[done // block :][: part.absmax.numel()] = part.absmax
-        done += part.numel()
-        del part  # before the next is made
-    if done != math.prod(shape):
-        raise ValueError(f"join: the parts have {done:,} elements: expected {math.prod(shape):,} of {list(shape)}.")
-    about = {"shape": shape, "dtype": dtype, "quant_type": options["quant_type"], "block_size": block}
-    if not options["double_quant"]:
-        return QuantizedWeight(packed, scales, **about)
-    codes = torch.empty(scales.numel(), dtype=torch.uint8)
-    nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
-    double_quantize(scales.cpu(), codes, nested, offset)
-    return QuantizedWeight(packed, codes, nested_absmax=nested, nested_offset=offset, **about).to(device)

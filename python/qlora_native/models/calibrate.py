@@ -6,7 +6,7 @@ what they add to the statistics is added in their order: the bytes do not depend
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,14 +25,17 @@ from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, Hidd
 from qlora_native.calibration.quantize import quantize_calibrated, torch_threads
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from qlora_native.errors import UserError
-from qlora_native.models.build import MetaModel, join
+from qlora_native.models.build import MetaModel
 from qlora_native.models.fuse import fuse, unfuse
 from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import STACKS
+from qlora_native.ops._library import interleave
 from qlora_native.weight import QuantizedWeight
-from qlora_native.weights.match import Plain
+from qlora_native.weights.files import first_sentence
+from qlora_native.weights.match import Entry
 from qlora_native.weights.open import load_tokenizer
 from qlora_native.weights.source import Source
+from qlora_native.weights.stream import join, stream
 
 Stored = dict[str, tuple[Tensor, str]]  # weights to be, as they are stored, and their files
 Group = tuple[Statistic | None, list[Key]]  # weights that share an input, and what is known of it
@@ -44,9 +47,17 @@ LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is
 
 
 def calibrated(
-    source: Source, meta: MetaModel, method: str, given: Any, work_dir: Path | None, progress: Progress | None
+    source: Source,
+    meta: MetaModel,
+    names: dict[str, bool],
+    options: dict[str, Any],
+    method: str,
+    given: Any,
+    work_dir: Path | None,
+    progress: Progress | None,
 ) -> tuple[dict[str, Any], FellBack]:
-    """Fill ``meta`` from ``source`` by ``method``, "wmse" or "gptq", with the calibration data ``given``.
+    """Fill ``meta`` from ``source``, the weights of these ``names`` quantized with these ``options`` by ``method``,
+    "wmse" or "gptq", with the calibration data ``given``.
 
     Returns what is kept of the data beside the weights, and the weights that did not get the method.
     """
@@ -65,7 +76,7 @@ def calibrated(
             if work_dir is not None:
                 files = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
                 run = {"version": __version__, "model": files, "method": method, "calibration": described}
-                run |= {**meta.options, "dtype": str(meta.dtype), "skip_modules": sorted(meta.weights)}
+                run |= {**options, "dtype": str(meta.dtype), "skip_modules": sorted(names)}
                 finished = FinishedLayers(work_dir, run)
                 if finished.changed:
                     changed = ", ".join(finished.changed)
@@ -76,7 +87,7 @@ def calibrated(
                     )
             elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="qlora-calibration-")))
-            fell_back = _Layers(source, meta, method, tokens.ids).run(finished, folder, progress)
+            fell_back = _Layers(source, meta, names, options, method, tokens.ids).run(finished, folder, progress)
         if finished is not None:
             finished.remove()
     except OSError as error:
@@ -98,16 +109,20 @@ def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int
 class _Layers:
     """One load: the layers, what they are called with, and what is made of each."""
 
-    def __init__(self, source: Source, meta: MetaModel, method: str, ids: Tensor) -> None:
-        self.source, self.meta, self.method, self.ids = source, meta, method, ids
+    def __init__(
+        self, source: Source, meta: MetaModel, names: dict[str, bool], options: dict[str, Any], method: str, ids: Tensor
+    ) -> None:
+        self.source, self.meta, self.names, self.options = source, meta, names, options
+        self.method, self.ids = method, ids
         self.path, self.layers = decoder_layers(meta.model)
         self.taps = InputTaps()
 
     def run(self, finished: FinishedLayers | None, folder: Path | None, progress: Progress) -> FellBack:
         """As :func:`calibrated`; ``finished`` are layers of an earlier run, ``folder`` is for hidden states."""
         meta, inside, count = self.meta, f"{self.path}.", len(self.layers)
-        meta.load(self.source, [step for step in self.source.plan(meta).steps if not step.name.startswith(inside)])
-        outside = [name for name in meta.weights if not name.startswith(inside)]
+        others = [entry for entry in self.source.match(meta).entries if not entry.name.startswith(inside)]
+        meta.load(meta.rounded(self.source, self.names, self.options, entries=others))
+        outside = [name for name in self.names if not name.startswith(inside)]
         fell_back = dict.fromkeys(outside, "it stands outside the decoder layers: 'rtn'")
         self.calls = LayerCalls(meta.prepare(), self.layers)
         with side_by_side(meta.device) as (self.pool, self.threads):
@@ -126,7 +141,7 @@ class _Layers:
                     weights, fallen = finished.load(index)
                     self.read(f"{inside}{index}.", weights)  # what is dense in the layer
                     for name, weight in weights.items():
-                        meta.store(name, meta.finished(weight.to(meta.device)), str(self.source.path))
+                        self.store(name, weight.to(meta.device), str(self.source.path))
                 else:
                     weights, fallen = self.calibrate(index, hidden)
                     if finished is not None:
@@ -161,7 +176,7 @@ class _Layers:
     @torch.no_grad()
     def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
         """Store the layer's weights in 4 bits; statistics and weights in 16 bits go as they are done."""
-        meta, names, done = self.meta, list(stored), dict[str, QuantizedWeight]()
+        names, done = list(stored), dict[str, QuantizedWeight]()
         parts: dict[str, dict[int, QuantizedWeight]] = {}
         fell_back: FellBack = {}
         while groups:
@@ -172,33 +187,41 @@ class _Layers:
                 if reason:
                     fell_back[name if expert is None else f"{name}[{expert}]"] = reason
                 if expert is None:
-                    done[name] = meta.finished(weight)
-                    meta.store(name, weight, stored.pop(name)[1])
+                    done[name] = self.store(name, weight, stored.pop(name)[1])
                 else:
                     parts.setdefault(name, {})[expert] = weight
         for name, experts in parts.items():
             tensor, file = stored.pop(name)
             in_order = (experts.pop(expert) for expert in range(len(tensor)))
-            done[name] = meta.finished(join(in_order, tensor.shape, meta.dtype, meta.options, meta.device))
-            meta.store(name, done[name], file)
+            joined = join(in_order, tensor.shape, self.meta.dtype, self.options, self.meta.device)
+            done[name] = self.store(name, joined, file)
         return {name: done[name] for name in names}, fell_back
+
+    def store(self, name: str, weight: QuantizedWeight, file: str) -> QuantizedWeight:
+        """Store a weight, with the model's dtype, in memory that its products read fast."""
+        weight.dtype = self.meta.dtype
+        interleave(weight.packed)
+        self.meta.store(name, weight, file)
+        return weight
 
     def read(self, prefix: str, done: Container[str] = ()) -> Stored:
         """Store a layer dense, without what is ``done``; returns its weights to be, as they are in the files."""
-        meta, stored = self.meta, Stored()
-        steps = [step for step in self.source.plan(meta).steps if step.name.startswith(prefix)]
-        steps = [step for step in steps if step.name not in done or not isinstance(step, Plain)]
-        copied = [step for step in steps if step.name not in meta.weights and meta.is_copied(step)]
-        scratch = meta.scratch(copied)
-        for step in steps:
-            for name, value in step.iter_tensors(meta.model, self.source.read, scratch if step in copied else None):
+        meta, names, stored = self.meta, self.names, Stored()
+        entries = [entry for entry in self.source.match(meta).entries if entry.name.startswith(prefix)]
+        entries = [entry for entry in entries if entry.name not in done or not entry.is_plain]
+
+        def is_kept(entry: Entry) -> bool:
+            return entry.name in names or meta.keeps(entry)
+
+        for item in stream(self.source, meta, entries=entries, is_kept=is_kept):
+            for name, value in item.values():
                 assert isinstance(value, Tensor)
                 if name in done:
                     continue
-                meta.store(name, meta.dense(name, value, step.file), step.file)
-                if name in meta.weights:
-                    stored[name] = (value.to(meta.device), step.file)
-            meta.trim(step.num_bytes)
+                meta.store(name, meta.dense(name, value, item.entry.file), item.entry.file)
+                if name in names:
+                    stored[name] = (value.to(meta.device), item.entry.file)
+            meta.trim(item.entry.num_bytes)
         return stored
 
     @torch.no_grad()
@@ -229,13 +252,17 @@ class _Layers:
         data: dict[str, Any] = {"method": method}
         if statistic is not None and method != "rtn":
             data |= {"moment": statistic.moment, "hessian": statistic.hessian() if method == "gptq" else None}
-        function = partial(quantize_calibrated, **data)
+        function: Callable[..., Any] = partial(quantize_calibrated, **data)
         for name, expert in keys:
             tensor, file = stored[name]
-            if expert is None:
-                result = self.meta.quantized(name, tensor, file, function)
-            else:  # the scales of a stack are nested together, once all of them are there
-                result = self.meta.quantized(name, tensor[expert], file, function, double_quant=False)
+            options = self.options
+            if expert is not None:  # the scales of a stack are nested together, once all of them are there
+                tensor, options = tensor[expert], {**options, "double_quant": False}
+            try:
+                result = function(tensor.t().contiguous() if self.names[name] else tensor, **options)
+            except ValueError as error:
+                reason = first_sentence(error).removeprefix("quantize_calibrated: ")
+                raise UserError(f"{file}: weight {name} cannot be quantized: {reason}") from error
             yield name, expert, result.weight, why or result.report.fallback
 
 

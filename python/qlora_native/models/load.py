@@ -29,6 +29,7 @@ from qlora_native.weights.files import FileMap, mapped_part, some_of
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING
 from qlora_native.weights.source import AUTO, KEEP, SafetensorsSource, Source
+from qlora_native.weights.stream import Item
 
 RESIDENCIES = ("auto", "mapped", "memory")
 
@@ -110,7 +111,7 @@ def load_model(
     residency: str = "auto",
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    reader: Callable[[Source, MetaModel], None] | None = None,
+    reader: Callable[[Source, MetaModel, Iterable[Item]], None] | None = None,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
@@ -187,31 +188,29 @@ def load_model(
     if is_kept and method != "rtn":
         raise UserError(f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'.")
     is_mapped = _can_map(source, is_kept, residency, target, reader is None)
-    file_map = FileMap() if is_mapped else None
-    if is_kept:
-        meta.options = options
-    elif not source.is_four_bit:
-        meta.weights = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
-        meta.options, meta.rounding = options, _rtn_signed if method == "rtn_signed" else quantize
+    file_map = FileMap(source.read) if is_mapped else None
+    names: dict[str, bool] = {}  # of the weights that become 4-bit here
+    if not source.is_four_bit and not is_kept:
+        names = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
     elif method != "rtn":
         raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
     if method in CALIBRATED:
         from qlora_native.models.calibrate import calibrated
 
         folder = None if work_dir is None else Path(work_dir)
-        made["calibration"], fell_back = calibrated(source, meta, method, calibration, folder, progress)
+        work = source, meta, names, options, method
+        made["calibration"], fell_back = calibrated(*work, calibration, folder, progress)
     elif is_kept:  # every process maps the file
-        plan = source.kept_plan(meta, skip_modules or (), is_mapped)
-        meta.weights = dict.fromkeys(plan.rounded, False)
-        meta.load(source, plan.steps, progress)
-    elif reader is not None:
-        reader(source, meta)
+        match = source.match_kept(meta, skip_modules or (), is_mapped)
+        meta.load(meta.rounded(source, match.rounded, options, entries=match.entries), progress)
     else:
-        source.file_map = file_map
-        try:
-            meta.load(source, source.plan(meta).steps, progress)
-        finally:
-            source.file_map = None
+        read = None if file_map is None else file_map.read
+        function = _rtn_signed if method == "rtn_signed" else quantize
+        items = meta.rounded(source, names, options, function, read=read)
+        if reader is None:
+            meta.load(items, progress)
+        else:
+            reader(source, meta, items)
     model = meta.finish()
     if isinstance(source, SafetensorsSource):
         model.generation_config = source.generation_config() or model.generation_config

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +10,19 @@ from transformers import PreTrainedModel
 
 from qlora_native.errors import UserError
 from qlora_native.lora import LoRALinear
-from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.layer import end_training_rows, end_training_whole
 from qlora_native.lora.targets import trained_whole
-from qlora_native.lora.tokens import DELTA, put_rows, token_rows
-from qlora_native.models.build import MetaModel, put_dense
-from qlora_native.models.convert import Conversion, Job, decoded_parts, part_size, slices
+from qlora_native.lora.tokens import put_rows, token_rows
+from qlora_native.models.build import put_dense
 from qlora_native.models.fuse import unfuse
 from qlora_native.models.load import LoadReport, make_report
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
-from qlora_native.weight import QuantizedWeight, to_bnb
-from qlora_native.weights.config import METADATA
-from qlora_native.weights.files import Output, Scratch, ShardWriter
-from qlora_native.weights.match import Converted, FourBit, Plain, Step
+from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.open import open_source
-from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING, is_transposed
-from qlora_native.weights.source import AUTO, KEEP, Source
+from qlora_native.weights.shapes import DTYPES, ModelShapes
+from qlora_native.weights.source import Source
+from qlora_native.weights.stream import stream
 
 
 def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -122,7 +116,7 @@ def _original(
     files is read into ``parameters``."""
     if source.is_four_bit:
         raise UserError(f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
-    meta = MetaModel(source.config, dtype, torch.device("cpu"))
+    meta = ModelShapes(source.config, dtype)
     absent = {*layers, *stacks}
     widened = {name for name in parameters.keys() & meta.shapes if parameters[name].dtype != meta.dtype_of(name)}
     widened -= absent
@@ -132,9 +126,8 @@ def _original(
         return UserError(f"{source.path} has changed since the model was loaded: {what}; load the model again.")
 
     needed = absent | widened | tied_to.keys()
-    steps = [step for step in source.plan(meta).steps if isinstance(step, Converted) or step.name in needed]
-    scratch = Scratch(max((step.num_bytes for step in steps if isinstance(step, Plain)), default=0))
-    for name, value in (pair for step in steps for pair in step.iter_tensors(meta.model, source.read, scratch)):
+    entries = [entry for entry in source.match(meta).entries if not entry.is_plain or entry.name in needed]
+    for name, value in (pair for item in stream(source, meta, entries=entries) for pair in item.values()):
         assert isinstance(value, Tensor)
         if name in tied_to:
             absent.discard(tied_to[name])
@@ -144,8 +137,7 @@ def _original(
         if name not in layers and name not in stacks:
             continue
         absent.discard(name)
-        if is_transposed(meta.model.get_submodule(name.rpartition(".")[0])):
-            value = value.t()
+        value = value.t() if name in meta.transposed else value
         inner = layers[name][2] if name in layers else None
         if value.shape != ((inner.out_features, inner.in_features) if inner is not None else stacks[name][2].shape):
             raise changed(f"{name} is {list(value.shape)} there now")
@@ -178,184 +170,3 @@ def _make_embeddings_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
             for name, origin in model.all_tied_weights_keys.items():
                 if origin == f"{path}.weight":
                     model.get_submodule(name.rpartition(".")[0]).weight = dense.weight
-
-
-TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
-
-
-class Merging(Conversion):
-    """A conversion that writes W + scale * B A, the sum taken in fp32 and rounded once, of every adapted weight.
-
-    ``codes`` are files of packed codes by the path of an adapted layer, which it gets under the scales of its 4-bit W
-    (:func:`calibrated_codes`); without one the sum is rounded to nearest.
-
-    Memory beyond that of a conversion: the packed bytes of a 4-bit weight; the whole 16-bit model if it is GGUF.
-
-    Args:
-        adapter: a folder in PEFT's format; None merges nothing.
-        base: the W: "original" is what the files hold, "dequantized" what ``load_model`` makes of it in 4 bits.
-        to: one of ``TARGETS``; "nf4" is bitsandbytes' format.
-        quant_type, block_size, double_quant, skip_modules: for weights that are not 4-bit yet. A GGUF file that
-            load_model keeps as it is has one W.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        adapter: Path | None,
-        *,
-        base: str = "original",
-        to: str = "bf16",
-        quant_type: str = AUTO,
-        block_size: int = 64,
-        double_quant: bool = True,
-        skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,),
-    ) -> None:
-        source = open_source(path)
-        self.is_kept = is_kept = source.keeps(quant_type)
-        rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
-        options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
-        super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
-        self.adapter_folder = adapter
-        if self.four_bit and base == "original":
-            raise UserError(
-                f"{source.path} holds 4-bit weights and no original ones: merge with --base dequantized, or give the "
-                "16-bit model that it was made from."
-            )
-        self.skip_modules = skip_modules
-        # What load_model would make 4-bit: decoded, it is the base that the adapter was trained on.
-        self.rounded: set[str] = set()
-        if base == "dequantized" and not self.four_bit and not is_kept:
-            self.rounded = {*self.meta.four_bit_weights(skip_modules, block_size)}
-            if stacks := sorted(name for name in self.rounded if not name.endswith(".weight")):
-                raise UserError(
-                    f"{source.path} has stacks of experts ({stacks[0]}), which are merged from 4 bits only where they "
-                    f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder; "
-                    "or merge into the 16-bit weights with --base original."
-                )
-        self.codes: dict[str, Path] = {}
-        for name in self.transposed:  # an adapter is read for linear layers
-            width, height = self.meta.shapes[name].shape
-            self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
-        self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
-        tied, steps = self.meta.tied, {step.name: step for step in self.plan.steps}
-        for module, ids in dict(self.adapter.config.trainable_tokens).items():
-            name, rows = f"{module}.weight", self.adapter.whole.pop(f"{module}.{DELTA}")
-            if isinstance(step := steps.get(name), (Plain, FourBit)):
-                rows = put_rows(torch.cat([*self.base_rows(step)]).float(), torch.tensor(ids), rows)
-                source.config.get_text_config().vocab_size = len(rows)
-            self.adapter.whole[name] = rows
-        origins = {tied.get(name, name): tensor for name, tensor in self.adapter.whole.items()}
-        self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
-        # Tied embeddings are separated where only the output one has an adapter.
-        self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
-
-    def config(self) -> dict[str, Any]:
-        values = super().config()
-        if "vocab_size" in values:
-            values["vocab_size"] = self.source.config.vocab_size  # with new tokens
-        return values | ({"tie_word_embeddings": False} if self.untied else {})
-
-    def quantization_config(self) -> dict[str, Any] | None:
-        config = super().quantization_config()
-        return config and {**config, METADATA: {"method": "gptq" if self.codes else "rtn"}}
-
-    def jobs(self) -> Iterator[Job]:
-        yield from super().jobs()
-        for step in self._untied_steps():
-            yield self._merged(step, step.name)
-
-    def merged_steps(self) -> list[Step]:
-        """What :meth:`rows` takes: the steps of the plan, and an output embedding that is no longer tied."""
-        return [*self.plan.steps, *self._untied_steps()]
-
-    def _untied_steps(self) -> list[Plain]:
-        """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
-        adapted weights that are not there."""
-        steps = {step.name: step for step in self.plan.steps}
-        adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.whole.keys()
-        found = []
-        for name in sorted(adapted):
-            step, origin = steps.get(name), steps.get(self.meta.tied.get(name, ""))
-            if isinstance(step, (Plain, FourBit)):
-                continue
-            if not isinstance(origin, Plain):
-                raise UserError(
-                    f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by "
-                    "file: merge in memory, with qlora_native.merge(model) and model.save_pretrained(folder)."
-                )
-            if name not in self.whole:
-                found.append(Plain(name, origin.parts))
-        return found
-
-    def jobs_of(self, step: Step) -> Iterator[Job]:
-        if isinstance(step, Converted) or not self.changes(step):
-            yield from super().jobs_of(step)
-        else:
-            yield self._merged(step, step.key)
-
-    def changes(self, step: Step) -> bool:
-        """Whether the weight is not simply copied, cast, quantized or decoded."""
-        adapted = step.name.removesuffix(".weight") in self.adapter.pairs or step.name in self.whole
-        return adapted or (step.name in self.rounded and self.target == "16bit")
-
-    def becomes_four_bit(self, step: Step) -> bool:
-        """Whether the result holds the weight in 4 bits."""
-        return self.target != "16bit" and step.name in (self.four_bit | self.weights) - self.whole.keys()
-
-    def _merged(self, step: Plain | FourBit, key: str) -> Job:
-        if self.becomes_four_bit(step):
-            path = step.name.removesuffix(".weight")
-            if path in self.codes:
-                return self._recoded(key, step, self.codes[path])
-            return self._packed(key, step, (part.view(-1) for part in self.rows(step)))
-        dtype = self.meta.dtype_of(step.name)
-
-        def write(writer: ShardWriter) -> None:
-            parts = (part.to(dtype) for part in self.rows(step))
-            for part in slices(torch.cat([*parts]).t()) if step.name in self.transposed else parts:
-                writer.write(key, part)
-
-        return Job([Output(key, dtype, tuple(self.whole.get(step.name, self.meta.shapes[step.name]).shape))], write)
-
-    def _recoded(self, key: str, step: Plain | FourBit, codes: Path) -> Job:
-        def write(writer: ShardWriter) -> None:
-            weight = self.four_bit_base(step)
-            packed = torch.from_file(str(codes), size=weight.packed.numel(), dtype=torch.uint8)
-            weight.packed = packed.view_as(weight.packed)
-            for name, tensor in to_bnb(weight, key).items():
-                writer.write(name, tensor)
-            self.report.quantized += 1
-
-        return Job(self._packed(key, step, iter(())).outputs, write)
-
-    def four_bit_base(self, step: Plain | FourBit) -> QuantizedWeight:
-        """The 4-bit weight that the adapter was trained on."""
-        if isinstance(step, FourBit):
-            return step.weight(self.source.read)
-        return self.quantized(step.key, step, self.parts(step.stored, step.name in self.transposed))
-
-    def rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
-        """The merged weight from top to bottom, fp32 [n, K] at a time."""
-        whole = self.whole.get(step.name)
-        if whole is not None:
-            yield from whole.float().reshape(-1, whole.shape[-1]).split(part_size(whole.shape) // whole.shape[-1])
-            return
-        pair = self.adapter.pairs.get(step.name.removesuffix(".weight"))
-        done = 0
-        for part in self.base_rows(step):
-            part = part.float()
-            if pair is not None:
-                a, b, scale = pair
-                part = part + (b[done : done + len(part)].float() @ a.float()) * scale
-            done += len(part)
-            yield part
-
-    def base_rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
-        """The weight that the adapter is added to, [n, K] at a time: fp32 if decoded from 4 bits, else as stored."""
-        if isinstance(step, FourBit) or step.name in self.rounded:
-            parts = decoded_parts(self.four_bit_base(step), torch.float32)
-        else:
-            parts = self.parts(step.stored, step.name in self.transposed)
-        for part in parts:
-            yield part.view(-1, self.shape(step)[-1])

@@ -20,7 +20,7 @@ from qlora_native.models.calibrate import side_by_side
 from qlora_native.models.load import load_model
 from qlora_native.models.loss import hidden_states
 from qlora_native.models.mapped import BESIDE, stream_if_needed
-from qlora_native.models.merge import Merging
+from qlora_native.models.merge_files import Merging
 from qlora_native.models.progress import Progress
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weights.open import load_tokenizer

@@ -15,7 +15,7 @@ import struct
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -107,15 +107,22 @@ def view_of(buffer: Any, dtype: torch.dtype, begin: int, shape: tuple[int, ...])
 class FileMap:
     """Tensors as views of mapped files: read when they are touched, shared by processes, copied where they are written.
 
-    ``copied`` has the reason by name for each tensor that had to be copied.
+    ``copied`` has the reason by name for each tensor that had to be copied. These and small ones are for another
+    function to ``read``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[StoredTensor, Scratch | None], Tensor]) -> None:
+        self._read = read
         self._files: dict[Path, Any] = {}
         self.copied: dict[str, str] = {}
 
-    def tensor(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
-        """A view, which keeps its file mapped; None for a tensor to be read: small, misaligned, or to be converted."""
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """A view, which keeps its file mapped, or what is read."""
+        mapped = self._view(stored, scratch)
+        return self._read(stored, scratch) if mapped is None else mapped
+
+    def _view(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
+        """None for a tensor that is small, misaligned, or to be converted."""
         if stored.num_bytes < LEAST_MAPPED:
             return None
         if scratch is not None or stored.scales is not None:

@@ -40,26 +40,9 @@ from qlora_native.weights.gguf import (
     reordered_heads,
     rope_of,
 )
-from qlora_native.weights.match import Kept, Plain, Plan, check_plan
+from qlora_native.weights.match import Entry, Match, check_match
 from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
 from qlora_native.weights.source import AUTO, KEEP, Source
-
-
-class _InMemory:
-    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
-
-    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
-        self.values = values
-        self.tensors = {
-            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
-            for name, value in values.items()
-        }
-
-    def read(self, stored: StoredTensor) -> Tensor:
-        return self.values[stored.name]
-
-    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
-        return self.values[stored.name].view(-1)[begin:end]
 
 
 class GgufSource(Source):
@@ -71,7 +54,8 @@ class GgufSource(Source):
 
     def __init__(self, path: Path) -> None:
         self.path, self.files, self._dtype = path, [path], torch.bfloat16
-        self._checkpoint: _InMemory | None = None
+        self._model: dict[str, Tensor] = {}  # of the 16-bit model that transformers made, what was not read yet
+        self._tensors: dict[str, StoredTensor] = {}
         try:
             self.gguf = GgufFile(path)
             self.config = self._read_config()
@@ -83,11 +67,6 @@ class GgufSource(Source):
         self.architecture = ARCHITECTURES.get(self.config.model_type)
         self.is_whole = self.architecture is None
         self._places: dict[str, GgufTensor] = {}  # by the name in the model
-
-    @property
-    def checkpoint(self) -> Any:
-        """What reads tensors, and parts of them: this file, or the 16-bit model that transformers made of it."""
-        return self if self.architecture is not None else self._in_memory()
 
     @property
     def kinds(self) -> Counter[str]:
@@ -105,41 +84,33 @@ class GgufSource(Source):
             )
         return is_mapped and quant_type in (AUTO, KEEP)
 
-    def plan(self, meta: ModelShapes) -> Plan:
+    def match(self, meta: ModelShapes) -> Match:
         """Each tensor decoded, in the model's names."""
         if self.architecture is None:
-            if meta.dtype != self._dtype:
-                self._dtype, self._checkpoint = meta.dtype, None
-            return Plan([Plain(name, [stored]) for name, stored in self.checkpoint.tensors.items()], [], [])
+            return Match([Entry(name, name, [stored]) for name, stored in self._made(meta.dtype).items()], [])
         names = self.architecture.name_map(self.config.num_hidden_layers)
         found = {name: self.gguf.tensors.get(names.get_name(name, (".weight", ".bias")) or "") for name in meta.shapes}
         self._places = {name: tensor for name, tensor in found.items() if tensor is not None}
         used = {tensor.name for tensor in self._places.values()} | {ROPE_FACTORS}
         others = [self._stored(name, tensor) for name, tensor in self.gguf.tensors.items() if name not in used]
-        steps = [Plain(name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
-        plan = Plan([*sorted(steps, key=lambda step: step.stored.start)], others, [])
-        check_plan(plan, meta, self.read, str(self.path))
-        return plan
+        entries = [Entry(name, name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
+        match = Match(sorted(entries, key=lambda entry: entry.parts[0].start), others)
+        check_match(match, meta, self.read, str(self.path))
+        return match
 
     def _stored(self, name: str, tensor: GgufTensor) -> StoredTensor:
         dtype = DENSE.get(tensor.kind, torch.float32)
         return StoredTensor(name, self.path, dtype, tensor.shape, tensor.start, tensor.num_bytes)
 
-    def kept_plan(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
-        """The plan in which weights keep their bytes where the model's module allows it, in the file or in memory.
-
-        Linear weights in formats that no kernel reads are to be quantized: ``rounded`` of the plan has their names.
-        """
-        plan = self.plan(meta)
+    def match_kept(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Match:
+        """The match in which weights keep their bytes where the model's module allows it, in the file or in memory."""
+        match = self.match(meta)
         matrices = meta.four_bit_weights(skip_modules, 64).keys()
         linear = matrices | keepable_embeddings(meta, skip_modules)
         kinds = {name: tensor.kind.name.lower() for name, tensor in self._places.items()}
-        steps = [
-            Kept(step.name, step.parts, step.name, lambda stored: self.quantized(stored, meta.dtype, is_mapped))
-            if step.name in linear and kinds[step.name] in KEPT
-            else step
-            for step in plan.steps
-        ]
+        for entry in match.entries:
+            if entry.name in linear and kinds[entry.name] in KEPT:
+                entry.four_bit = lambda parts, read: self.quantized(parts[0], meta.dtype, is_mapped)
         others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE_NAMES)
         if others:
             warnings.warn(
@@ -147,7 +118,8 @@ class GgufSource(Source):
                 "linear layers become NF4, embeddings 16-bit.",
                 stacklevel=3,
             )
-        return Plan(steps, plan.unexpected, [], {name for name in matrices if kinds.get(name) in others})
+        match.rounded = {name for name in matrices if kinds.get(name) in others}
+        return match
 
     def quantized(self, stored: StoredTensor, dtype: torch.dtype, is_mapped: bool) -> QuantizedWeight:
         """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""
@@ -168,7 +140,7 @@ class GgufSource(Source):
         return deinterleaved(rows, heads)
 
     def kind_of(self, stored: StoredTensor) -> str:
-        """The format of a tensor of the plan, such as "q4_k"."""
+        """The format of a tensor of the match, such as "q4_k"."""
         return self._places[stored.name].kind.name.lower()
 
     def write_copy(self, path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -188,12 +160,16 @@ class GgufSource(Source):
         """The tensor, decoded; of what transformers made no longer kept here, and made again when asked for again."""
         if self.architecture is not None:
             return self._decoded(stored, self._rows(stored.name)).view(stored.shape)
-        if stored.name not in self.checkpoint.values:
-            self._checkpoint = None
-        return self.checkpoint.values.pop(stored.name)
+        if stored.name not in self._model:
+            self._make()
+        return self._model.pop(stored.name)
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, decoded."""
+        if self.architecture is None:
+            if stored.name not in self._model:
+                self._make()
+            return self._model[stored.name].view(-1)[begin:end]
         width = stored.shape[-1]
         first = begin // width
         rows = self._rows(stored.name)[first : -(-end // width)]
@@ -205,28 +181,37 @@ class GgufSource(Source):
         offset = self.architecture.norm_offset if stored.name.endswith("norm.weight") else 0.0
         return values - offset if offset else values
 
-    def _in_memory(self) -> _InMemory:
-        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
-        if self._checkpoint is None:
-            try:
-                with _without_bar():
-                    model, found = AutoModelForCausalLM.from_pretrained(
-                        self.path.parent,
-                        output_loading_info=True,
-                        config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
-                        gguf_file=self.path.name,
-                        quantization_config=GgufConfig(dequantize=True),
-                        dtype=self._dtype,
-                    )
-            except Exception as error:
-                raise self._unusable(error) from error
-            if absent := found["missing_keys"]:  # which transformers would fill with random numbers
-                raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
-            once: dict[int, tuple[str, Tensor]] = {}
-            for name, tensor in model.state_dict().items():
-                once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
-            self._checkpoint = _InMemory(self.path, dict(once.values()))
-        return self._checkpoint
+    def _made(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
+        """The tensors of the 16-bit model, as if they lay in files."""
+        if dtype != self._dtype or not self._tensors:
+            self._dtype = dtype
+            self._make()
+        return self._tensors
+
+    def _make(self) -> None:
+        """Have transformers make the 16-bit model; of tensors that are tied, the first."""
+        try:
+            with _without_bar():
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.path.parent,
+                    output_loading_info=True,
+                    config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                    gguf_file=self.path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=self._dtype,
+                )
+        except Exception as error:
+            raise self._unusable(error) from error
+        if absent := found["missing_keys"]:  # which transformers would fill with random numbers
+            raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in model.state_dict().items():
+            once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
+        self._model = dict(once.values())
+        self._tensors = {
+            name: StoredTensor(name, self.path, value.dtype, tuple(value.shape), 0, value.nbytes)
+            for name, value in self._model.items()
+        }
 
     def _read_config(self) -> PreTrainedConfig:
         """transformers' reading of the metadata, with what it leaves out of them."""

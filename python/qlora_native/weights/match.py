@@ -36,18 +36,28 @@ STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every
 SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight in 8-bit floats
 
 Read = Callable[..., Tensor]  # of a StoredTensor and, if given, a Scratch
-NamedTensors = Iterator[tuple[str, Tensor]]
+Value = Tensor | QuantizedWeight
 
 
 @dataclass
-class _Step:
-    """Stored tensors that become one or more tensors of the model; ``name`` is that of the first of these.
+class Entry:
+    """Stored tensors that become one tensor of the model, or several where transformers makes these together.
 
-    ``iter_tensors`` of a step reads its parts by ``read``, and yields (name in the model, value).
+    Attributes:
+        name: in the model; of several the first.
+        key: what the names of the stored tensors begin with.
+        parts: the stored tensors.
+        four_bit: makes the weight of the parts, where they are 4-bit already or stay as they are.
+        converter: transformers' conversion, where there is one.
+        patterns: of the conversion's names for parts, the one that each part has.
     """
 
     name: str
+    key: str
     parts: list[StoredTensor]
+    four_bit: Callable[[list[StoredTensor], Read], QuantizedWeight] | None = None
+    converter: WeightConverter | None = None
+    patterns: list[str] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -58,68 +68,40 @@ class _Step:
         """Where the first part lies."""
         return str(self.parts[0].file)
 
-
-@dataclass
-class Plain(_Step):
-    """One stored tensor that becomes one tensor of the model."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one stored tensor that becomes one of the model."""
+        return self.four_bit is None and self.converter is None
 
     @property
-    def stored(self) -> StoredTensor:
-        return self.parts[0]
-
-    @property
-    def key(self) -> str:
-        """Its name in the files."""
-        return self.stored.name
-
-    def iter_tensors(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> NamedTensors:
-        yield self.name, read(self.stored, scratch)
-
-
-@dataclass
-class FourBit(_Step):
-    """The stored tensors of one weight that is 4-bit already; ``key`` is what their names begin with."""
-
-    key: str
-
-    def iter_tensors(
-        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
-    ) -> Iterator[tuple[str, QuantizedWeight]]:
-        yield self.name, self.weight(read)
+    def is_single(self) -> bool:
+        """Whether it becomes one tensor of the model."""
+        return self.converter is None or len(self.converter.target_patterns) == 1
 
     def weight(self, read: Read) -> QuantizedWeight:
-        """The weight of its parts; UserError if they do not fit together."""
-        tensors = {stored.name: read(stored) for stored in self.parts}
+        """The weight of 4-bit parts; UserError if they do not fit together."""
+        assert self.four_bit is not None
         try:
-            unread = {name for name, tensor in tensors.items() if mapped_part(tensor) is not None}
-            return from_bnb(tensors, self.key, unread=unread)
+            return self.four_bit(self.parts, read)
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
 
+    def values(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> Iterator[tuple[str, Value]]:
+        """The names in the model, and the values; a plain one is read through the scratch, if there is one."""
+        if self.four_bit is not None:
+            yield self.name, self.weight(read)
+        elif self.converter is None:
+            yield self.name, read(self.parts[0], scratch)
+        else:
+            yield from self._converted(model, self.converter, read)
 
-@dataclass
-class Kept(FourBit):
-    """One stored tensor whose bytes the model keeps: ``make`` gives the weight over them."""
-
-    make: Callable[[StoredTensor], QuantizedWeight]
-
-    def weight(self, read: Read) -> QuantizedWeight:
-        return self.make(self.parts[0])
-
-
-@dataclass
-class Converted(_Step):
-    """Stored tensors that a conversion of transformers makes one or more tensors of the model from."""
-
-    converter: WeightConverter
-    patterns: list[str] = field(default_factory=list)  # that matched, one a part
-
-    def iter_tensors(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> NamedTensors:
+    def _converted(self, model: PreTrainedModel, converter: WeightConverter, read: Read) -> Iterator[tuple[str, Value]]:
         """All parts are read at once, and dropped as the conversion consumes them."""
+        converter = deepcopy(converter)  # which keeps what it is given
         for pattern, stored in zip(self.patterns, self.parts, strict=True):
-            self.converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
+            converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
         try:
-            results = self.converter.convert(self.name, model=model, config=model.config)
+            results = converter.convert(self.name, model=model, config=model.config)
         except UserError:
             raise
         except Exception as error:
@@ -134,6 +116,8 @@ class Converted(_Step):
     @property
     def is_stack(self) -> bool:
         """Whether the result is a stack of matrices, each made of parts of its own, one below the other."""
+        if self.converter is None:
+            return False
         first, *others = self.converter.operations
         kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for stored in self.parts}
         return (
@@ -148,10 +132,11 @@ class Converted(_Step):
         )
 
     def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
-        """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
+        """The matrices [N, K] of a stack, one after another, each valid until the next is asked for.
 
         The parts are read to where they belong: transformers' operations would make three copies of each.
         """
+        assert self.converter is not None
         parts_of: dict[str, list[StoredTensor]] = {}
         for pattern, stored in zip(self.patterns, self.parts, strict=True):
             parts_of.setdefault(pattern, []).append(stored)
@@ -168,23 +153,23 @@ class Converted(_Step):
                 if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
                     place.copy_(tensor)
                 end += place.nbytes
-            yield scratch.tensor(tensor.dtype, (1, sum(stored.shape[0] for stored in parts), tensor.shape[1]))
-
-
-Step = Plain | FourBit | Converted
+            yield scratch.tensor(tensor.dtype, (sum(stored.shape[0] for stored in parts), tensor.shape[1]))
 
 
 @dataclass
-class Plan:
-    """The steps in the order of the files, and the stored tensors that the model has no place for."""
+class Match:
+    """How stored tensors match a model: entries in the order of the files, and the tensors that it has no place for.
 
-    steps: list[Step]
+    ``rounded`` are weights that no kernel reads as they are, where others stay so.
+    """
+
+    entries: list[Entry]
     unexpected: list[StoredTensor]
-    conversions: list[WeightRenaming | WeightConverter]
-    rounded: set[str] = field(default_factory=set)  # weights that are to be quantized, of a plan that keeps others
+    conversions: list[WeightRenaming | WeightConverter] = field(default_factory=list)
+    rounded: set[str] = field(default_factory=set)
 
 
-def make_plan(checkpoint: Checkpoint, meta: ModelShapes) -> Plan:
+def match_checkpoint(checkpoint: Checkpoint, meta: ModelShapes) -> Match:
     """Match every stored tensor with the model."""
     model, shapes, tensors = meta.model, meta.shapes, checkpoint.tensors
     conversions = get_model_conversion_mapping(model)
@@ -198,7 +183,7 @@ def make_plan(checkpoint: Checkpoint, meta: ModelShapes) -> Plan:
         for key in tensors
         if key.endswith(SCALE_SUFFIX) and key not in shapes and (weight := key.removesuffix(SCALE_SUFFIX)) in tensors
     }
-    steps: dict[str, Step] = {}
+    entries: dict[str, Entry] = {}
     unexpected: list[StoredTensor] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
     for key in sorted(tensors, key=dot_natural_key):
@@ -218,8 +203,9 @@ def make_plan(checkpoint: Checkpoint, meta: ModelShapes) -> Plan:
         if name not in shapes:
             unexpected.append(stored)
         elif pattern is None:
-            earlier = steps.setdefault(name, FourBit(name, four_bit[key], key) if owner else Plain(name, [stored]))
-            if isinstance(earlier, Plain) and earlier.stored is not stored:
+            made = Entry(name, key, four_bit[key], partial(_of_bnb, key)) if owner else Entry(name, key, [stored])
+            earlier = entries.setdefault(name, made)
+            if earlier.is_plain and earlier is not made:
                 raise UserError(f"{stored.file}: tensors {earlier.key} and {key} are both stored for {name}.")
         elif owner:
             raise UserError(
@@ -227,16 +213,20 @@ def make_plan(checkpoint: Checkpoint, meta: ModelShapes) -> Plan:
                 f"{type(model).__name__} on loading; load the 16-bit model instead."
             )
         else:
-            step = steps.setdefault(name, Converted(name, [], deepcopy(converter_of[pattern])))
-            assert isinstance(step, Converted)
-            step.parts.append(stored)
-            step.patterns.append(pattern)
-    ordered = sorted(steps.values(), key=lambda step: (step.file, step.parts[0].start))
-    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
+            entry = entries.setdefault(name, Entry(name, name, [], converter=converter_of[pattern]))
+            entry.parts.append(stored)
+            entry.patterns.append(pattern)
+    ordered = sorted(entries.values(), key=lambda entry: (entry.file, entry.parts[0].start))
+    return Match(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
 
 
-def check_plan(plan: Plan, meta: ModelShapes, read_state: Read, where: str) -> None:
-    """UserError if the plan lacks tensors of the model, or has one of another shape or kind, before any is read."""
+def _of_bnb(key: str, parts: list[StoredTensor], read: Read) -> QuantizedWeight:
+    tensors = {stored.name: read(stored) for stored in parts}
+    return from_bnb(tensors, key, unread={name for name, tensor in tensors.items() if mapped_part(tensor) is not None})
+
+
+def check_match(match: Match, meta: ModelShapes, read_state: Read, where: str) -> None:
+    """UserError if the match lacks tensors of the model, or has one of another shape or kind, before any is read."""
 
     def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         if STATE_MARK in stored.name:
@@ -245,19 +235,18 @@ def check_plan(plan: Plan, meta: ModelShapes, read_state: Read, where: str) -> N
         return torch.empty(stored.shape, dtype=dtype, device="meta")
 
     found = set()
-    for step in plan.steps:  # a converter keeps what it is given
-        once = deepcopy(step) if isinstance(step, Converted) else step
-        for name, value in once.iter_tensors(meta.model, read):
-            meta.check_shape(name, value, step.file)
+    for entry in match.entries:
+        for name, value in entry.values(meta.model, read):
+            meta.check_shape(name, value, entry.file)
             if isinstance(value, Tensor) and not _is_like(value.dtype, meta.shapes[name].dtype):
                 expected = "float32, bfloat16 or float16" if meta.shapes[name].is_floating_point() else "integers"
-                raise UserError(f"{step.file}: tensor {name} is {value.dtype}: expected {expected}.")
+                raise UserError(f"{entry.file}: tensor {name} is {value.dtype}: expected {expected}.")
             found.add(name)
     origins = {meta.tied.get(name, name) for name in found}  # of tied tensors any one is enough
     absent = [name for name in meta.shapes if name not in found and meta.tied.get(name, name) not in origins]
     absent = _without_ignored(absent, *(meta.model._keys_to_ignore_on_load_missing or ()))
     computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
-    unexpected = [stored.name for stored in plan.unexpected]
+    unexpected = [stored.name for stored in match.unexpected]
     ignored = meta.model._keys_to_ignore_on_load_unexpected or ()
     extra, kind = _without_ignored(unexpected, *computed_today, *ignored), type(meta.model).__name__
     if absent:

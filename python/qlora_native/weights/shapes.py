@@ -137,6 +137,8 @@ class ModelShapes:
         self.shapes: dict[str, Tensor] = dict(self.model.state_dict())  # as the model was built
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)  # what is tied -> what it is tied to
         self.in_fp32 = kept_in_fp32(self.model, dtype)
+        modules = self.model.named_modules()
+        self.transposed = {f"{path}.weight" for path, module in modules if is_transposed(module)}  # as [in, out]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor takes when it stays dense."""
@@ -150,8 +152,7 @@ class ModelShapes:
     def check_shape(self, name: str, value: Tensor | QuantizedWeight, file: str) -> None:
         """UserError unless the tensor has the shape of the model's parameter or buffer ``name``."""
         expected = self.shapes[name].shape
-        parent = self.model.get_submodule(name.rpartition(".")[0])
-        transposed = isinstance(value, QuantizedWeight) and is_transposed(parent)
+        transposed = isinstance(value, QuantizedWeight) and name in self.transposed
         if value.shape != (expected[::-1] if transposed else expected):
             raise UserError(
                 f"{file}: tensor {name} is {list(value.shape)}, but {list(expected)} by config.json; the two are of "

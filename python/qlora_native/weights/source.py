@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from qlora_native._io import check_folder, read_json, reading
 from qlora_native.errors import UserError
 from qlora_native.weights.config import four_bit_config, read_config
-from qlora_native.weights.files import Checkpoint, FileMap, Scratch, StoredTensor, first_sentence
+from qlora_native.weights.files import Checkpoint, Scratch, StoredTensor, first_sentence
 from qlora_native.weights.float8 import FLOATS, unscaled
-from qlora_native.weights.match import STATE_MARK, Plan, check_plan, make_plan
+from qlora_native.weights.match import STATE_MARK, Match, check_match, match_checkpoint
 from qlora_native.weights.shapes import ModelShapes
 
 # For a quant_type: the bytes of a GGUF file as they are; and "keep" for such a file, "nf4" for all else.
@@ -28,23 +27,25 @@ class Source:
     path: Path
     files: list[Path]  # that make the model
     config: PreTrainedConfig
-    checkpoint: Any  # what reads tensors and parts of them, with the methods of a Checkpoint
     four_bit_config: dict[str, object] | None = None  # the files' own description of weights that are 4-bit already
     is_four_bit = False
     is_whole = False  # the whole 16-bit model is made on reading
-    file_map: FileMap | None = None  # of the load in progress, if tensors are to be mapped
 
-    def plan(self, meta: ModelShapes) -> Plan:
+    def match(self, meta: ModelShapes) -> Match:
         """Which stored tensors become which of the model."""
         raise NotImplementedError
 
-    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
-        """The tensor, in 16 or 32 bits."""
+    def match_kept(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Match:
+        """The match in which weights keep their bytes, but for those of ``skip_modules``; see :meth:`keeps`. Unless
+        ``is_mapped`` they are copied into memory."""
         raise NotImplementedError
 
-    def kept_plan(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
-        """The plan in which weights keep their bytes, but for those of ``skip_modules``; see :meth:`keeps`. Unless
-        ``is_mapped`` they are copied into memory."""
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, in 16 or 32 bits; through the scratch it is valid until the next reading."""
+        raise NotImplementedError
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, in the stored dtype."""
         raise NotImplementedError
 
     def keeps(self, quant_type: str) -> bool:
@@ -66,22 +67,18 @@ class SafetensorsSource(Source):
         self.is_four_bit = any(STATE_MARK in key for key in self.checkpoint.tensors)
         weights = {stored.file for stored in self.checkpoint.tensors.values()}
         self.files = [folder / "config.json", *sorted(weights)]
-        self._plan: Plan | None = None
+        self._match: Match | None = None
 
-    def plan(self, meta: ModelShapes) -> Plan:
+    def match(self, meta: ModelShapes) -> Match:
         """Made once for this source's config."""
-        if self._plan is None:
-            plan = make_plan(self.checkpoint, meta)
-            check_plan(plan, meta, self.checkpoint.read, str(self.path))
-            self._plan = plan
-        meta.model._weight_conversions = self._plan.conversions  # save_pretrained reverses these
-        return self._plan
+        if self._match is None:
+            self._match = match_checkpoint(self.checkpoint, meta)
+            check_match(self._match, meta, self.checkpoint.read, str(self.path))
+        meta.model._weight_conversions = self._match.conversions  # save_pretrained reverses these
+        return self._match
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, 16-bit if it is stored as 8-bit floats."""
-        mapped = None if self.file_map is None else self.file_map.tensor(stored, scratch)
-        if mapped is not None:
-            return mapped
         tensor = self.checkpoint.read(stored, scratch)
         if stored.scales is None:
             return tensor.bfloat16() if tensor.dtype in FLOATS else tensor
@@ -89,6 +86,9 @@ class SafetensorsSource(Source):
             return unscaled(tensor, self.checkpoint.read(stored.scales), torch.bfloat16)
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        return self.checkpoint.read_part(stored, begin, end)
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
