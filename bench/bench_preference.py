@@ -57,16 +57,14 @@ def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float
     """Trains in this process; MiB, and the gradient's norm of the first step."""
     import trl
     from datasets import Dataset
-    from trl.kernels import ChunkedLogProbFunction, chunked_logprob
-    from trl.trainer import utils
 
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     imported = private_megabytes("VmRSS")
-    if head == "trl":
-        utils._ChunkedLogProbFunction, utils._use_triton = ChunkedLogProbFunction, chunked_logprob._use_triton
+    if head != "trl":
+        qn.patch_trl()
     trainer = getattr(trl, f"{kind.upper()}Trainer")(
         model=qn.load_model(model_file(), quant_type="nf4", dtype=torch.bfloat16),
         args=getattr(trl, f"{kind.upper()}Config")(

@@ -130,6 +130,7 @@ def test_gradients_are_those_of_the_decoded_model(file: Path) -> None:
 
 def test_the_trainers_of_transformers_and_trl(file: Path, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    qn.patch_trl()
     rows = datasets.Dataset.from_list([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in IDS] * 4)
     common: dict[str, Any] = {"max_steps": 2, "report_to": "none", "use_cpu": True, "save_steps": 2}
     for kind, arguments in ((transformers.Trainer, transformers.TrainingArguments), (trl.SFTTrainer, trl.SFTConfig)):

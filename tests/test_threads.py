@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import qlora_native as qn
-from qlora_native import _import_hooks, _threads
+from qlora_native import _interrupt, _threads
 from qlora_native._threads import CHOSEN
 
 M, N, K, R = 96, 320, 512, 8  # of which several threads take parts
@@ -223,7 +223,7 @@ def test_how_long_threads_have_waited_is_read() -> None:
 def test_the_script_is_a_command(words: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
-    assert _import_hooks._is_command() is expected
+    assert _interrupt.is_command() is expected
 
 
 @pytest.mark.parametrize(

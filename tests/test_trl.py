@@ -33,6 +33,8 @@ kernel = pytest.importorskip("trl.kernels.chunked_logprob")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CHUNK = 5  # tokens
+PATCHED = ("_ChunkedLogProbFunction", "_use_triton", "add_fused_lm_head")
+qn.patch_trl()
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,18 @@ def losses_on_a_quantized_head(folder: Path) -> dict[str, float]:
         trainer = trainer_of(kind, model, folder, folder / "out", (qn.optim.AdamW, {"lr": 1e-2}), **options)
         (found[kind],) = losses(trainer)
     return found
+
+
+def test_importing_changes_nothing_of_trl() -> None:
+    code = "import qlora_native, sys; from trl.trainer import utils; before = vars(utils).copy(); "
+    code += (
+        "qlora_native.peft_config(); print(vars(utils) == before, *(n for n in sys.modules if 'interop.trl' in n)); "
+    )
+    code += "qlora_native.patch_trl(); once = vars(utils).copy(); qlora_native.patch_trl(); "
+    code += "print(vars(utils) == once, [name for name in before if before[name] is not once[name]])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == "True" and second.startswith("True") and all(name in second for name in PATCHED)
 
 
 def test_the_order_of_imports_does_not_matter(folder: Path) -> None:

@@ -10,7 +10,8 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from qlora_native import _import_hooks, ops  # in this order: ops imports torch, and registers itself
+# In this order: ops imports torch, during which Ctrl-C ends a command, and registers itself.
+from qlora_native import _import_hooks, _interrupt, ops  # noqa: F401
 from qlora_native._native import build_info
 from qlora_native._version import __version__
 from qlora_native.errors import UserError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qlora_native.interop.config import QLoRANativeConfig
     from qlora_native.interop.peft import peft_config
     from qlora_native.interop.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
+    from qlora_native.interop.trl import patch_trl
     from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
     from qlora_native.models.device_layers import stream_layers
     from qlora_native.models.fuse import fuse
@@ -39,6 +41,7 @@ _LAZY = {
     "distributed": "distributed",
     "fuse": "models.fuse",
     "stream_layers": "models.device_layers",
+    "patch_trl": "interop.trl",
     "peft_config": "interop.peft",
     "QLoRANativeConfig": "interop.config",
     "QLoRANativeQuantizer": "interop.quantizer",
@@ -81,6 +84,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "patch_trl",
     "peft_config",
     "quantize",
     "save_adapter",

@@ -1,22 +1,16 @@
-"""What is done while modules are imported: registering with them, and stopping on Ctrl-C.
+"""Entering the registries of transformers and PEFT once these are imported, without importing them.
 
-Our classes enter the registries of transformers, PEFT and TRL as soon as these are imported, without importing them.
-Ctrl-C while a command imports torch and transformers, which takes seconds and turns a KeyboardInterrupt on the way into
-errors of their own, ends it with one line and no stack trace.
+Both are looked at when a model is loaded from a folder that names our format, or gets an adapter from PEFT: nothing of
+ours is called before that. Importing them here would take seconds from programs that need neither.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.machinery import ModuleSpec
-from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +19,6 @@ REGISTRIES = {
     "transformers.quantizers.auto": "qlora_native.interop.config",
     "transformers.trainer": "qlora_native.interop.trainer",
     "peft.tuners.lora.model": "qlora_native.interop.peft",
-    "trl.trainer.utils": "qlora_native.interop.trl",
 }
 
 
@@ -75,25 +68,3 @@ def watch() -> None:
         if name in sys.modules:
             _register(name)
     sys.meta_path.insert(0, _Finder())
-
-
-def _stop(number: int, frame: object) -> None:
-    os.write(2, b"qlora: interrupted\n")
-    os._exit(128 + number)
-
-
-def _is_command() -> bool:
-    """Whether this process was started as ``qlora`` or ``python -m qlora_native``."""
-    name, words = getattr(sys, "argv", [""])[0], list(sys.orig_argv)
-    return Path(name).stem == "qlora" or (name == "-m" and ("-m", "qlora_native") in pairwise(words))
-
-
-def restore_interrupt() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is _stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, _stop)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
-from qlora_native import _import_hooks
+from qlora_native import _interrupt
 from qlora_native._io import is_terminal
 from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_terminal(sys.stderr):
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
-    _import_hooks.restore_interrupt()
+    _interrupt.restore()
     warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
     try:
         with _stoppable():

@@ -4,8 +4,9 @@ TRL multiplies by the output embedding's dense weight itself, 4,096 tokens by 32
 the tokens that have no label. Here one that is quantized stays so, on any device; on a CPU the tokens without a label
 are left out, and a chunk of logits is that of ``qn.linear_cross_entropy``.
 
-TRL looks the chunks' functions up in this module of its own in each forward; the one that a trainer calls when it is
-made its modules import by name, so it is replaced in all that are loaded.
+TRL has no registry for this, so :func:`patch_trl` replaces functions of its. It looks those of the chunks up in this
+module of its own in each forward; the one that a trainer calls when it is made its modules import by name, so it is
+replaced in all that are loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.weight import QuantizedWeight
 
+_theirs = getattr(utils, "_ChunkedLogProbFunction", None)
 _quantized_heads = WeakTensorKeyDictionary()  # a head's packed bytes, which TRL hands on -> a reference to the head
 
 Outputs = tuple[Tensor | None, ...]  # log-probabilities and what the trainers log beside them, [M] each
@@ -92,11 +94,19 @@ class ChunkedLogProbs:
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-if hasattr(utils, "add_fused_lm_head"):  # older versions take the model's own logits
-    _theirs, _use_triton = utils._ChunkedLogProbFunction, utils._use_triton
-    utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)  # with it, labels alone are scored
+def patch_trl() -> None:
+    """Let TRL's trainers take log-probabilities by the chunks of this library.
+
+    Needed for a model whose output embedding is quantized, as that of a GGUF file; with others it saves memory and time
+    on a CPU. It replaces three functions of ``trl.trainer.utils``, whatever was imported before, and is called once a
+    process. TRL before 1.16 has none of them and stays as it is.
+    """
+    if not hasattr(utils, "add_fused_lm_head") or utils._ChunkedLogProbFunction is ChunkedLogProbs:
+        return
+    use_triton, add = utils._use_triton, utils.add_fused_lm_head
+    utils._use_triton = lambda device: device.type == "cpu" or use_triton(device)  # with it, labels alone are scored
     utils._ChunkedLogProbFunction = ChunkedLogProbs
-    _add, _ours = utils.add_fused_lm_head, _remember_head(utils.add_fused_lm_head)
-    for _names in [vars(module) for name, module in sys.modules.items() if name.startswith("trl.")]:
-        if _names.get("add_fused_lm_head") is _add:
-            _names["add_fused_lm_head"] = _ours
+    ours = _remember_head(add)
+    for names in [vars(module) for name, module in sys.modules.items() if name.startswith("trl.")]:
+        if names.get("add_fused_lm_head") is add:
+            names["add_fused_lm_head"] = ours
