@@ -34,7 +34,7 @@ from qlora_native.estimate.memory import CUDA_CONTEXT
 from qlora_native.models import device_layers, fuse
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.device_layers import StreamedLayers, stream_layers
-from qlora_native.models.loss import causal_lm_loss, settle
+from qlora_native.models.loss import causal_lm_loss, check_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
 from qlora_native.train import memory
 from qlora_native.train.graphs import why_eager
@@ -65,7 +65,7 @@ def make(folder: Any, slots: int, checkpointing: bool = True, training: bool = T
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    settle(model)  # which runs it
+    check_loss(model)  # which runs it
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model.train(training)
@@ -208,7 +208,7 @@ def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
             kind = GGUF_TYPES[layer.in_features % 256 > 0][layer.out_features > 128]
             layer.quantized = gguf_weight(kind, (layer.out_features, layer.in_features))
         qn.add_lora(model, qn.LoraConfig(r=4, seed=0, target_modules=["q_proj"] if has_experts else "all-linear"))
-        settle(model)
+        check_loss(model)
         return model.train()
 
     expected = train(made())

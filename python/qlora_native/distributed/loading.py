@@ -22,7 +22,7 @@ from qlora_native._memory import trim_heap
 from qlora_native.distributed.sharding import blocks_of, lay_out, shard
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig
-from qlora_native.lora.adapter import copy_whole
+from qlora_native.lora.adapter import copy_into
 from qlora_native.lora.layer import LoRALinear, fill_a, lora_layers
 from qlora_native.lora.model import insert
 from qlora_native.lora.targets import select_targets
@@ -123,7 +123,7 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
         layer = layers[path]
         a = torch.empty(layer.lora_A.shape)
         fill_a(a, generator)
-        copy_whole(layer.lora_A, a)
+        copy_into(layer.lora_A, a)
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
 

@@ -57,10 +57,10 @@ def rank_memory(
     buffers = sum(buffer.nbytes for buffer in model.buffers()) - scales
     others = world - 1
     if not sharded:
-        whole = _group(model, 1)
+        held = _group(model, 1)
         # In a ring every byte passes twice: once to be summed, once with the sum.
-        moved = math.ceil(2 * others / world * whole.trained)
-        return RankMemory(world, False, whole.frozen + buffers, whole.trained, 0, 0, 0, moved, moved)
+        moved = math.ceil(2 * others / world * held.trained)
+        return RankMemory(world, False, held.frozen + buffers, held.trained, 0, 0, 0, moved, moved)
     blocks, embeddings = blocks_of(model), untied_embeddings(model)
     apart = [*blocks, *(module for module in embeddings if module is not None)]
     groups = {module: _group(module, world) for module in apart}

@@ -19,7 +19,7 @@ from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_layers, head_shape, norm_bytes, norms_of
 from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.lora import LoRALinear
-from qlora_native.lora.targets import trained_whole
+from qlora_native.lora.targets import saved_modules
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.load import LoadReport
 from qlora_native.models.loss import LOGIT_FIELDS, is_random
@@ -120,7 +120,7 @@ class Estimator:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = [parameter.numel() for parameter in trained]
         self.adapters = sum(parameter.nbytes for parameter in trained)
-        whole = trained_whole(self.model, setting.lora.modules_to_save)
+        whole = saved_modules(self.model, setting.lora.modules_to_save)
         parameters = {parameter for module in whole.values() for parameter in module.parameters()}
         self.whole = sum(parameter.nbytes for parameter in parameters)
         names = [f"{path}.{name}" for path, module in whole.items() for name, _ in module.named_parameters()]

@@ -42,7 +42,7 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     written = Checkpoint(folder)
     rows = []
     for item, base_item in zip(work.items(), work.items(adapted=False), strict=True):
-        if item.entry.converter is not None or item.name in work.whole:  # copied exactly
+        if item.entry.converter is not None or item.name in work.replaced:  # copied exactly
             continue
         if not work.changes(item.name) and item.weight is None:
             continue
@@ -156,7 +156,7 @@ def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
             return (y.float() + (x @ a.float().t().to(x.device)) @ b.float().t().to(x.device) * scale).to(y.dtype)
 
         model.get_submodule(path).register_forward_hook(add)
-    for name, tensor in adapter.whole.items():
+    for name, tensor in adapter.saved.items():
         weight = model.get_parameter(name)
         weight.data = tensor.to(weight)  # which may have rows of new tokens
 

@@ -28,9 +28,9 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
             f"{where} is a {config.model_type} model, for which this library writes no GGUF adapter; it does "
             f"{', '.join(ARCHITECTURES)}."
         )
-    if adapter.whole:
+    if adapter.saved:
         raise UserError(
-            f"the adapter trains {min(adapter.whole)}, which a GGUF adapter cannot hold: export --to gguf merges it."
+            f"the adapter trains {min(adapter.saved)}, which a GGUF adapter cannot hold: export --to gguf merges it."
         )
     if work.untied:
         raise UserError(

@@ -32,7 +32,7 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
         raise UserError(
             f"{source.path} is no GGUF file of {', '.join(ARCHITECTURES)}: --type keep keeps the types of such a file"
         )
-    if adapter.whole or work.untied or not adapter.pairs:
+    if adapter.saved or work.untied or not adapter.pairs:
         raise UserError(
             f"--type keep takes an adapter of linear layers alone, whose weights are tensors of their own in "
             f"{source.path}; export with another --type"

@@ -28,7 +28,7 @@ from qlora_native._native import DTYPE_NUMBER
 from qlora_native.errors import UserError
 from qlora_native.lora.config import LoraConfig
 from qlora_native.lora.layer import LoRALinear, lora_layers
-from qlora_native.lora.targets import matches, plain_modules, token_modules, trained_whole
+from qlora_native.lora.targets import matches, plain_modules, saved_modules, token_modules
 from qlora_native.lora.tokens import DELTA, token_rows
 
 CONFIG_NAME = "adapter_config.json"
@@ -76,7 +76,7 @@ def save_adapter(
         for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
     places: set[int] = set()  # of what is written once without a copy; tied parameters are written twice
-    others = {path: module.state_dict() for path, module in trained_whole(model, config.modules_to_save).items()}
+    others = {path: module.state_dict() for path, module in saved_modules(model, config.modules_to_save).items()}
     others |= {path: {DELTA: rows.trainable_tokens_delta} for path, rows in token_rows(model).items()}
     for path, named in others.items():
         for name, tensor in named.items():
@@ -104,7 +104,7 @@ class StoredAdapter:
     """An adapter as its file holds it, checked against a model."""
 
     pairs: dict[str, tuple[Tensor, Tensor, float]]  # path -> lora_A [r, K], lora_B [N, r], scale
-    whole: dict[str, Tensor]  # what was trained whole, by the parameter's name, and rows of tokens
+    saved: dict[str, Tensor]  # parameters of modules_to_save and rows of tokens, by name
     config: LoraConfig = field(default_factory=LoraConfig)
 
     def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -119,29 +119,25 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     folder = user_path(folder)
     if folder.is_dir():
         check_folder(folder)
-    settings = _read_config(folder)
-    tensors, whole = _read_tensors(folder)
-    config = _our_config(folder, settings, sorted(tensors), whole)
+    settings, tensors, saved, config = _read(folder)
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    parameters_of(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
+    parameters_of(folder, model, {name: tensor for name, tensor in saved.items() if not name.endswith(DELTA)})
     try:
         chosen = token_modules(model, config.trainable_tokens)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     for path, ids in dict(config.trainable_tokens).items():
         size = [len(ids), chosen[path][0]._parameters["weight"].shape[1]]  # type: ignore[union-attr]
-        if (got := list(whole[f"{path}.{DELTA}"].shape)) != size:
+        if (got := list(saved[f"{path}.{DELTA}"].shape)) != size:
             raise UserError(f"{folder}: the rows of tokens of {path} are {got}: expected {size}.")
-    return StoredAdapter(pairs, whole, config)
+    return StoredAdapter(pairs, saved, config)
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """What an adapter in PEFT's format is, under the names that the section ``lora`` of a config has for it. UserError
     as :func:`load_adapter`."""
-    settings = _read_config(folder)
-    tensors, whole = _read_tensors(folder)
-    config = _our_config(folder, settings, sorted(tensors), whole)
+    settings, _, _, config = _read(folder)
     names = settings.get("target_modules")
     if not isinstance(names, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
         names = list(config.target_modules)
@@ -159,7 +155,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_whole(target: Tensor, values: Tensor) -> None:
+def copy_into(target: Tensor, values: Tensor) -> None:
     """Copy ``values`` into a tensor of the same shape; of a DTensor, into this rank's part."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is None:
@@ -193,7 +189,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
         "init_lora_weights": True,
         "inference_mode": True,
         # By their paths: PEFT would take "norm" for "input_layernorm" too.
-        "modules_to_save": list(trained_whole(model, config.modules_to_save)) or None,
+        "modules_to_save": list(saved_modules(model, config.modules_to_save)) or None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
@@ -207,6 +203,16 @@ def _shortest_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str
     short = sorted({path.rpartition(".")[2] for path in layers})
     meant = {path for path, _ in plain_modules(model) if any(matches(path, name) for name in short)}
     return short if meant == set(layers) else sorted(layers)
+
+
+Pairs = dict[str, dict[str, Tensor]]  # by a layer's path: lora_A as "A", lora_B as "B"
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Pairs, dict[str, Tensor], LoraConfig]:
+    """What both files hold, and our config of it."""
+    settings = _read_config(folder)
+    pairs, saved = _read_tensors(folder)
+    return settings, pairs, saved, _our_config(folder, settings, sorted(pairs), saved)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -235,8 +241,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """By path {"A": lora_A, "B": lora_B}; and by name what was trained whole."""
+def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
+    """The pairs, and by name the rest."""
     path = folder / TENSORS_NAME
     if not path.is_file():
         pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
@@ -249,8 +255,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
                 "alone, also decoded (merge with base 'dequantized'), and no 16-bit weights.",
                 stacklevel=5,
             )
-    pairs: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
+    pairs: Pairs = {}
+    saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if tensor.dtype not in DTYPE_NUMBER or not bool(tensor.isfinite().all()):
@@ -261,23 +267,23 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         elif ".lora_" in name:
             raise UserError(f"{path}: {key} belongs to a kind of LoRA that this library does not compute.")
         elif ".base_layer." not in name:  # PEFT may store an adapted embedding's own weight; the model has it
-            whole[name] = tensor
+            saved[name] = tensor
     for layer, pair in pairs.items():
         if len(pair) != 2:
             side = next(iter(pair))
             raise UserError(f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again.")
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
-    return pairs, whole
+    return pairs, saved
 
 
-def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: dict[str, Tensor]) -> LoraConfig:
+def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], saved: dict[str, Tensor]) -> LoraConfig:
     with reading(folder / CONFIG_NAME):
-        rows = [name.removesuffix(f".{DELTA}") for name in whole if name.endswith(DELTA)]
+        rows = [name.removesuffix(f".{DELTA}") for name in saved if name.endswith(DELTA)]
         tokens = stored.get("trainable_token_indices") or {}  # by the end of a module's path, or one list
         tokens = dict.fromkeys(rows, tokens) if isinstance(tokens, list) else tokens
         tokens = {path: next((ids for name, ids in tokens.items() if matches(path, name)), []) for path in rows}
-        named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
+        named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in saved})
         return LoraConfig(
             r=stored["r"],
             alpha=stored.get("lora_alpha", 8),
@@ -286,12 +292,12 @@ def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: d
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
-            modules_to_save=list(dict.fromkeys(named)) if len(whole) > len(rows) else (),
+            modules_to_save=list(dict.fromkeys(named)) if len(saved) > len(rows) else (),
             trainable_tokens=tokens,
         )
 
 
-def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, dict[str, Tensor]], base: str) -> None:
+def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: Pairs, base: str) -> None:
     """UserError if the adapter does not fit the model or the adapter that it has."""
     modules = dict(plain_modules(model))
     name = type(model).__name__
@@ -335,10 +341,10 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
             )
 
 
-def parameters_of(folder: str | os.PathLike[str], model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's parameters and buffers of the names of ``whole``. UserError if one is missing or of another shape."""
+def parameters_of(folder: str | os.PathLike[str], model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters and buffers of the names of ``named``. UserError if one is missing or of another shape."""
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    for name, tensor in whole.items():
+    for name, tensor in named.items():
         target = state.get(name)
         if target is None or target.shape != tensor.shape:
             has = "nothing of that name" if target is None else f"it as {list(target.shape)}"
@@ -346,7 +352,7 @@ def parameters_of(folder: str | os.PathLike[str], model: nn.Module, whole: dict[
                 f"{folder}: the adapter holds {name} {list(tensor.shape)}, but {type(model).__name__} has {has}; "
                 f"load a model whose {name.rpartition('.')[0]} is dense and of that shape."
             )
-    return {name: state[name] for name in whole}
+    return {name: state[name] for name in named}
 
 
 __getattr__ = names_from(__name__, dict.fromkeys(("load_adapter", "save_pretrained"), "qlora_native.lora.model"))

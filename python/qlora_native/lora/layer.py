@@ -1,4 +1,4 @@
-"""A linear layer with an adapter beside it, and modules that are trained whole; what a model holds of both."""
+"""A linear layer with an adapter beside it, and modules that are trained themselves; what a model holds of both."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}{dropout}"
 
 
-class TrainedWhole(Substitute):
+class TrainedModule(Substitute):
     """A module of ``modules_to_save``: its parameters are fp32, it computes in fp32, and its outputs have their former
     dtype."""
 
@@ -106,7 +106,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def train_whole(modules: Iterable[nn.Module]) -> None:
+def train_modules(modules: Iterable[nn.Module]) -> None:
     """Give the modules trainable fp32 copies of their parameters; those that share one share the copy."""
     copies: dict[nn.Parameter, nn.Parameter] = {}
     for module in modules:
@@ -116,15 +116,15 @@ def train_whole(modules: Iterable[nn.Module]) -> None:
                 if parameter not in copies:
                     copies[parameter] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
                 setattr(part, name, copies[parameter])
-        if before != torch.float32 and not isinstance(module, TrainedWhole):
+        if before != torch.float32 and not isinstance(module, TrainedModule):
             module._dtype_before = before  # type: ignore[assignment]
-            module.__class__ = substitute_class(TrainedWhole, type(module))
+            module.__class__ = substitute_class(TrainedModule, type(module))
 
 
-def end_training_whole(model: nn.Module) -> None:
-    """Give modules that were trained whole their own dtype and code back."""
+def end_training_modules(model: nn.Module) -> None:
+    """Give modules of ``modules_to_save`` their own dtype and code back."""
     for module in model.modules():
-        if isinstance(module, TrainedWhole):
+        if isinstance(module, TrainedModule):
             module.__class__ = type(module).__bases__[1]
             before = module.__dict__.pop("_dtype_before")
             for parameter in module.parameters():
@@ -167,5 +167,5 @@ def end_training_rows(model: nn.Module) -> None:
 __getattr__ = names_from(
     __name__,
     dict.fromkeys(("add_lora", "insert", "unload_adapter"), "qlora_native.lora.model")
-    | dict.fromkeys(("matches", "plain_modules", "select_targets", "trained_whole"), "qlora_native.lora.targets"),
+    | dict.fromkeys(("matches", "plain_modules", "select_targets"), "qlora_native.lora.targets"),
 )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.errors import UserError
-from qlora_native.lora.adapter import copy_whole, gathered, parameters_of, read_adapter, save_adapter
+from qlora_native.lora.adapter import copy_into, gathered, parameters_of, read_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
-from qlora_native.lora.layer import LoRALinear, end_training_rows, lora_layers, train_whole
-from qlora_native.lora.targets import embeddings, select_targets, token_modules, trained_whole
+from qlora_native.lora.layer import LoRALinear, end_training_rows, lora_layers, train_modules
+from qlora_native.lora.targets import embeddings, saved_modules, select_targets, token_modules
 from qlora_native.lora.tokens import TokenRows, WithTokenRows
 from qlora_native.nn.experts import substitute_class
 from qlora_native.ops._library import say_once
@@ -53,7 +53,7 @@ def insert(
     adapters of other layers."""
     if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
-    saved = trained_whole(model, config.modules_to_save)
+    saved = saved_modules(model, config.modules_to_save)
     chosen = token_modules(model, config.trainable_tokens)
     if both := chosen.keys() & {*saved, *targets}:
         raise ValueError(
@@ -70,7 +70,7 @@ def insert(
     model.requires_grad_(False)  # nothing has changed before all layers are made
     for path, layer in layers.items():
         model.set_submodule(path, layer)
-    train_whole(saved.values())
+    train_modules(saved.values())
     made: dict[Tensor, TokenRows] = {}  # by the weight, which tied modules share
     for module, ids in chosen.values():
         weight: Any = module.weight
@@ -142,10 +142,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             f"load_adapter: the adapter in {folder} takes the place of the one that the model has.", stacklevel=2
         )
     for path, layer in lora_layers(model):
-        copy_whole(layer.lora_A, stored.pairs[path][0])
-        copy_whole(layer.lora_B, stored.pairs[path][1])
-    for name, target in parameters_of(folder, model, stored.whole).items():
-        copy_whole(target, stored.whole[name])
+        copy_into(layer.lora_A, stored.pairs[path][0])
+        copy_into(layer.lora_B, stored.pairs[path][1])
+    for name, target in parameters_of(folder, model, stored.saved).items():
+        copy_into(target, stored.saved[name])
     return model
 
 

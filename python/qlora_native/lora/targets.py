@@ -26,7 +26,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the linear layers that get an adapter, in the model's order. ValueError for names, numbers of layers and
     patterns that select none."""
-    saved = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save))
+    saved = tuple(f"{path}." for path in saved_modules(model, config.modules_to_save))
     named = [path for path in _named_targets(model, config.target_modules) if not f"{path}.".startswith(saved)]
     targets = [path for path in named if config.includes(path)]
     for number in config.layers_to_transform or ():
@@ -48,7 +48,7 @@ def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     return _selected(model, names, "target_modules", "linear layer", linears)
 
 
-def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The modules that ``modules_to_save`` selects, by path, and those that share a parameter with them. ValueError for
     unknown ones and for 4-bit ones."""
     modules = {path: module for path, module in plain_modules(model) if path}

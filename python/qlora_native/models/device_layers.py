@@ -80,7 +80,7 @@ class StreamedLayers:
         with torch.cuda.stream(self._copies):  # so that the memory is not reused before this stream's copies
             new = partial(torch.empty, residency.slot_bytes, dtype=torch.uint8, device=device)
             self._slots = [_Slot(new()) for _ in range(residency.slots)]
-        self._host = {unit: self._settle(unit) for unit in residency.streamed}
+        self._host = {unit: self._move_to_host(unit) for unit in residency.streamed}
         for unit, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(lambda *_, unit=unit: self.visit(unit))
             layer.register_forward_hook(lambda _module, _args, output, unit=unit: self._watch(unit, output))
@@ -88,7 +88,7 @@ class StreamedLayers:
     def _slot_of(self, unit: int) -> _Slot:
         return self._slots[self._rank[unit] % len(self._slots)]
 
-    def _settle(self, unit: int) -> Tensor:
+    def _move_to_host(self, unit: int) -> Tensor:
         """Moves a layer's weights into pinned memory, which is returned, and makes its tensors views of its slot."""
         layer, memory, size = self.layers[unit], self._slot_of(unit).memory, self.residency.units[unit].num_bytes
         home = partial(self.home, unit)

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import qlora_native as qn
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.lora.layer import TrainedWhole
+from qlora_native.lora.layer import TrainedModule
 from qlora_native.lora.tokens import WithTokenRows
 from qlora_native.models.fuse import Dense, modes_kept
 from qlora_native.nn.linear import QuantizedLinear
@@ -69,7 +69,7 @@ def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     return _plain[model]
 
 
-def settle(model: Any) -> None:
+def check_loss(model: Any) -> None:
     """Run the checks of :func:`causal_lm_loss` now: their forward passes must be the same on all ranks of a sharded
     model, which a batch's are not."""
     ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
@@ -143,7 +143,7 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
-    kind = kind.__bases__[1] if issubclass(kind, (TrainedWhole, WithTokenRows)) else kind
+    kind = kind.__bases__[1] if issubclass(kind, (TrainedModule, WithTokenRows)) else kind
     if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
         reason = f"its output embedding is {kind.__name__}, not a linear layer"
     elif head.bias is not None:

@@ -92,8 +92,8 @@ class Streaming:
         rows = [part for part in parts_of(model.get_input_embeddings()) if part not in parts[-1]]  # not of a tied head
         units_of_stream = [part if unit in streamed else [] for unit, part in enumerate(parts)]
         self.stream = _C.WeightStream(units_of_stream, resident, rows)
-        whole = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
-        self._handles = [whole.register_forward_pre_hook(_Hook(self._begin))]
+        decoder = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
+        self._handles = [decoder.register_forward_pre_hook(_Hook(self._begin))]
         for number, layer in enumerate(layers, 1):
             self._handles.append(layer.register_forward_pre_hook(_Hook(self._before, number)))
             self._handles.append(layer.register_forward_hook(_Hook(self._behind, number)))

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from qlora_native.errors import UserError
 from qlora_native.lora import LoRALinear
-from qlora_native.lora.layer import end_training_rows, end_training_whole
-from qlora_native.lora.targets import trained_whole
+from qlora_native.lora.layer import end_training_modules, end_training_rows
+from qlora_native.lora.targets import saved_modules
 from qlora_native.lora.tokens import put_rows, token_rows
 from qlora_native.models.build import put_dense
 from qlora_native.models.fuse import unfuse
@@ -63,7 +63,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     elif report is None:
         raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
     else:
-        trained = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save)) if config else ()
+        trained = tuple(f"{path}." for path in saved_modules(model, config.modules_to_save)) if config else ()
         parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
         parameters = {
             name: tensor
@@ -80,7 +80,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     _make_embeddings_dense(model, dtype)
     if stacks:
         model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
-    end_training_whole(model)
+    end_training_modules(model)
     unfuse(model)
     for parameter in model.parameters():
         if parameter.dtype == model.config.dtype:  # what is kept in fp32 stays so

@@ -85,14 +85,14 @@ class Merging:
         self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
         tied, entries = self.meta.tied, {entry.name: entry for entry in self.conversion.match.entries}
         for module, ids in dict(self.adapter.config.trainable_tokens).items():
-            name, rows = f"{module}.weight", self.adapter.whole.pop(f"{module}.{DELTA}")
+            name, rows = f"{module}.weight", self.adapter.saved.pop(f"{module}.{DELTA}")
             if name in entries and entries[name].converter is None:
                 item = next(self._stream([entries[name]], adapted=False))
                 rows = put_rows(torch.cat([*item.rows()]).float(), torch.tensor(ids), rows)
                 source.config.get_text_config().vocab_size = len(rows)
-            self.adapter.whole[name] = rows
-        origins = {tied.get(name, name): tensor for name, tensor in self.adapter.whole.items()}
-        self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
+            self.adapter.saved[name] = rows
+        origins = {tied.get(name, name): tensor for name, tensor in self.adapter.saved.items()}
+        self.replaced = origins | {name: origins[to] for name, to in tied.items() if to in origins}
         # Tied embeddings are separated where only the output one has an adapter.
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
@@ -103,18 +103,18 @@ class Merging:
     def _stream(self, entries: list[Entry], adapted: bool) -> Iterator[Item]:
         transforms = [rounding(self.meta, self.rounded, self.options), decoding(lambda name: True)]
         if adapted:
-            weights = (self.four_bit | self.conversion.weights) - self.whole.keys()
+            weights = (self.four_bit | self.conversion.weights) - self.replaced.keys()
             transforms[1:] = [
                 recoding(self.codes),
                 decoding(self._is_decoded),
-                adding(self.adapter, self.whole),
+                adding(self.adapter, self.replaced),
                 rounding(self.meta, weights, self.options),
             ]
         return stream(self.source, self.meta, transforms, entries=entries)
 
     def changes(self, name: str) -> bool:
         """Whether the weight is not simply copied, cast, quantized or decoded."""
-        is_adapted = name.removesuffix(".weight") in self.adapter.pairs or name in self.whole
+        is_adapted = name.removesuffix(".weight") in self.adapter.pairs or name in self.replaced
         return is_adapted or (self.target == "16bit" and name in self.rounded)
 
     def _is_decoded(self, name: str) -> bool:
@@ -133,7 +133,7 @@ class Merging:
         """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
         adapted weights that are not there."""
         entries = {entry.name: entry for entry in self.conversion.match.entries}
-        adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.whole.keys()
+        adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.saved.keys()
         found = []
         for name in sorted(adapted):
             entry, origin = entries.get(name), entries.get(self.meta.tied.get(name, ""))
@@ -144,6 +144,6 @@ class Merging:
                     f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by "
                     "file: merge in memory, with qlora_native.merge(model) and model.save_pretrained(folder)."
                 )
-            if name not in self.whole:
+            if name not in self.replaced:
                 found.append(Entry(name, name, origin.parts))
         return found

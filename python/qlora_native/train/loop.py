@@ -32,7 +32,7 @@ from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.lora import load_adapter, save_adapter
-from qlora_native.models.loss import causal_lm_loss, settle, trained_tokens
+from qlora_native.models.loss import causal_lm_loss, check_loss, trained_tokens
 from qlora_native.train.batches import Batch, check_packing, describe_rows, load_rows, make_sampler, micro_batches
 from qlora_native.train.checkpoint import (
     BEFORE,
@@ -188,7 +188,7 @@ class Trainer:
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
         check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, rows.stats.path)
         if ranks.is_sharded:
-            settle(model)
+            check_loss(model)
         if config.data.packing:
             check_packing(model)
         sampler = make_sampler(config, rows)

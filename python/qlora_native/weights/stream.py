@@ -114,8 +114,8 @@ def _rows(source: Source, meta: ModelShapes, entry: Entry, turned: bool) -> Iter
 def parts_of(source: Source, stored: StoredTensor, turned: bool = False) -> Iterator[Tensor]:
     """The elements of a stored tensor, or of its transpose, whole rows at a time; 8-bit floats as 16-bit."""
     if stored.scales is not None or stored.dtype in FLOATS or turned:
-        whole = source.read(stored)
-        yield from slices(whole.t() if turned else whole)
+        tensor = source.read(stored)
+        yield from slices(tensor.t() if turned else tensor)
         return
     yield from stored_parts(source, stored)
 
@@ -127,12 +127,12 @@ def stored_parts(source: Source, stored: StoredTensor) -> Iterator[Tensor]:
         yield source.read_part(stored, begin, min(begin + size, numel))
 
 
-def slices(whole: Tensor) -> Iterator[Tensor]:
+def slices(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of a tensor in row-major order, contiguous, in parts of :func:`part_size`."""
-    if whole.is_contiguous():
-        yield from whole.view(-1).split(part_size(whole.shape))
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(part_size(tensor.shape))
         return
-    for part in whole.split(max(1, part_size(whole.shape) // whole[0].numel())):
+    for part in tensor.split(max(1, part_size(tensor.shape) // tensor[0].numel())):
         yield part.contiguous().view(-1)
 
 
@@ -238,9 +238,9 @@ def recoding(files: Mapping[str, Path]) -> Transform:
     return transform
 
 
-def adding(adapter: StoredAdapter, whole: Mapping[str, Tensor]) -> Transform:
-    """Add an adapter to the dense weights that have one, in fp32; ``whole`` has weights by name that take others'
-    places."""
+def adding(adapter: StoredAdapter, replaced: Mapping[str, Tensor]) -> Transform:
+    """Add an adapter to the dense weights that have one, in fp32; ``replaced`` has weights by name that take the places
+    of others."""
 
     def sums(item: Item, a: Tensor, b: Tensor, scale: float) -> Iterator[Tensor]:
         done = 0
@@ -249,7 +249,7 @@ def adding(adapter: StoredAdapter, whole: Mapping[str, Tensor]) -> Transform:
             done += len(part)
 
     def transform(item: Item) -> Item:
-        if (tensor := whole.get(item.name)) is not None:
+        if (tensor := replaced.get(item.name)) is not None:
             shape = tuple(tensor.shape)
             rows = tensor.float().reshape(-1, shape[-1])
             parts = partial(rows.split, part_size(shape) // shape[-1])
