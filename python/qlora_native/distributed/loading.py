@@ -93,9 +93,10 @@ def load_model(
             part._is_hf_initialized = True  # keeps transformers' initialization off what replaced the tensors
         trim_heap()
 
-    model: Any = load_alone(
-        path, fuse=fused, reader=lambda *given: _read_together(reading, finished, *given), **options
-    )
+    def read(source: Source, meta: MetaModel, items: Iterable[Item]) -> None:
+        _read_together(source, meta, items, reading, finished)
+
+    model: Any = load_alone(path, fuse=fused, reader=read, **options)
     if lora is not None:
         _complete_adapters(model, lora)
     model.reading = reading

@@ -120,8 +120,8 @@ class _Layers:
     def run(self, finished: FinishedLayers | None, folder: Path | None, progress: Progress) -> FellBack:
         """As :func:`calibrated`; ``finished`` are layers of an earlier run, ``folder`` is for hidden states."""
         meta, inside, count = self.meta, f"{self.path}.", len(self.layers)
-        others = [entry for entry in self.source.match(meta).entries if not entry.name.startswith(inside)]
-        meta.load(meta.rounded(self.source, self.names, self.options, entries=others))
+        items = meta.rounded(self.source, self.names, self.options)
+        meta.load(item for item in items if not item.name.startswith(inside))
         outside = [name for name in self.names if not name.startswith(inside)]
         fell_back = dict.fromkeys(outside, "it stands outside the decoder layers: 'rtn'")
         self.calls = LayerCalls(meta.prepare(), self.layers)
@@ -207,13 +207,13 @@ class _Layers:
     def read(self, prefix: str, done: Container[str] = ()) -> Stored:
         """Store a layer dense, without what is ``done``; returns its weights to be, as they are in the files."""
         meta, names, stored = self.meta, self.names, Stored()
-        entries = [entry for entry in self.source.match(meta).entries if entry.name.startswith(prefix)]
-        entries = [entry for entry in entries if entry.name not in done or not entry.is_plain]
 
         def is_kept(entry: Entry) -> bool:
             return entry.name in names or meta.keeps(entry)
 
-        for item in stream(self.source, meta, entries=entries, is_kept=is_kept):
+        for item in stream(self.source, meta, prefix=prefix, is_kept=is_kept):
+            if item.name in done and item.entry.is_plain:
+                continue
             for name, value in item.values():
                 assert isinstance(value, Tensor)
                 if name in done:

@@ -122,7 +122,7 @@ class Conversion:
         """Write safetensors files of at most ``shard_bytes``, unless one tensor is larger; beside them config.json, and
         whatever lies beside the source's weights (tokenizer, license)."""
         files: list[list[Item]] = [[]]
-        size, names = 0, set()
+        size = 0
         for item in chain(items, self._unexpected()):
             num_bytes = sum(output.num_bytes for output in self._outputs(item))
             if files[-1] and size + num_bytes > shard_bytes:
@@ -130,7 +130,6 @@ class Conversion:
                 size = 0
             files[-1].append(item)
             size += num_bytes
-            names |= {item.name} if item.weight else set()
         weight_map: dict[str, str] = {}
         for number, inside in enumerate(files, 1):
             suffix = f"-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else ".safetensors"
@@ -142,7 +141,8 @@ class Conversion:
             self.report.num_bytes += writer.num_bytes
             weight_map |= {output.name: file for output in outputs}
         self.report.files = len(files)
-        written = {"config.json": self.config(names)}
+        four_bit = {item.name for inside in files for item in inside if item.weight is not None}
+        written = {"config.json": self.config(four_bit)}
         if self.source.path.suffix == ".gguf":
             written["generation_config.json"] = GenerationConfig.from_model_config(self.source.config).to_diff_dict()
         if len(files) > 1:
@@ -164,7 +164,8 @@ class Conversion:
         if four_bit:
             config["quantization_config"] = self._quantization_config(four_bit) | self.made
         if "vocab_size" in config:
-            config["vocab_size"] = self.source.config.vocab_size  # with tokens that an adapter adds
+            # With the tokens that an adapter adds.
+            config["vocab_size"] = getattr(self.source.config, "vocab_size", config["vocab_size"])
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         return config | dict.fromkeys(names, str(self.dtype).removeprefix("torch.")) | self.changes
 

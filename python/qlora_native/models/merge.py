@@ -126,8 +126,8 @@ def _original(
         return UserError(f"{source.path} has changed since the model was loaded: {what}; load the model again.")
 
     needed = absent | widened | tied_to.keys()
-    entries = [entry for entry in source.match(meta).entries if not entry.is_plain or entry.name in needed]
-    for name, value in (pair for item in stream(source, meta, entries=entries) for pair in item.values()):
+    items = (item for item in stream(source, meta) if not item.entry.is_plain or item.name in needed)
+    for name, value in (pair for item in items for pair in item.values()):
         assert isinstance(value, Tensor)
         if name in tied_to:
             absent.discard(tied_to[name])

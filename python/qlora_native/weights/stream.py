@@ -68,6 +68,7 @@ def stream(
     meta: ModelShapes,
     transforms: Sequence[Transform] = (),
     *,
+    prefix: str = "",
     entries: Iterable[Entry] | None = None,
     read: Read | None = None,
     is_kept: Callable[[Entry], bool] = lambda entry: False,
@@ -77,12 +78,14 @@ def stream(
     Args:
         source, meta: the files, and the model that they are of.
         transforms: what is done to each item, in this order.
-        entries: some of the source's; None is all.
+        prefix: what the names in the model begin with, as those of one layer do.
+        entries: in place of the source's.
         read: in place of the source's.
         is_kept: of which plain entries ``values`` has a tensor in memory of its own, which stays; the others go through
             the same memory one after another.
     """
-    entries = [*(source.match(meta).entries if entries is None else entries)]
+    entries = source.match(meta).entries if entries is None else entries
+    entries = [entry for entry in entries if entry.name.startswith(prefix)]
     read = read or source.read
     scratch = Scratch(max((entry.num_bytes for entry in entries if entry.is_plain and not is_kept(entry)), default=0))
     for entry in entries:
