@@ -15,6 +15,7 @@ from tiny_models import dense_twin, distance, edit_config, edit_tensors, four_bi
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qlora_native as qn
+from qlora_native.models import device_layers
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 from qlora_native.weights import gguf_source
@@ -256,3 +257,13 @@ def test_gguf_file_and_folder(tmp_path: Path) -> None:
     for count in (0, 2, 255):
         with pytest.raises(qn.UserError, match=f"{count} layers and has tensors of 1"):
             load_model(write_gguf(tmp_path / "other.gguf", layers=count))
+
+
+@pytest.mark.parametrize("options", [{"double_quant": False}, {"skip_modules": []}, {"block_size": 256}], ids=str)
+def test_the_bytes_that_decide_whether_layers_stream_are_those_of_the_options(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = open_source(save(tmp_path))
+    predicted = [device_layers._rounded_bytes(source, given) for given in ({}, options)]
+    loaded = [load_model(source, **given).load_report.num_bytes for given in ({}, options)]
+    assert predicted[1] - predicted[0] == loaded[1] - loaded[0] != 0

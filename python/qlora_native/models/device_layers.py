@@ -21,12 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_native._memory import free_device_memory
 from qlora_native.calibration.layers import decoder_layers
+from qlora_native.models.load import load_model
 from qlora_native.models.residency import Residency, Unit, plan_residency
 from qlora_native.nn.experts import QuantizedExperts
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import module_for
 from qlora_native.weight import quantize
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import OUTPUT_EMBEDDING, ModelShapes
+from qlora_native.weights.source import AUTO
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot; torch's allocator begins its blocks so
 FOR_WEIGHTS = 0.75  # of the device's free bytes; the rest is for what passes need
@@ -232,10 +236,6 @@ def load_to_device(
 
     Whether they have is predicted. ``note`` gets one line about streaming. Without a device it is load_model alone.
     """
-    from qlora_native.models.load import load_model
-    from qlora_native.weights.open import open_source
-    from qlora_native.weights.source import AUTO
-
     if device is None:
         return load_model(path, **options)
     where, source = _with_number(torch.device(device)), open_source(path)
@@ -256,15 +256,12 @@ def load_to_device(
 
 def _rounded_bytes(source: Any, options: dict[str, Any]) -> int:
     """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
-    from qlora_native.models.build import MetaModel
-    from qlora_native.weights.shapes import OUTPUT_EMBEDDING
-
-    dtype, form = options.get("dtype", torch.bfloat16), {"block_size": options.get("block_size", 64)}
-    meta = MetaModel(source.config, dtype, torch.device("meta"))
-    chosen = meta.four_bit_weights(options.get("skip_modules") or (OUTPUT_EMBEDDING,), **form)
+    form = {name: options[name] for name in ("block_size", "double_quant") if name in options}
+    skip = options.get("skip_modules")
+    meta = ModelShapes(source.config, options.get("dtype", torch.bfloat16))
+    chosen = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip is None else skip, form.get("block_size", 64))
     return sum(
-        quantize(tensor.to(dtype), **form).nbytes if name in chosen else tensor.numel() * dtype.itemsize
-        for name, tensor in meta.shapes.items()
+        quantize(tensor, **form).nbytes if name in chosen else tensor.nbytes for name, tensor in meta.shapes.items()
     )
 
 
