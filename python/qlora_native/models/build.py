@@ -119,10 +119,10 @@ class MetaModel(ModelShapes):
         """The stream to this model in which the weights of these names are quantized; ``others`` are its options."""
         transform = rounding(self, names, options, function, self.device)
 
-        def is_kept(entry: Entry) -> bool:
+        def is_lasting(entry: Entry) -> bool:
             return entry.name not in names and self.keeps(entry)
 
-        return stream(source, self, [transform], is_kept=is_kept, **others)
+        return stream(source, self, [transform], is_lasting=is_lasting, **others)
 
     def keeps(self, entry: Entry) -> bool:
         """Whether a stored tensor that stays dense becomes the parameter itself."""
@@ -137,8 +137,8 @@ class MetaModel(ModelShapes):
                 yield name, self.dense(name, value, item.entry.file)
 
     def dense(self, name: str, tensor: Tensor, file: str) -> Tensor:
-        """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity, but in a mapped file,
-        of which nothing is read yet (:func:`qlora_native.models.mapped.check_mapped_finite`)."""
+        """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity, but not in a mapped
+        file, which is not read yet (:func:`qlora_native.models.mapped.check_mapped_finite`)."""
         made = tensor.to(self.device, self.dtype_of(name))
         if mapped_part(made) is None:
             check_finite(tensor, name, file)

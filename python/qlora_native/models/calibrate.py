@@ -208,10 +208,10 @@ class _Layers:
         """Store a layer dense, without what is ``done``; returns its weights to be, as they are in the files."""
         meta, names, stored = self.meta, self.names, Stored()
 
-        def is_kept(entry: Entry) -> bool:
+        def is_lasting(entry: Entry) -> bool:
             return entry.name in names or meta.keeps(entry)
 
-        for item in stream(self.source, meta, prefix=prefix, is_kept=is_kept):
+        for item in stream(self.source, meta, prefix=prefix, is_lasting=is_lasting):
             if item.name in done and item.entry.is_plain:
                 continue
             for name, value in item.values():

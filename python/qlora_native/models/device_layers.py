@@ -66,7 +66,7 @@ class _Slot:
 
 
 class StreamedLayers:
-    """The layers of a model on a device, of which those that ``residency`` names stream.
+    """The layers of a model on a device; those that ``residency`` names stream.
 
     One pass at a time: two threads that run the model at once would take the slots from each other.
 

@@ -69,7 +69,7 @@ _streaming: weakref.WeakKeyDictionary[nn.Module, Streaming] = weakref.WeakKeyDic
 
 
 class Streaming:
-    """A model of which some layers are in memory and the others come and go, within ``budget`` bytes of weights.
+    """A model with some layers in memory; the others come and go, within ``budget`` bytes of weights.
 
     Where the budget is too small, every layer streams through two slots: ``plan`` says what is held. All is as before
     after :meth:`close`. A copy or a pickle of the model has no part in it.

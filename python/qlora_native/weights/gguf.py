@@ -197,7 +197,7 @@ def decode(kind: Kind, rows: Tensor) -> Tensor:
         return rows.clone().view(DENSE[kind])  # torch.save refuses views of one storage in several dtypes
     if kind.name.lower() in KEPT:
         shape = len(rows), gguf.quant_shape_from_byte_shape(rows.shape, kind)[-1]
-        return kept(kind, rows, shape, torch.float32).dequantize()
+        return weight_of(kind, rows, shape, torch.float32).dequantize()
     try:
         return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), kind)))
     except NotImplementedError:
@@ -205,7 +205,7 @@ def decode(kind: Kind, rows: Tensor) -> Tensor:
         raise UserError(reason) from None
 
 
-def kept(kind: Kind, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
+def weight_of(kind: Kind, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
     """A weight of that shape over rows of bytes."""
     return QuantizedWeight.of_blocks(rows.reshape(-1), shape=shape, dtype=dtype, quant_type=kind.name.lower())
 

@@ -35,10 +35,10 @@ from qlora_native.weights.gguf import (
     decode,
     deinterleaved,
     interleaved,
-    kept,
     more_of_config,
     reordered_heads,
     rope_of,
+    weight_of,
 )
 from qlora_native.weights.match import Entry, Match, check_match
 from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
@@ -125,7 +125,7 @@ class GgufSource(Source):
         """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""
         tensor = self._places[stored.name]
         rows = self._rows(stored.name)
-        return kept(tensor.kind, rows if is_mapped else rows.clone(), tensor.shape, dtype)
+        return weight_of(tensor.kind, rows if is_mapped else rows.clone(), tensor.shape, dtype)
 
     def _rows(self, name: str) -> Tensor:
         """The bytes of a tensor, a row of it each, in the model's order."""

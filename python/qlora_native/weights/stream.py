@@ -71,7 +71,7 @@ def stream(
     prefix: str = "",
     entries: Iterable[Entry] | None = None,
     read: Read | None = None,
-    is_kept: Callable[[Entry], bool] = lambda entry: False,
+    is_lasting: Callable[[Entry], bool] = lambda entry: False,
 ) -> Iterator[Item]:
     """The tensors of a model, in the order of the files.
 
@@ -81,20 +81,22 @@ def stream(
         prefix: what the names in the model begin with, as those of one layer do.
         entries: in place of the source's.
         read: in place of the source's.
-        is_kept: of which plain entries ``values`` has a tensor in memory of its own, which stays; the others go through
-            the same memory one after another.
+        is_lasting: whether ``values`` of a plain entry has a tensor in memory of its own, which stays valid; the others
+            are read through the same memory, one after another.
     """
     entries = source.match(meta).entries if entries is None else entries
     entries = [entry for entry in entries if entry.name.startswith(prefix)]
     read = read or source.read
-    scratch = Scratch(max((entry.num_bytes for entry in entries if entry.is_plain and not is_kept(entry)), default=0))
+    scratch = Scratch(
+        max((entry.num_bytes for entry in entries if entry.is_plain and not is_lasting(entry)), default=0)
+    )
     for entry in entries:
         turned = entry.name in meta.transposed
         shape = tuple(meta.shapes[entry.name].shape)
         item = Item(
             entry,
             shape[::-1] if turned else shape,
-            partial(entry.values, meta.model, read, None if is_kept(entry) else scratch),
+            partial(entry.values, meta.model, read, None if is_lasting(entry) else scratch),
             partial(_rows, source, meta, entry, turned),
             None if entry.four_bit is None else partial(entry.weight, read),
         )
