@@ -99,7 +99,7 @@ def patch_trl() -> None:
 
     Needed for a model whose output embedding is quantized, as that of a GGUF file; with others it saves memory and time
     on a CPU. It replaces three functions of ``trl.trainer.utils``, whatever was imported before, and is called once a
-    process. TRL before 1.16 has none of them and stays as it is.
+    process. Older versions of TRL have none of these functions and stay as they are.
     """
     if not hasattr(utils, "add_fused_lm_head") or utils._ChunkedLogProbFunction is ChunkedLogProbs:
         return
