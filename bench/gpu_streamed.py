@@ -16,7 +16,7 @@ from gpu_timing import Case, Context, device, interleaved_calls, on_gpu
 
 import qlora_native as qn
 from qlora_native.models.device_layers import layer_units, stream_layers
-from qlora_native.models.loss import causal_lm_loss, settle
+from qlora_native.models.loss import causal_lm_loss, check_loss
 
 TOKENS = (256, 1024, 4096)
 
@@ -58,7 +58,7 @@ def model_of(dry: bool) -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01)
-    settle(model)
+    check_loss(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 

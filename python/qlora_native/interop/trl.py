@@ -28,7 +28,7 @@ from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.weight import QuantizedWeight
 
-_theirs = getattr(utils, "_ChunkedLogProbFunction", None)
+_theirs: Any = getattr(utils, "_ChunkedLogProbFunction", None)
 _quantized_heads = WeakTensorKeyDictionary()  # a head's packed bytes, which TRL hands on -> a reference to the head
 
 Outputs = tuple[Tensor | None, ...]  # log-probabilities and what the trainers log beside them, [M] each
