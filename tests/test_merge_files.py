@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from adapters import IDS, SCALE, make_adapter, write_model_and_adapter
+from helpers import same_bytes
 from safetensors.torch import load_file
 from tiny_models import distance, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,6 +223,21 @@ def test_other_models(tmp_path: Path, kind: str, changes: dict[str, Any], option
     model = qn.load_adapter(qn.load_model(folder, dtype=torch.float32), tmp_path / "adapter")
     expected = qn.merge(model, base, torch.float32)
     assert distance(got(IDS[:, :9]).logits, expected(IDS[:, :9]).logits) < 1e-5
+
+
+def test_a_4_bit_folder_gives_what_its_original_decoded_gives(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", dtype=torch.bfloat16)
+    make_adapter(folder, tmp_path / "adapter", targets=["q_proj", "up_proj"])
+    qn.load_model(folder).save_pretrained(tmp_path / "four")
+    made = []
+    for name in ("model", "four"):
+        words = [str(tmp_path / name), str(tmp_path / "adapter"), "--out", str(tmp_path / f"{name}-merged")]
+        assert main.main(["merge", *words, "--to", "bf16", "--base", "dequantized"]) == 0
+        made.append(load_file(tmp_path / f"{name}-merged" / "model.safetensors"))
+        assert "quantization_config" not in json.loads((tmp_path / f"{name}-merged" / "config.json").read_text())
+    first, second = made
+    assert first.keys() == second.keys()
+    assert all(same_bytes(tensor, second[key]) for key, tensor in first.items())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -81,6 +81,15 @@ def convert(
     return made.report
 
 
+def _one_by_one(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, but of tensors that stay as they are stored, and are together only for the model, one for each."""
+    for item in items:
+        if item.is_stored and item.weight is None:
+            yield from (replace(item, entry=replace(item.entry, parts=[stored])) for stored in item.entry.parts)
+        else:
+            yield item
+
+
 class Conversion:
     """A folder to be written: what the files hold, what its weights are to be, and the description of both.
 
@@ -123,7 +132,7 @@ class Conversion:
         whatever lies beside the source's weights (tokenizer, license)."""
         files: list[list[Item]] = [[]]
         size = 0
-        for item in chain(items, self._unexpected()):
+        for item in chain(_one_by_one(items), self._unexpected()):
             num_bytes = sum(output.num_bytes for output in self._outputs(item))
             if files[-1] and size + num_bytes > shard_bytes:
                 files.append([])

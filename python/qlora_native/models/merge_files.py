@@ -103,12 +103,12 @@ class Merging:
     def _stream(self, entries: list[Entry], adapted: bool) -> Iterator[Item]:
         transforms = [rounding(self.meta, self.rounded, self.options), decoding(lambda name: True)]
         if adapted:
-            weights = (self.four_bit | self.conversion.weights) - self.replaced.keys()
+            weights = set() if self.target == "16bit" else {*self.four_bit, *self.conversion.weights}
             transforms[1:] = [
                 recoding(self.codes),
                 decoding(self._is_decoded),
                 adding(self.adapter, self.replaced),
-                rounding(self.meta, weights, self.options),
+                rounding(self.meta, weights - self.replaced.keys(), self.options),
             ]
         return stream(self.source, self.meta, transforms, entries=entries)
 
