@@ -135,5 +135,5 @@ def test_a_weight_that_is_not_finite_is_named_with_its_element(tmp_path: Path) -
     item = items_of(folder, to_four_bit)[name]
     assert item.weight is not None
     for make in (item.weight, lambda: [*item.values()]):
-        with pytest.raises(qn.UserError, match=rf"{name} cannot be .* element \[70, 5\] of the \[96, 64\] .* inf"):
+        with pytest.raises(qn.UserError, match=rf"{name} .* element \[70, 5\] .* inf"):
             make()
