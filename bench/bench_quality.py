@@ -31,7 +31,7 @@ from quality_runs import ALPHA, EVALUATED, EVALUATED_ROWS, LENGTH, RANK, RATES, 
 from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
 
 REFERENCE, BASELINE = "bf16", "rtn"
-METHODS = {"rtn": 0, "rtn_signed": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
+METHODS = {"rtn": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
 LEARNING = ("bf16", "rtn", "wmse", "gptq")
 CLOSED_BARS = {"wmse": {"A": 0.50, "B": 0.45}, "gptq": {"A": 0.75, "B": 0.65}}
 LEARNED_BAR = 0.5  # of plain rounding's end gap, averaged over seeds and rates

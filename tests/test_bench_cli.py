@@ -61,8 +61,6 @@ def test_the_rival_has_the_bits_of_the_dtype(capsys: pytest.CaptureFixture[str])
         (["bench", "--model", "m", "--shape", "1", "2", "3"], "--model and --shape were given"),
         (["bench", "--model", "gone"], "gone is not there"),
         (["doctor", "gone"], "gone is not there"),
-        (["doctor", "--tokens", "0"], "--tokens is 0: expected numbers of 1"),
-        (["doctor", "--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
     ],
 )
 def test_mistakes(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,10 +72,10 @@ def test_mistakes(words: list[str], expected: str, capsys: pytest.CaptureFixture
 def test_doctor_names_the_kernel_of_each_shape(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["doctor", str(model), "--tokens", "1", "32", "--json"]) == 0
+    assert main.main(["doctor", str(model), "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    rows = [tuple(row[key] for key in ("n", "k", "layers", "tokens")) for row in kernels[:4]]
-    assert rows == [(32, 64, 4, 1), (32, 64, 4, 32), (64, 64, 4, 1), (64, 64, 4, 32)]
+    rows = [tuple(row[key] for key in ("n", "k", "layers", "tokens")) for row in kernels[:6]]
+    assert rows == [(n, 64, 4, tokens) for n in (32, 64) for tokens in (1, 16, 512)]
     assert all("rows of the weight" in row["kernel"] for row in kernels)
 
     # On a CUDA device: what the plan says, asked with the card's facts.
@@ -99,11 +97,15 @@ def test_doctor_names_the_kernel_of_each_shape(
     _cuda_kernels.facts.cache_clear()
     _cuda_products.plan_of.cache_clear()
     try:
-        assert main.main(["doctor", str(model), "--tokens", "1", "32"]) == 0
+        assert main.main(["doctor", str(model)]) == 0
     finally:
         _cuda_kernels.facts.cache_clear()
         _cuda_products.plan_of.cache_clear()
     printed = capsys.readouterr().out
     expected = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
-    assert expected == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]
+    assert expected == [
+        "2 layers, 1 tokens: gemv 4x16",
+        "2 layers, 16 tokens: gemv 4x16",
+        "2 layers, 512 tokens: tile 64x128",
+    ]
     assert asked[0][:3] == (1, 32, 64) and asked[0][-3:] == (90, 132, 0)

@@ -46,7 +46,6 @@ MISTAKES = {
     "config check gone.yaml": "gone.yaml does not exist",
     "config list --no-such-option": "takes no --no-such-option",
     "doctor gone": "gone is not there",
-    "doctor --tokens 0": "--tokens is 0",
     "doctor --no-such-option": "unrecognized arguments: --no-such-option",
     "bench attention": "argument OP: invalid choice: 'attention'",
     "bench --model gone": "gone is not there",

@@ -27,7 +27,7 @@ from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig, keys
 from qlora_native.estimate import Estimator, Setting
 from qlora_native.estimate.activations import DecoderLayer, decoder_layers, norm_bytes, norms_of
-from qlora_native.estimate.cards import CARDS, RAMP, streamed_on
+from qlora_native.estimate.cards import streamed_on
 from qlora_native.estimate.memory import CUDA_CONTEXT, THREAD_SCRATCH, state_bytes
 from qlora_native.hf import fuse
 from qlora_native.hf.loss import causal_lm_loss
@@ -398,7 +398,6 @@ def test_the_page_of_keys_is_that_of_the_schema() -> None:
 
 
 def test_a_model_larger_than_the_card_streams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the tokens that are named on a step takes 5 % longer than its products at most; not from half as many."""
     words = ["estimate", str(folder / "llama-8b"), "--json", "--batch-size", "1", "--gpu"]
     assert main([*words, "6GB"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -409,12 +408,3 @@ def test_a_model_larger_than_the_card_streams(folder: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["on_card"] is None
     estimator = Estimator(LLAMA_8B, Setting(device="cuda", batch_size=1))
     assert streamed_on(estimator, GIB) is None
-    run = streamed_on(estimator, 6 * GIB)
-    assert run is not None
-    plan, card = run.residency, CARDS["A100"]
-    tokens = run.hidden_from(card)
-    for count, hides in ((tokens, True), (tokens // 2, False)):
-        forward = 2 * run.elements / 32 * (count + RAMP) / (1e12 * card.tflops * card.share)
-        computing = ([forward] * 32, [2 * forward] * 32)
-        seconds = plan.seconds(1e9 * card.bus_gb_per_s, *computing)
-        assert (seconds < 1.05 * sum(map(sum, computing))) == hides

@@ -144,8 +144,8 @@ def _same(one: Any, other: Any) -> bool:
 
 def _unlike(model: Any, what: str) -> UserError:
     return UserError(
-        f"{type(model).__name__} cannot be calibrated layer by layer: {what}; load it with method 'rtn' or "
-        "'rtn_signed', which need no data."
+        f"{type(model).__name__} cannot be calibrated layer by layer: {what}; load it with method 'rtn', "
+        "which needs no data."
     )
 
 

@@ -43,7 +43,7 @@ class CalibrationReport:
         method: the method whose codes were kept; "rtn" after a fallback.
         rtn_error: squared error of plain rounding, weighted as ``error`` is.
         error: the result's. With a hessian H: trace((W - W') H (W - W')^T); with channel moments m alone:
-            sum m_k (w - w')^2; without statistics: sum (w - w')^2.
+            sum m_k (w - w')^2; without either, sum (w - w')^2.
         damping: share of the mean of H's diagonal that was added to it ("gptq"), else None.
         fallback: why the weight was rounded plainly instead, else None.
     """
@@ -77,10 +77,10 @@ def quantize_calibrated(
 ) -> CalibratedWeight:
     """Quantize a matrix to 4 bits with a small error of its products with its inputs.
 
-    Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``rtn_signed``
-    also chooses the sign of each block's scale by the squared error; ``wmse`` chooses each block's scale, sign
-    included, among those that the format can store by the squared error weighted with the inputs' second moments;
-    ``gptq`` keeps the scales of ``wmse`` and compensates each column's error in the later ones, largest moment first.
+    Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``wmse`` chooses
+    each block's scale, sign included, among those that the format can store by the squared error weighted with the
+    inputs' second moments; ``gptq`` keeps the scales of ``wmse`` and compensates each column's error in the later ones,
+    largest moment first.
 
     The format is the same for all, that of bitsandbytes' checkpoints. On CPU the bytes do not depend on the number of
     threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
@@ -117,14 +117,11 @@ def quantize_calibrated(
 
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
-    moments = measure if hessian is None else torch.diagonal(hessian)
-    used, metric = None, None if method == "rtn_signed" else moments  # in which the method is to be better than rtn
-    if metric is None or moments is None:
-        result = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form, (1.0,))
-    elif not bool((moments > 0).any()):
+    metric = measure if hessian is None else torch.diagonal(hessian)  # in which the method is to be better than rtn
+    assert metric is not None  # as _check made sure
+    if not bool((metric > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
-    else:
-        result = _searched(weight, _near_one(moments), form)
+    result, used = _searched(weight, _near_one(metric), form), None
     if method == "gptq" and hessian is not None:
         found = feedback_factor(hessian, damping)
         if found is None:
@@ -219,27 +216,22 @@ def _search(
     return found
 
 
-def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form, shares: tuple[float, ...]) -> QuantizedWeight:
-    """The scale of each block is the best of these shares of its largest magnitude, of either sign."""
+def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
+    """The scales of the least weighted error among those that the format can store."""
     quant_type, block_size, double_quant = form
+    shares = COARSE_SHARES if double_quant else SHARES  # of a block's largest magnitude, in NF4 of either sign
     plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
     table = torch.tensor([*shares, *(-share for share in shares)] if quant_type == "nf4" else shares)
     whole = torch.full_like(plain.absmax, shares.index(1.0), dtype=torch.uint8)
     nothing = plain.absmax.new_zeros(())
     packed, chosen = _search(weight, moment, form, table, plain.absmax, nothing, whole, 1)
-    signed = _replaced(plain, packed, table.to(weight.device)[chosen.long()] * plain.absmax)
-    if double_quant:
-        signed.absmax, signed.nested_absmax, signed.nested_offset = reference.quantize_scales(signed.absmax)
-    return signed
-
-
-def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
-    """The scales of the least weighted error among those that the format can store."""
-    signed = _signed(weight, moment, form, COARSE_SHARES if form[2] else SHARES)
-    if signed.nested_absmax is None or signed.nested_offset is None:
-        return signed
-    place = signed.nested_absmax, signed.nested_offset, signed.absmax, reference.NESTED_BLOCK
-    return _replaced(signed, *_search(weight, moment, form, _native.nested_code(), *place))
+    result = _replaced(plain, packed, table.to(weight.device)[chosen.long()] * plain.absmax)
+    if not double_quant:
+        return result
+    codes, nested_absmax, nested_offset = reference.quantize_scales(result.absmax)
+    result.nested_absmax, result.nested_offset = nested_absmax, nested_offset
+    place = nested_absmax, nested_offset, codes, reference.NESTED_BLOCK
+    return _replaced(result, *_search(weight, moment, form, _native.nested_code(), *place))
 
 
 def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor) -> QuantizedWeight:

@@ -123,7 +123,7 @@ class Statistics:
         elif len(known) > 1 or self.of[keys[0]].sharers != len(keys):
             raise UserError(
                 f"{keys[0][0]}: its input is another weight's too for some texts and not for others, so this model "
-                "cannot be calibrated; load it with method 'rtn' or 'rtn_signed'."
+                "cannot be calibrated; load it with method 'rtn'."
             )
         return self.of[keys[0]]
 

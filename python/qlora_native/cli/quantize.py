@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dtype = "of what stays unquantized, and of the decoded weights (default: bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
-    add("--method", choices=("rtn", "rtn_signed", "wmse", "gptq"), help=method)
+    add("--method", choices=("rtn", "wmse", "gptq"), help=method)
     add("--calibration", metavar="FILE", help="text for wmse and gptq: a file that qlora train reads (.jsonl, ...)")
     add("--calibration-format", metavar="NAME", help="of its rows, such as text or messages (default: detected)")
     add("--calibration-rows", type=int, metavar="N", help="sequences taken of it (default: 16 for wmse, 128 for gptq)")
