@@ -201,7 +201,7 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:
-        lines.append(f"There is no formula for all that {kind} keeps: the activations are more than that.")
+        lines.append(f"Not all that {kind} keeps could be counted: the activations are more than that.")
     if card is None:
         return lines
     needed = estimate.total + estimate.reserve

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from qlora_native import _C, _native
 from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
-from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_layers, head_shape, norm_bytes, norms_of
+from qlora_native.estimate.activations import LayerBytes, decoder_layers, head_shape, layer_bytes, norm_bytes, norms_of
 from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.hf.build import four_bit_parts
 from qlora_native.hf.load import LoadReport
@@ -66,7 +66,7 @@ class Estimate:
     moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step", "shipping"
     paged: int  # bytes of optimizer states in a page file or in the host's memory
     graphs: int  # bytes of a card that only the passes in CUDA graphs can use: what the largest of them takes
-    is_rough: tuple[str, ...]  # classes of layers that keep more than the formulas count
+    is_rough: tuple[str, ...]  # classes of layers that keep more than is counted
 
     @property
     def moment(self) -> str:
@@ -136,7 +136,8 @@ class Estimator:
         layers = decoder_layers(self.model)
         inside = tuple(path + "." for path, _ in layers)
         self.modules = [layer for _, layer in layers]
-        self.norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
+        norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
+        self.norm_bytes = sum(norm_bytes(norm, setting) for norm in norms)  # kept for a token, outside of the layers
         # Whether the config names an operation between the output embedding and the logits.
         scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
         self.changes_logits = scaled or getattr(self.model.get_output_embeddings(), "bias", None) is not None
@@ -165,7 +166,7 @@ class Estimator:
         window = getattr(self.config, "sliding_window", None)
         beyond = isinstance(window, int) and setting.length > window
         if beyond not in self._layers:
-            self._layers[beyond] = [DecoderLayer(layer, self.model, setting).bytes() for layer in self.modules]
+            self._layers[beyond] = layer_bytes(self.model, setting)
         return self._layers[beyond]
 
 
@@ -214,7 +215,7 @@ class _Sum:
         if self.setting.device == "cpu":
             slack = len(self.layers) * LAYER_SLACK
             moments = {name: replace(terms, slack=slack) for name, terms in moments.items()}
-        unknown = tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
+        unknown = tuple(dict.fromkeys(layer.unknown for layer in self.layers if layer.unknown))
         rough = unknown if self.layers else (type(self.estimator.model).__name__,)
         return Estimate(self.setting, moments, paged, graphs, rough)
 
@@ -262,7 +263,7 @@ class _Sum:
         """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
         changes them afterwards."""
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
-        states = round(self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms))
+        states = round(self.tokens * self.estimator.norm_bytes)
         states += 2 * self.tokens * hidden * self.size
         if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
