@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from qlora_native.cli import bench, contests, main
+from qlora_native.cli import bench, main
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library
 
 
@@ -22,16 +22,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_measured_and_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--shape", "8", "256", "128", "--rounds", "2", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["op"] for row in rows] == list(bench.OPS) == list(contests.CONTESTS)
+    assert [row["op"] for row in rows] == list(bench.CONTESTS)
     for row in rows:
         assert row["match"], row
-        assert row["m"] == (None if row["op"] in contests.WITHOUT_TOKENS else 8) and (row["n"], row["k"]) == (256, 128)
+        assert row["m"] == (None if row["op"] in bench.WITHOUT_TOKENS else 8) and (row["n"], row["k"]) == (256, 128)
         low, high = row["quartiles"]
         assert 0 < low <= row["times_as_fast"] <= high and row["ours_ms"] > 0 and row["torch_ms"] > 0
 
 
 def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(contests, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
+    monkeypatch.setattr(bench, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
     assert main.main(["bench", "linear_4bit", "--shape", "2", "64", "64", "--rounds", "1"]) == 0
     assert "NO MATCH: relative error 1" in capsys.readouterr().out
 
@@ -46,10 +46,10 @@ def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len({row.index("(") for row in rows}) == 1  # a table
 
 
-def test_the_rival_has_the_bits_of_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    for dtype, bits in (("float32", "32-bit"), ("bfloat16", "16-bit")):
-        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype, "--json"]) == 0
-        assert bits in json.loads(capsys.readouterr().out)["torch_is"]
+def test_the_rival_has_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype]) == 0
+        assert f"dequantize_4bit, against a copy in {dtype}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

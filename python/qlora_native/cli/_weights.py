@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import user_path
-from qlora_native.cases import BLOCK_SIZES
 from qlora_native.cli._run import parse_size, require
 from qlora_native.errors import UserError
+from qlora_native.reference import BLOCK_SIZES
 from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
