@@ -19,10 +19,9 @@ import yaml
 from adapters import make_adapter
 
 import qlora_native as qn
-from qlora_native.cli import demo, doctor, main
+from qlora_native.cli import demo, doctor, main, standard_library
 from qlora_native.cli._run import DISTRIBUTIONS
 from qlora_native.cli.main import COMMANDS
-from qlora_native.data import standard_library
 
 # Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES = {

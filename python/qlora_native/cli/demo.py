@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"qlora demo: --steps is {steps}: expected 1 or more")
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
-    from qlora_native.data.standard_library import write_split
+    from qlora_native.cli.standard_library import write_split
     from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer

@@ -17,14 +17,13 @@ never the first token of a row: it has no context, and in packed rows it would b
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_native.data._limits import bound_operators, bounded_memory, bounded_time
 from qlora_native.data.formats import Message, Row
 from qlora_native.errors import UserError
 
@@ -48,53 +47,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-# That the process may compute for a row, and for each of its texts: templates are programs, and can loop.
-MOST_SECONDS, TEXT_SECONDS = 60.0, 5.0
-
-
-class _TimeIsUp(BaseException):  # which no template can catch
-    pass
-
-
-@contextmanager
-def _limited(where: str) -> Iterator[None]:
-    """UserError if what is inside takes too long; no limit outside the main thread, where there are no timers."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
-    try:
-        yield
-    except _TimeIsUp:
-        raise UserError(
-            f"{where}: the chat template took over {TEXT_SECONDS:g} s of computing time for one text, or over "
-            f"{MOST_SECONDS:g} s for one conversation: expected a template that ends, and fewer messages in a row."
-        ) from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@contextmanager
-def _limited_text() -> Iterator[None]:
-    """For one rendering the limit that is nearer."""
-    left = signal.getitimer(signal.ITIMER_VIRTUAL)[0] if hasattr(signal, "getitimer") else 0.0
-    if left <= TEXT_SECONDS or threading.current_thread() is not threading.main_thread():  # 0: not limited
-        yield
-        return
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEXT_SECONDS)
-    try:
-        yield
-    finally:
-        spent = TEXT_SECONDS - signal.getitimer(signal.ITIMER_VIRTUAL)[0]
-        signal.setitimer(signal.ITIMER_VIRTUAL, left - spent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +96,7 @@ class ChatEncoder:
     def encode(self, row: Row) -> Encoded:
         """Token ids and labels; UserError if the template refuses the row, or an answer is not found in its text."""
         self._tools = list(row.tools) or None
-        with _limited(row.where):
+        with bounded_time(row.where):
             ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
         if self.train_on == "all":
             trained = [True] * len(ids)
@@ -157,7 +109,7 @@ class ChatEncoder:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the header of the answer that is to be generated."""
         self._tools = None
-        with _limited("the conversation"):
+        with bounded_time("the conversation"):
             _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenize(text)[0]
 
@@ -316,15 +268,12 @@ class ChatEncoder:
 
     def _apply_template(self, messages: Sequence[Message], **options: bool) -> Any:
         template = {"tools": self._tools, "chat_template": self.chat_template}
-        from qlora_native.data._sandbox import bound_operators, bounded_memory
-
         bound_operators()
         with bounded_memory():
             return self.tokenizer.apply_chat_template(list(messages), **template, **options)
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:
-        with _limited_text():
-            return str(self._apply_template(messages, tokenize=False, **options))
+        return str(self._apply_template(messages, tokenize=False, **options))
 
     def _try_render(self, messages: Sequence[Message], **options: bool) -> str | None:
         try:
