@@ -53,7 +53,7 @@ examples:
 def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.data.template import check_vocabulary
-    from qlora_native.export import check
+    from qlora_native.evaluate import check
     from qlora_native.hf.load import layer_progress
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer

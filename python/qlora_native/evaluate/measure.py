@@ -92,7 +92,7 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Reference:
     """A reference's scores on a text, and the inputs of its output embedding; for a model that changes its logits after
     that product, the logits themselves."""
 
@@ -103,8 +103,8 @@ class Kept:
 
 @torch.no_grad()
 def measure(
-    model: Any, rows: Rows, pad_id: int, *, against: Kept | None = None, keep_in: Path | None = None
-) -> tuple[Scores, Kept | None]:
+    model: Any, rows: Rows, pad_id: int, *, against: Reference | None = None, keep_in: Path | None = None
+) -> tuple[Scores, Reference | None]:
     """One pass of a causal LM over ``rows``, with dropout off; afterwards it is in the mode it was in.
 
     Args:
@@ -123,8 +123,8 @@ def measure(
 
 
 def _measure(
-    model: Any, rows: Rows, pad_id: int, against: Kept | None, keep_in: Path | None
-) -> tuple[Scores, Kept | None]:
+    model: Any, rows: Rows, pad_id: int, against: Reference | None, keep_in: Path | None
+) -> tuple[Scores, Reference | None]:
     sums = torch.zeros(3 if against is None else 5, len(rows), dtype=torch.float64)
     plain: bool | None = None
     head = kept = None
@@ -161,7 +161,7 @@ def _measure(
                 total.index_add_(0, row_of[part], value.double().cpu())
         done += len(states)
     scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
-    return scores, None if kept is None else Kept(scores, kept, head)
+    return scores, None if kept is None else Reference(scores, kept, head)
 
 
 def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
