@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlora_native as qn
 from qlora_native._io import atomic_folder
 from qlora_native.cli import main
+from qlora_native.evaluate import check
 from qlora_native.evaluate.measure import measure
 from qlora_native.evaluate.texts import load_text
-from qlora_native.evaluate import check
 from qlora_native.hf import convert
 from qlora_native.hf.checkpoint import Checkpoint
 from qlora_native.hf.load import load_dense

@@ -52,10 +52,12 @@ class State(dict[str, Any]):
     """
 
     def __missing__(self, key: str) -> Any:
-        kind, name = key[:-1], MOMENTS.get(key[-1:], "")
+        kind = key[:-1]
+        name = MOMENTS.get(key[-1:], "")
         if name in self:
             value: Tensor = self[name]
-            is_coded, signed = f"{name}_absmax" in self, value.dtype == torch.int8
+            is_coded = f"{name}_absmax" in self
+            signed = value.dtype == torch.int8
             if kind == "state":
                 return value.view(torch.uint8) if signed else value
             if kind == "absmax" and is_coded:
@@ -97,7 +99,8 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
         if value.dtype != torch.uint8:
             result[name] = value
             continue
-        absmax, qmap = state.get(f"absmax{number}"), state.get(f"qmap{number}")
+        absmax = state.get(f"absmax{number}")
+        qmap = state.get(f"qmap{number}")
         if absmax is None or qmap is None:
             raise ValueError(f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it.")
         signed = name == "exp_avg"

@@ -67,12 +67,14 @@ def adapted_codes(
     n, k = weight.shape
     found = feedback_factor(hessian, DAMPING)
     if found is None:
-        hessian, correction = torch.eye(k, device=weight.device), None
+        hessian = torch.eye(k, device=weight.device)
+        correction = None
         found = hessian, torch.arange(k, device=weight.device), 0.0
     factor, order, _ = found
 
     def parts_of(part: QuantizedWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        base, change = part.dequantize(torch.float32), scale * b[rows] @ a
+        base = part.dequantize(torch.float32)
+        change = scale * b[rows] @ a
         return base if correction is None else base.addmm(base + change, correction), change
 
     rows = sampled_rows(n, k) if k % weight.block_size == 0 else torch.arange(n)
@@ -86,7 +88,8 @@ def adapted_codes(
         got = sample._with(sample.op_args()._replace(packed=packed))
         return float(((got.dequantize(torch.float32) - base) * pull).sum(dtype=torch.float64)) >= wanted
 
-    gain, done = least_gain(is_reached), 0
+    gain = least_gain(is_reached)
+    done = 0
     packed = torch.empty_like(weight.packed).view(-1)
     step = max(1, ELEMENTS // max(1, weight.block_size * k)) * weight.block_size  # rows that end where a block does
     for first in range(0, n, step):
@@ -121,7 +124,8 @@ def least_gain(is_reached: Callable[[float], bool]) -> float:
 def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     """These rows as a weight of their own; if rows are no whole blocks, all of them."""
     arguments, (n, k) = weight.op_args(), weight.shape
-    packed, scales = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed, weight.absmax
+    packed = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed
+    scales = weight.absmax
     if not weight.is_gguf:
         scales = weight.scales() if len(rows) == n else weight.scales().view(n, -1)[rows].flatten()
     return weight._with(
@@ -158,8 +162,11 @@ def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Te
 
 def _codes(target: Tensor, scales: Tensor, levels: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     """Numbers of levels, uint8 [n, K], for ``target`` and the ``scales`` of its elements, fp32 [n, K]."""
-    weight, scales, levels = target.t()[order], scales.t()[order], levels.to(target.device)
-    inverse, target = reference.reciprocals(scales), weight.clone()
+    weight = target.t()[order]
+    scales = scales.t()[order]
+    levels = levels.to(target.device)
+    inverse = reference.reciprocals(scales)
+    target = weight.clone()
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     for begin in range(0, len(target), COLUMNS):
         end = min(begin + COLUMNS, len(target))

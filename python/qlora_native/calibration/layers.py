@@ -72,7 +72,8 @@ class LayerCalls:
     """The arguments of each layer of a model, which must be the same for every sequence."""
 
     def __init__(self, model: Any, layers: nn.ModuleList) -> None:
-        self._model, self._layers = model, layers
+        self._model = model
+        self._layers = layers
         self._calls: list[LayerCall] = []
 
     def __getitem__(self, index: int) -> LayerCall:
@@ -227,8 +228,10 @@ class FinishedLayers:
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self.folder, self.changed = folder, []
-        run, earlier = json.loads(json.dumps({**run, "format": LAYER_FORMAT})), {}
+        self.folder = folder
+        self.changed = []
+        run = json.loads(json.dumps({**run, "format": LAYER_FORMAT}))
+        earlier = {}
         with suppress(OSError, ValueError):
             earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if earlier != run:

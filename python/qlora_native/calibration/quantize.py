@@ -17,7 +17,8 @@ from qlora_native.weight import METHODS, QuantizedWeight, quant_type_number, qua
 
 # Scales are searched between these shares of a block's largest magnitude: below 1 large elements are clipped, above 1
 # the largest comes to lie at an inner level. Trying all 256 stored scales gained 0.1 % at most (SmolLM2-135M).
-SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
+SEARCH_LOW = 0.375
+SEARCH_HIGH = 2.0
 # The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser ones that span the range of
 # the double quantization, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
@@ -121,7 +122,8 @@ def quantize_calibrated(
     assert metric is not None  # as _check made sure
     if not bool((metric > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
-    result, used = _searched(weight, _near_one(metric), form), None
+    result = _searched(weight, _near_one(metric), form)
+    used = None
     if method == "gptq" and hessian is not None:
         found = feedback_factor(hessian, damping)
         if found is None:
@@ -129,7 +131,8 @@ def quantize_calibrated(
         factor, order, used = found
         number = quant_type_number(quant_type)
         packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
-        result, metric = _replaced(result, packed, result.absmax), hessian
+        result = _replaced(result, packed, result.absmax)
+        metric = hessian
     error = weighted_error(weight, result, metric)
     of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error <= of_rtn:  # NaN too, where the errors overflow
@@ -142,7 +145,9 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     """Squared error of a quantized matrix [N, K], summed in fp64: plain (``measure`` is None), or weighted with the
     second moments [K] or the hessian [K, K] of the inputs."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    block, width, count = result.block_size, max(weight.shape[1], 1), len(weight)
+    block = result.block_size
+    width = max(weight.shape[1], 1)
+    count = len(weight)
     metric = None if measure is None else measure.float()
     aligned = block // math.gcd(block, width)  # rows that fill whole blocks
     rows = aligned * max(1, ERROR_PART // (width * aligned))
@@ -192,7 +197,8 @@ def _check(
             at = int((diagonal < 0).nonzero()[0])
             raise error(f"the second moment of channel {at} is {float(diagonal[at])}: expected 0 or more")
         if tensor.dim() == 2 and k:
-            apart, largest = float((tensor - tensor.t()).abs().max()), float(diagonal.max())
+            apart = float((tensor - tensor.t()).abs().max())
+            largest = float(diagonal.max())
             if apart > 1e-3 * largest:
                 raise error(
                     f"the hessian differs from its transpose by {apart:.3g}, its largest diagonal element is "

@@ -84,7 +84,8 @@ class Statistics:
     """
 
     def __init__(self, full: bool, length: int | None = None) -> None:
-        self.full, self.length = full, length
+        self.full = full
+        self.length = length
         self.of: dict[Key, Statistic] = {}
 
     def groups(self) -> list[tuple[Statistic, list[Key]]]:
@@ -137,7 +138,8 @@ class InputTaps:
     @contextmanager
     def on(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
         """While entered, record the inputs of the parameters ``names`` of ``layer``, which start with ``prefix``."""
-        handles, experts = [], set()
+        handles = []
+        experts = set()
         for name in names:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")
             module = layer.get_submodule(path)

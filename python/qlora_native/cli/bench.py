@@ -148,7 +148,8 @@ def lora_linear_4bit(by: Operands) -> Contest:
     """A layer with an adapter, forward and backward."""
     weight = quantize(by.randn(by.n, by.k) / by.k**0.5)
     dense = weight.dequantize(by.dtype)
-    x, grad = by.randn(by.m, by.k, requires_grad=True), by.randn(by.m, by.n)
+    x = by.randn(by.m, by.k, requires_grad=True)
+    grad = by.randn(by.m, by.n)
     a = (by.randn(RANK, by.k, dtype=torch.float32) / by.k**0.5).requires_grad_()
     b = by.randn(by.n, RANK, dtype=torch.float32).mul_(0.1).requires_grad_()
 
@@ -173,13 +174,15 @@ def quantize_4bit(by: Operands) -> Contest:
 def dequantize_4bit(by: Operands) -> Contest:
     """4 bits to floating point."""
     dense = by.randn(by.n, by.k)
-    weight, out = quantize(dense), torch.empty_like(dense)
+    weight = quantize(dense)
+    out = torch.empty_like(dense)
     return Contest(lambda: weight.dequantize(by.dtype, out=out), dense.clone, "a copy", LEVELS)
 
 
 def cross_entropy(by: Operands) -> Contest:
     """The loss of m tokens over a vocabulary of n, forward and backward."""
-    weight, h = by.randn(by.n, by.k) / by.k**0.5, by.randn(by.m, by.k, requires_grad=True)
+    weight = by.randn(by.n, by.k) / by.k**0.5
+    h = by.randn(by.m, by.k, requires_grad=True)
     labels = torch.randint(by.n, (by.m,), device=by.device)
     return Contest(
         lambda: _backward(linear_cross_entropy(h, weight, labels), None, h),
@@ -221,7 +224,8 @@ WITHOUT_TOKENS = ("quantize_4bit", "dequantize_4bit", "adamw_step")  # once a we
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add, ops = parser.add_argument, list(CONTESTS)
+    add = parser.add_argument
+    ops = list(CONTESTS)
     add("op", metavar="OP", nargs="?", choices=ops, help=f"one of {', '.join(ops)} (default: all)")
     add("--model", metavar="MODEL", help="take the shapes of its linear layers; no weight is read")
     add("--shape", nargs=3, type=int, metavar=("M", "N", "K"), help="M tokens, N outputs, K inputs")
@@ -272,7 +276,8 @@ def measured(contest: Contest, rounds: int, device: torch.device) -> dict[str, A
             torch.cuda.synchronize(device)
         return result
 
-    got, expected = contest.ours(), contest.torch()
+    got = contest.ours()
+    expected = contest.torch()
     if isinstance(got, QuantizedWeight):
         got = got.dequantize(expected.dtype)
     error = relative_error(got.detach(), expected.detach())

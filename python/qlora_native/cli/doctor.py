@@ -50,7 +50,9 @@ examples:
 
 def examine() -> dict[str, Any]:
     """Everything the command prints, as JSON values."""
-    build, devices, versions = build_info(), _cuda_devices(), dict[str, str]()
+    build = build_info()
+    devices = _cuda_devices()
+    versions = dict[str, str]()
     for name in VERSIONS.split():
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -170,7 +172,8 @@ def _paging_in_words(report: dict[str, Any]) -> str:
         kind = report["file_system"] or "unknown file system"
         words = f"possible in {report['folder']} ({kind}, {report['free_bytes'] / 2**30:.1f} GiB free)"
     if memory is not None:
-        free, limit = memory["free_bytes"] / 2**30, memory["bytes"] / 2**30
+        free = memory["free_bytes"] / 2**30
+        limit = memory["bytes"] / 2**30
         words += f"; {free:.1f} of {limit:.1f} GiB free by {memory['limit']}"
     return words
 

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
 
-    source, adapter, out = args.model, args.adapter, args.out
+    source = args.model
+    adapter = args.adapter
+    out = args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
@@ -148,7 +150,8 @@ def write_calibrated(
     from qlora_native.hf.merge import Merging
     from qlora_native.hf.source import load_tokenizer
 
-    out, tokenizer = args.out, load_tokenizer(str(args.model), args.adapter)
+    out = args.out
+    tokenizer = load_tokenizer(str(args.model), args.adapter)
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
     options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}

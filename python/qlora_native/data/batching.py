@@ -90,7 +90,10 @@ class Sampler(ABC, Generic[Item]):
         for name, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
-        self.batch_size, self.seed, self.epoch, self.batch = batch_size, seed, epoch, 0
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.batch = 0
         self._settings = settings
         self._order: tuple[int, list[list[Item]]] | None = None
 
@@ -120,7 +123,8 @@ class Sampler(ABC, Generic[Item]):
 
     def steps(self, epochs: float) -> int:
         """Batches in so many epochs; a part of one is rounded up."""
-        whole, rest = int(epochs), epochs % 1
+        whole = int(epochs)
+        rest = epochs % 1
         # 2.1 - 2 is a little more than 0.1, which must not make a step.
         last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
         return sum(self.count(epoch) for epoch in range(whole)) + last
@@ -139,7 +143,8 @@ class Sampler(ABC, Generic[Item]):
         items = self.batches(self.epoch)[self.batch]
         self.batch += 1
         if self.batch == self.count(self.epoch):
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch = self.epoch + 1
+            self.batch = 0
         return list(items)
 
     def state_dict(self) -> dict[str, int]:
@@ -178,7 +183,8 @@ class Sampler(ABC, Generic[Item]):
                 f"load_state_dict: position is epoch {state['epoch']}, batch {state['batch']}, "
                 f"expected an epoch from 0 and a batch below {self.count(max(0, state['epoch']))}"
             )
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.epoch = state["epoch"]
+        self.batch = state["batch"]
 
 
 def _not_resumed(why: str) -> UserError:
@@ -256,7 +262,8 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int, window_rows: int
                 raise ValueError(f"row {row} has {length} tokens, more than the {capacity} of a sequence")
             at = bisect_left(rooms, (length, -1))
             if at == len(rooms):
-                room, sequence = capacity, len(sequences)
+                room = capacity
+                sequence = len(sequences)
                 sequences.append([])
             else:
                 room, sequence = rooms.pop(at)
@@ -316,7 +323,8 @@ def _lay_out(
     for index, rows in enumerate(sequences):
         start = 0
         for row in rows:
-            length, end = len(row["input_ids"]), start + len(row["input_ids"])
+            length = len(row["input_ids"])
+            end = start + len(row["input_ids"])
             if len(row["labels"]) != length:
                 raise ValueError(f"collate: row {index} has {length} input_ids but {len(row['labels'])} labels")
             input_ids[index, start:end] = row["input_ids"]

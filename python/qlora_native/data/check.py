@@ -38,7 +38,8 @@ def iter_findings(
         rows: what is trained; ``held_out``: what is evaluated.
         positions, embeddings: the longest sequence of the model and its number of tokens, where they are known.
     """
-    stats, encoder = rows.stats, ChatEncoder(tokenizer)
+    stats = rows.stats
+    encoder = ChatEncoder(tokenizer)
     places = np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(np.int64)
     sample = [rows[int(at)] for at in places]
     whole = [row for row, at in zip(sample, places, strict=True) if not rows.truncated[at]]

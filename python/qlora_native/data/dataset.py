@@ -169,11 +169,17 @@ def load_dataset(
         raise ValueError(f"format is {format!r}, expected None or one of {', '.join(FORMATS)}")
     encoder = ChatEncoder(tokenizer, max_length=max_length, train_on=train_on)
     paths = [path] if isinstance(path, (str, Path)) else list(path)
-    where, formats = " + ".join(map(str, paths)), dict[str, None]()
+    where = " + ".join(map(str, paths))
+    formats = dict[str, None]()
 
     ids, labels = (_TokenArray(Path(folder or tempfile.gettempdir())) for _ in range(2))
-    lengths, lines, dropped = array("q"), array("q"), array("q")
-    trained, truncated, too_long, files = array("i"), bytearray(), bytearray(), array("h")
+    lengths = array("q")
+    lines = array("q")
+    dropped = array("q")
+    trained = array("i")
+    truncated = bytearray()
+    too_long = bytearray()
+    files = array("h")
     with_messages = False
     for number, each in enumerate(paths):
         rows = read_rows(each, limit=limit, columns=columns)

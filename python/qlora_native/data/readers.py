@@ -159,7 +159,8 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            why, column = getattr(error, "msg", str(error)), getattr(error, "colno", 1)
+            why = getattr(error, "msg", str(error))
+            column = getattr(error, "colno", 1)
             hint = "write one whole JSON object per line"
             if text in ("{", "["):
                 hint = f"an object may not span lines: {hint}, or one array of objects"
@@ -170,11 +171,13 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
 def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
     """The elements of the array one by one; the line of an element is that of its first character."""
     decoder = json.JSONDecoder()
-    line, counted = 1, 0
+    line = 1
+    counted = 0
 
     def line_of(at: int) -> int:
         nonlocal line, counted
-        line, counted = line + text.count("\n", counted, at), at
+        line = line + text.count("\n", counted, at)
+        counted = at
         return line
 
     def skip_space(at: int) -> int:

@@ -124,7 +124,8 @@ class ChatEncoder:
         text = context + (row.completion if row.completion is not None else row.text or "")
         ids, trained = self._mask(text, [(len(context), len(text))])
         if ids[: len(self._lead)] != self._lead:
-            ids, trained = [*self._lead, *ids], [row.prompt is None] * len(self._lead) + trained
+            ids = [*self._lead, *ids]
+            trained = [row.prompt is None] * len(self._lead) + trained
         return self._with_eos(ids, trained)
 
     def _with_eos(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
@@ -216,11 +217,13 @@ class ChatEncoder:
         if self.train_on == "all":
             return (ids, trained) if not ends_in_answer or self.ends_turn(ids, 0) else self._with_eos(ids, trained)
         trained = list(trained)
-        start, end = 0, 0
+        start = 0
+        end = 0
         for at in range(len(ids)):
             if not trained[at]:
                 continue
-            start, end = (start if at == end else at), at + 1
+            start = start if at == end else at
+            end = at + 1
             if (end < len(ids) and trained[end]) or self.ends_turn(ids[:end], start):
                 continue
             stop = end
@@ -293,9 +296,11 @@ class ChatEncoder:
         trained = [False] * len(ids)
         if offsets is None:
             return self._mask_slow(text, spans, ids)
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        starts = [start for start, _ in offsets]
+        ends = [end for _, end in offsets]
         for span_start, span_end in spans:
-            first, stop = 0, len(ids)
+            first = 0
+            stop = len(ids)
             if span_start > 0:
                 first = bisect_right(ends, span_start)
                 if first == len(ids) or starts[first] != span_start:
@@ -321,7 +326,9 @@ class ChatEncoder:
             trained[first:stop] = [True] * (stop - first)
         else:
             return ids, trained
-        ids, trained, done = [], [], 0
+        ids = []
+        trained = []
+        done = 0
         for start, end in [*spans, (len(text), len(text))]:
             for piece, keep in ((text[done:start], False), (text[start:end], True)):
                 piece_ids = self._tokenize(piece)[0] if piece else []

@@ -95,18 +95,25 @@ def norm_bytes(norm: Any, setting: Setting) -> int:
 def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
     """Of each decoder layer of a model with adapters, on the meta device."""
     twin = _Twin(model, setting)
-    config, size, hidden = twin.config, setting.dtype.itemsize, twin.config.hidden_size
+    config = twin.config
+    size = setting.dtype.itemsize
+    hidden = twin.config.hidden_size
     step = getattr(config, "chunk_size", None) or TOKENS  # mixers with a state compute whole chunks
     steps = (1, 2, 3)
     if twin.window is not None and setting.length > twin.window:  # attention in longer rows is masked
-        step, steps = twin.window, (2, 3, 4)
+        step = twin.window
+        steps = (2, 3, 4)
     elif twin.window is not None:
         step = max(1, min(step, twin.window // 3))
     runs = [twin.run(step * count) for count in steps]
     found = []
     for kind, (_, layer) in zip(twin.kinds, decoder_layers(model), strict=True):
         modules = list(layer.modules())
-        token, square, first, shared, unknown = 0.0, 0.0, 0.0, 0, ""
+        token = 0.0
+        square = 0.0
+        first = 0.0
+        shared = 0
+        unknown = ""
         if all(kind in run for run in runs):
             low, middle, high = (run[kind] for run in runs)
             square = (high.total - 2 * middle.total + low.total) / (2 * step**2)
@@ -232,7 +239,8 @@ def _is_experts(module: nn.Module) -> bool:
 def _as_loaded(module: nn.Module, setting: Setting) -> nn.Module:
     """A copy with the native parts that loading gives a module; they are found by computing, with small linear layers
     in place of its own."""
-    small, result = copy.deepcopy(module), copy.deepcopy(module)
+    small = copy.deepcopy(module)
+    result = copy.deepcopy(module)
     for path, part in module.named_modules():
         if isinstance(part, (nn.Linear, LoRALinear)) and "base_layer" not in path:
             sizes = (8, 16) if part.out_features > part.in_features else (16, 8)
@@ -263,7 +271,8 @@ class _AsOnCuda(TorchFunctionMode):
         if function is nn.functional.dropout:
             return _boolean_dropout(*args, **kwargs)
         if function is nn.functional.scaled_dot_product_attention:
-            args, kwargs = [operand.to(self.dtype) for operand in args], {**kwargs, "dropout_p": 0.0}
+            args = [operand.to(self.dtype) for operand in args]
+            kwargs = {**kwargs, "dropout_p": 0.0}
         return function(*args, **kwargs)
 
 

@@ -129,7 +129,8 @@ class Estimator:
         embeddings = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         trains_in, trains_out = (part in whole.values() for part in embeddings)
         numel = self.config.vocab_size * self.config.hidden_size
-        self.whole_in, self.whole_out = trains_in * numel, trains_out * numel
+        self.whole_in = trains_in * numel
+        self.whole_out = trains_out * numel
         four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
         self.shapes = {(weight.shape[-2], weight.shape[-1]) for weight in four_bit}
@@ -174,14 +175,19 @@ class _Sum:
     """The terms of one setting."""
 
     def __init__(self, estimator: Estimator, setting: Setting) -> None:
-        self.estimator, self.setting, self.config = estimator, setting, estimator.config
-        self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
+        self.estimator = estimator
+        self.setting = setting
+        self.config = estimator.config
+        self.tokens = setting.batch_size * setting.length
+        self.size = setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
         self.layers = estimator.layers(setting)
 
     def estimate(self) -> Estimate:
-        adapters, packed = self.estimator.adapters, self.estimator.packed
-        in_memory, paged = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained), 0
+        adapters = self.estimator.adapters
+        packed = self.estimator.packed
+        in_memory = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
+        paged = 0
         if self.setting.paged is True:
             in_memory, paged = min(in_memory, self.setting.page_budget or 0), in_memory
             in_memory = in_memory if self.setting.device == "cuda" else 0
@@ -244,7 +250,9 @@ class _Sum:
     def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
         gradients and the adapters' gradients of the layers behind are the most."""
-        best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
+        best = Terms()
+        so_far = 0.0
+        behind = sum(layer.gradients for layer in self.layers)
         for number, layer in enumerate(self.layers):
             own = self._of(layer) - (self.tokens * layer.first if number == 0 else 0)
             so_far += self.tokens * layer.input if self.setting.checkpointing else own
@@ -262,7 +270,8 @@ class _Sum:
     def _loss(self) -> int:
         """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
         changes them afterwards."""
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        hidden = self.config.hidden_size
+        vocabulary = self.config.vocab_size
         states = round(self.tokens * self.estimator.norm_bytes)
         states += 2 * self.tokens * hidden * self.size
         if self.estimator.changes_logits:
@@ -294,7 +303,8 @@ class _Sum:
         attention = 0  # of torch's, which takes other heads
         if is_native(q):
             attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        hidden = self.config.hidden_size
+        vocabulary = self.config.vocab_size
         chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
         tokens = min(self.tokens, 1 << 20)  # more take no more
         products = [(tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]

@@ -22,9 +22,11 @@ from qlora_native.lora import load_adapter
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
 
-SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
+SAMPLE_ROWS = 4
+SAMPLE_TOKENS = 128
 AS_TRAINED = 0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5
-HELD_OUT_ROWS, HELD_OUT_TOKENS = 64, 512
+HELD_OUT_ROWS = 64
+HELD_OUT_TOKENS = 512
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and the dog, which has seen this before, sleeps on.",
     "Water boils at 100 degrees Celsius at sea level; on a mountain of 3000 metres it boils at about 90 degrees.",
@@ -94,7 +96,8 @@ def check_retention(work: Merging, trained: TrainedBase, folder: Path, sample: P
 
     assert work.adapter_folder is not None
     base: Any = load_model(trained.path, **trained.options)
-    before, adapted = scores(base), scores(load_adapter(base, work.adapter_folder))
+    before = scores(base)
+    adapted = scores(load_adapter(base, work.adapter_folder))
     del base
     return retention(before, adapted, scores((load_dense if work.target == "16bit" else load_model)(folder)))
 
@@ -118,8 +121,10 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
     """
     rows = []
     for x, y in zip(expected, got, strict=True):
-        x, y = x.double(), y.double()
-        p, q = x.log_softmax(-1), y.log_softmax(-1)
+        x = x.double()
+        y = y.double()
+        p = x.log_softmax(-1)
+        q = y.log_softmax(-1)
         same = (p.argmax(-1) == q.argmax(-1)).double()
         rows.append(torch.stack([(p.exp() * (p - q)).sum(-1), same, (y - x).square().sum(-1), x.square().sum(-1)]))
     kl, same, off, size = torch.cat(rows, 1)

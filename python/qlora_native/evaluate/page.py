@@ -20,7 +20,9 @@ CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning
 CURVES["tokens_per_second"] = "Tokens per second"
 LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
-MOST_DOTS, MOST_EVENTS, MOST_SAMPLES = 60, 100, 32
+MOST_DOTS = 60
+MOST_EVENTS = 100
+MOST_SAMPLES = 32
 MOST_TEXT, MOST_CONFIG = 600, 20_000  # characters: of five bytes each, as those that HTML escapes, it is below 1 MB
 # What matplotlib draws in these colors takes those of the page's variables, which a dark page changes.
 SOFT, LINE = "#667085", "#e3e6ec"  # of words, of the grid
@@ -33,7 +35,8 @@ class Curves:
     """The figures and the last answers of a ``metrics.jsonl`` that grows: :meth:`read` takes the lines that are new."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+        self._path = path
+        self._offset = 0
         self._columns = {key: (array("d"), array("d")) for key in (*CURVES, "tokens", "seconds")}
         self.samples: list[dict[str, str]] = []
 
@@ -92,9 +95,11 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
     keys = [key for key in CURVES if len(points[key][0])]
     try:
-        charts, why_no_charts = [_chart(key, points) for key in keys], ""
+        charts = [_chart(key, points) for key in keys]
+        why_no_charts = ""
     except ImportError:
-        charts, why_no_charts = [], "There are no charts: pip install matplotlib"
+        charts = []
+        why_no_charts = "There are no charts: pip install matplotlib"
     events.sort(key=lambda event: event[0])
     facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
     facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]

@@ -120,7 +120,8 @@ def plot(comparison: Comparison, path: Path) -> bool:
 
 
 def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[str]:
-    row, rows = comparison.text_row(variant, text), len(variant.texts[text].tokens)
+    row = comparison.text_row(variant, text)
+    rows = len(variant.texts[text].tokens)
     against = variant is not comparison.reference and comparison.reference is not None
     closes = against and variant is not comparison.baseline and row["closed"] is not None
     figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
@@ -132,7 +133,8 @@ def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[st
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
     """The value ± its error, with a ``scale`` of 100 as a percentage."""
-    value, error = row[key], row[f"{key}_error"]
+    value = row[key]
+    error = row[f"{key}_error"]
     if value is None:
         return ""
     digits, unit = (4, "") if scale == 1 else (1, " %")

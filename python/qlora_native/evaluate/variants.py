@@ -16,7 +16,11 @@ from qlora_native.hf.trained import TrainedBase
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
 
-REFERENCE, FOUR_BIT, KEPT, ADAPTED, SHIPPED = "16-bit", "4-bit", "as it is", " + adapter", "shipped"
+REFERENCE = "16-bit"
+FOUR_BIT = "4-bit"
+KEPT = "as it is"
+ADAPTED = " + adapter"
+SHIPPED = "shipped"
 
 
 def label_of(name: str, report: LoadReport) -> str:

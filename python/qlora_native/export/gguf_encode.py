@@ -28,7 +28,8 @@ def encode(rows: Tensor, kind: Kind) -> np.ndarray:
     """
     if kind not in _ENCODERS:
         return gguf.quants.quantize(rows.numpy(), kind)
-    encoder, number = _ENCODERS[kind], quant_type_number(kind.name.lower())
+    encoder = _ENCODERS[kind]
+    number = quant_type_number(kind.name.lower())
     parts = rows.reshape(-1, GGUF_BLOCKS[number][0]).split(_AT_A_TIME // GGUF_BLOCKS[number][0])
     return torch.cat([encoder(part, number) for part in parts]).view(len(rows), -1).numpy()
 
@@ -57,7 +58,8 @@ def _iq4_nl(x: Tensor, number: int) -> Tensor:
         return table.index_select(0, at.view(-1)).view(x.shape)
 
     largest = reciprocals(x.gather(1, x.abs().argmax(1, keepdim=True)))
-    least, best = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest)
     for start in (-127.0, -115.0, 113.0):
         inverse = start * largest
         for _ in range(2):
@@ -65,7 +67,8 @@ def _iq4_nl(x: Tensor, number: int) -> Tensor:
             scale = (_sum(x * level) * reciprocals(_sum(level * level))).half().float()
             inverse = reciprocals(scale)
         error = _sum((x - nearest(inverse, level_of) * scale).square())
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
     blocks = _header(len(x), best.half(), number=number)
     return gguf_blocks.with_codes(blocks, nearest(reciprocals(best), code_of.to(torch.uint8)), number)
 
@@ -79,16 +82,20 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
 
     low = x.amin(-1, keepdim=True).clamp(max=0)
     width = x.amax(-1, keepdim=True) - low
-    least, best, minima = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
+    least = torch.full_like(low, torch.inf)
+    best = torch.zeros_like(low)
+    minima = torch.zeros_like(low)
     for distances in (15.7, 15.0, 14.3, 13.6, 12.9, 12.2):  # of levels, between the smallest and the largest element
-        factor, minimum = width / distances, -low
+        factor = width / distances
+        minimum = -low
         code = codes(factor, minimum)
         for _ in range(2):
             factor, minimum = _least_squares(x, code)
             code = codes(factor, minimum)
         error = _sum((x - (code * factor - minimum)).square())
         better = (error < least) & (factor >= 0)
-        best, minima = torch.where(better, factor, best), torch.where(better, minimum, minima)
+        best = torch.where(better, factor, best)
+        minima = torch.where(better, minimum, minima)
         least = torch.where(better, error, least)
 
     def rounded(of_runs: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +103,8 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
         return unit, (of_runs * reciprocals(unit)).round_().clamp_(0, 63)
 
     (unit, scale), (minimum_unit, minimum) = rounded(best), rounded(minima)
-    a, b = codes(unit * scale, minimum_unit * minimum) * scale, minimum.expand_as(x)
+    a = codes(unit * scale, minimum_unit * minimum) * scale
+    b = minimum.expand_as(x)
     aa, ab, bb, xa, xb = (_sum((p * q).flatten(1))[..., None] for p, q in ((a, a), (a, b), (b, b), (x, a), (x, b)))
     inverse = reciprocals(aa * bb - ab * ab)
     units = (xa * bb - xb * ab) * inverse, (xa * ab - xb * aa) * inverse
@@ -111,10 +119,14 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
 def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and minimum, 0 or more, with which code * factor - minimum is nearest to x."""
     n = x.shape[-1]
-    q, qq, xs, xq = _sum(code), _sum(code * code), _sum(x), _sum(x * code)
+    q = _sum(code)
+    qq = _sum(code * code)
+    xs = _sum(x)
+    xq = _sum(x * code)
     spread = n * qq - q * q
     inverse = reciprocals(spread)
-    factor, minimum = (n * xq - q * xs) * inverse, (q * xq - qq * xs) * inverse
+    factor = (n * xq - q * xs) * inverse
+    minimum = (q * xq - qq * xs) * inverse
     alone = (minimum < 0) | (spread <= 1e-5 * n * qq)  # a minimum below 0, or codes that are all the same
     without = torch.where(qq == 0, -xs / n, 0.0).clamp(min=0)
     return torch.where(alone, xq * reciprocals(qq), factor), torch.where(alone, without, minimum)

@@ -198,7 +198,8 @@ class Linear4bit(nn.Linear):
         """The weight's quant state; taken from the layer where a wrapper such as FSDP has made a plain parameter."""
         state: QuantState | None = getattr(self.weight, "quant_state", None)
         if state is None:
-            state, storage = self.quant_state, self.quant_storage
+            state = self.quant_state
+            storage = self.quant_storage
             if state is None:
                 raise RuntimeError(
                     f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: "
