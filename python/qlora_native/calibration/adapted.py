@@ -85,8 +85,9 @@ def adapted_codes(
 
     def is_reached(gain: float) -> bool:
         packed = _fed_back(base + gain * change, sample, factor, order)
-        got = sample._with(sample.op_args()._replace(packed=packed))
-        return float(((got.dequantize(torch.float32) - base) * pull).sum(dtype=torch.float64)) >= wanted
+        got = sample._with(sample.op_args()._replace(packed=packed)).dequantize(torch.float32)
+        moved = (got - base) * pull
+        return float(moved.sum(dtype=torch.float64)) >= wanted
 
     gain = least_gain(is_reached)
     done = 0
@@ -103,7 +104,8 @@ def adapted_codes(
 
 def sampled_rows(n: int, k: int) -> Tensor:
     """Numbers of rows spread over a weight [N, K], int64."""
-    return torch.arange(0, n, -(-n // max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))))
+    count = max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))
+    return torch.arange(0, n, -(-n // count))
 
 
 def least_gain(is_reached: Callable[[float], bool]) -> float:
@@ -123,16 +125,14 @@ def least_gain(is_reached: Callable[[float], bool]) -> float:
 
 def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     """These rows as a weight of their own; if rows are no whole blocks, all of them."""
-    arguments, (n, k) = weight.op_args(), weight.shape
-    packed = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed
-    scales = weight.absmax
-    if not weight.is_gguf:
-        scales = weight.scales() if len(rows) == n else weight.scales().view(n, -1)[rows].flatten()
-    return weight._with(
-        arguments._replace(
-            packed=packed.reshape(-1), absmax=scales, nested_absmax=None, nested_offset=None, shape=[len(rows), k]
-        )
-    )
+    n, k = weight.shape
+    packed = weight.packed
+    scales = weight.absmax if weight.is_gguf else weight.scales()
+    if len(rows) < n:
+        packed = packed.view(n, -1)[rows]
+        scales = scales if weight.is_gguf else scales.view(n, -1)[rows].flatten()
+    arguments = weight.op_args()._replace(packed=packed.reshape(-1), absmax=scales, shape=[len(rows), k])
+    return weight._with(arguments._replace(nested_absmax=None, nested_offset=None))
 
 
 def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Tensor) -> Tensor:
@@ -149,9 +149,8 @@ def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Te
         scales, added = gguf_blocks.scales(blocks, number)
         if added is not None:
             target = target - gguf_blocks.spread(added, number).view_as(target)
-        codes = _codes(
-            target, gguf_blocks.spread(scales, number).view_as(target), gguf_blocks.levels(number), factor, order
-        )
+        scales = gguf_blocks.spread(scales, number).view_as(target)
+        codes = _codes(target, scales, gguf_blocks.levels(number), factor, order)
         return gguf_blocks.with_codes(blocks, codes.view(len(blocks), -1), number).view(-1)
     assert weight.code is not None
     levels, numbers = weight.code.sort()

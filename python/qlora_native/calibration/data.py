@@ -115,7 +115,8 @@ def take_tokens(
     if not is_drawn:
         if data.rows is not None or data.length is not None:
             raise ValueError("calibration: sequences [rows, length] are used as they are: leave rows and length out.")
-        ids, length = ids.to("cpu", torch.int64).contiguous(), ids.shape[1]
+        ids = ids.to("cpu", torch.int64).contiguous()
+        length = ids.shape[1]
     if positions is not None and length > positions:
         raise UserError(
             f"calibration: sequences of {length} tokens, but the model has {positions} positions: make length smaller."
@@ -222,4 +223,5 @@ def quantize_command(
 
 def kept_calibration(adapter: Path) -> Path | None:
     """The calibration data of an adapter's training run, if its folder still lies in that of the run."""
-    return next((path for parent in adapter.resolve().parents[:2] if (path := parent / FILE).is_file()), None)
+    files = [parent / FILE for parent in adapter.resolve().parents[:2]]
+    return next((file for file in files if file.is_file()), None)

@@ -160,7 +160,9 @@ class HiddenStates:
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None) -> None:
-        self.shape, self.dtype, self.folder = shape, dtype, folder  # [rows, length, H]
+        self.shape = shape  # [rows, length, H]
+        self.dtype = dtype
+        self.folder = folder
         self.layer = 0  # the current one
         self._memory = torch.empty(shape, dtype=dtype) if folder is None else None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from threading import Lock, local
 
 import torch
+from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native.weight import METHODS, QuantizedWeight, quant_type_number, quantize
@@ -32,7 +33,7 @@ ROWS = 64  # of a hessian, copied at a time
 _one_at_a_time = Lock()
 _last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
 
-Factor = tuple[torch.Tensor, torch.Tensor, float]
+Factor = tuple[Tensor, Tensor, float]
 Form = tuple[str, int, bool]  # quant_type, block_size, double_quant
 
 
@@ -66,11 +67,11 @@ class CalibratedWeight:
 
 @torch.no_grad()
 def quantize_calibrated(
-    weight: torch.Tensor,
+    weight: Tensor,
     method: str,
     *,
-    moment: torch.Tensor | None = None,
-    hessian: torch.Tensor | None = None,
+    moment: Tensor | None = None,
+    hessian: Tensor | None = None,
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
@@ -141,7 +142,7 @@ def quantize_calibrated(
     return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
 
-def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
+def weighted_error(weight: Tensor, result: QuantizedWeight, measure: Tensor | None) -> float:
     """Squared error of a quantized matrix [N, K], summed in fp64: plain (``measure`` is None), or weighted with the
     second moments [K] or the hessian [K, K] of the inputs."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -160,9 +161,7 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     return float(total)
 
 
-def _check(
-    weight: torch.Tensor, method: str, moment: torch.Tensor | None, hessian: torch.Tensor | None, damping: float
-) -> None:
+def _check(weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor | None, damping: float) -> None:
     def error(problem: str) -> ValueError:
         return ValueError(f"quantize_calibrated: {problem}.")
 
@@ -206,23 +205,21 @@ def _check(
                 )
 
 
-def _near_one(moment: torch.Tensor) -> torch.Tensor:
+def _near_one(moment: Tensor) -> Tensor:
     """The moments over a power of two near the largest, fp32: exact, and their products do not overflow."""
     _, exponent = torch.frexp(moment.max().double())
     return torch.ldexp(moment.double(), -exponent).float().contiguous()
 
 
-def _search(
-    weight: torch.Tensor, moment: torch.Tensor, form: Form, table: torch.Tensor, *scales: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(weight: Tensor, moment: Tensor, form: Form, table: Tensor, *scales: Tensor | int) -> tuple[Tensor, Tensor]:
     settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form[0]), form[1]
-    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.qlora_native.search_scales_4bit(
+    found: tuple[Tensor, Tensor] = torch.ops.qlora_native.search_scales_4bit(
         weight, moment, table.to(weight.device), *scales, *settings
     )
     return found
 
 
-def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
+def _searched(weight: Tensor, moment: Tensor, form: Form) -> QuantizedWeight:
     """The scales of the least weighted error among those that the format can store."""
     quant_type, block_size, double_quant = form
     shares = COARSE_SHARES if double_quant else SHARES  # of a block's largest magnitude, in NF4 of either sign
@@ -240,7 +237,7 @@ def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> Quantiz
     return _replaced(result, *_search(weight, moment, form, _native.nested_code(), *place))
 
 
-def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor) -> QuantizedWeight:
+def _replaced(w: QuantizedWeight, packed: Tensor, absmax: Tensor) -> QuantizedWeight:
     result = copy.copy(w)
     result.packed, result.absmax = packed, absmax
     return result
@@ -267,7 +264,7 @@ def on_one_thread() -> Iterator[None]:
         yield
 
 
-def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
+def feedback_factor(hessian: Tensor, damping: float) -> Factor | None:
     """Arguments of the op ``gptq_4bit``: factor fp32 [K, K], order int64 [K], and the damping that was needed.
 
     Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
@@ -287,7 +284,7 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
     return factor
 
 
-def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
+def _factorized(hessian: Tensor, damping: float) -> Factor | None:
     diagonal = torch.diagonal(hessian).double()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = math.fsum(diagonal.tolist()) / diagonal.numel()
@@ -304,7 +301,7 @@ def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
     return None
 
 
-def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean: float, damping: float) -> None:
+def _fill(target: Tensor, hessian: Tensor, order: Tensor, mean: float, damping: float) -> None:
     """The damped hessian in that order over its mean, so that products of moments neither underflow nor overflow."""
     for begin in range(0, len(order), ROWS):
         rows = order[begin : begin + ROWS]
@@ -313,7 +310,7 @@ def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean
     torch.diagonal(target).add_(damping)
 
 
-def _over_diagonal(lower: torch.Tensor) -> torch.Tensor:
+def _over_diagonal(lower: Tensor) -> Tensor:
     """The factor, fp32 [K, K], of the reversed columns' one, fp64 [K, K], in the first half of whose memory it lies."""
     size = len(lower)
     factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)

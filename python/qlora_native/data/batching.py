@@ -58,13 +58,17 @@ Mix = tuple[np.ndarray, Sequence[float]]  # the number of each row's file, int [
 def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
     """As many rows as there are, int64 [rows], of each file a share like its weight. A file goes on where the epoch
     before ended: each of its rows is taken once, in a random order, before one is taken again."""
-    (file, weights), parts = mix, []
+    file, weights = mix
+    parts = []
     ends = np.rint(np.cumsum(weights) / sum(weights) * len(file)).astype(np.int64)
     for number, count in enumerate(np.diff(ends, prepend=0).tolist()):
         rows = np.flatnonzero(file == number)
-        passes = range(epoch * count // len(rows), -(-(epoch + 1) * count // len(rows)))
+        begin = epoch * count  # of all that this file gives over the epochs
+        passes = range(begin // len(rows), -(-(begin + count) // len(rows)))
         orders = [rows[permutation(len(rows), seed, each, number, 3)] for each in passes]
-        parts.append(np.concatenate([rows[:0], *orders])[epoch * count - passes.start * len(rows) :][:count])
+        taken = np.concatenate([rows[:0], *orders])
+        start = begin - passes.start * len(rows)
+        parts.append(taken[start : start + count])
     return np.concatenate(parts)
 
 
@@ -219,7 +223,7 @@ class BatchSampler(Sampler[int]):
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
             part = _longest_first(self._lengths, rows[start : start + window])
-            batches += [part[at : at + self.batch_size].tolist() for at in range(0, len(part), self.batch_size)]
+            batches += _parts(part.tolist(), self.batch_size)
         return batches, [len(rows) * int(np.max(self._lengths[rows])) for rows in batches]
 
 
@@ -239,8 +243,14 @@ class PackedBatchSampler(Sampler[list[int]]):
         sequences = pack(self._lengths, self._shuffled(epoch), self.packed_length)
         # Windows end in emptier sequences; shuffled, they spread over the batches.
         mixed = [sequences[at] for at in permutation(len(sequences), self.seed, epoch, 2)]
-        batches = [mixed[at : at + self.batch_size] for at in range(0, len(mixed), self.batch_size)]
-        return batches, [len(batch) * max(int(self._lengths[rows].sum()) for rows in batch) for batch in batches]
+        batches = _parts(mixed, self.batch_size)
+        longest = [max(int(self._lengths[rows].sum()) for rows in batch) for batch in batches]
+        return batches, [len(batch) * length for batch, length in zip(batches, longest, strict=True)]
+
+
+def _parts(items: list[Item], size: int) -> list[list[Item]]:
+    """Lists of ``size`` items; the last may have fewer."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def _longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 TEMPLATE = "chat_template.jinja"  # in a folder, as transformers names it
 TrainOn = Literal["answers", "all"]
+Masked = tuple[list[int], list[bool]]  # token ids, and which of them are trained
+Spans = list[tuple[int, int]]  # start and end in characters of a text
 
 # For a tokenizer without a template of its own. A role's name on a line, its text, a blank line; an answer ends with
 # the tokenizer's end-of-sequence token, so that generation stops. Answers are marked, so that other trainers find them.
@@ -119,7 +121,7 @@ class ChatEncoder:
 
     # ---- plain text and prompt + completion
 
-    def _plain(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _plain(self, row: Row) -> Masked:
         context = row.prompt or ""
         text = context + (row.completion if row.completion is not None else row.text or "")
         ids, trained = self._mask(text, [(len(context), len(text))])
@@ -128,13 +130,15 @@ class ChatEncoder:
             trained = [row.prompt is None] * len(self._lead) + trained
         return self._with_eos(ids, trained)
 
-    def _with_eos(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+    def _with_eos(self, ids: list[int], trained: list[bool]) -> Masked:
         eos = self.tokenizer.eos_token_id
-        return (ids, trained) if eos is None or ids[-1:] == [eos] else ([*ids, eos], [*trained, True])
+        if eos is None or ids[-1:] == [eos]:
+            return ids, trained
+        return [*ids, eos], [*trained, True]
 
     # ---- conversations
 
-    def _messages(self, row: Row, given: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def _messages(self, row: Row, given: Sequence[Message]) -> Masked:
         messages, text, shift = self._rendered(list(given), row.where)
         self._check_tools(messages, text, row.where)
         untrained = {index - shift for index in row.untrained}
@@ -158,13 +162,13 @@ class ChatEncoder:
                 "model whose template does, or remove the row."
             )
 
-    def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
+    def _assistant_mask(self, messages: list[Message]) -> Masked | None:
         out = self._apply_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         trained = [bool(flag) for flag in out["assistant_masks"]]
         # A template may have a block that it does not reach; then the answers are found by text.
         return (list(out["input_ids"]), trained) if any(trained) else None
 
-    def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> list[tuple[int, int]]:
+    def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> Spans:
         """Start and end of every trained answer in characters of ``text``."""
         spans = []
         for index, message in enumerate(messages):
@@ -212,7 +216,7 @@ class ChatEncoder:
         """Whether the template begins the turn of an assistant for a prompt."""
         return self._generation_prompt([{"role": "user", "content": "a"}]) is not None
 
-    def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> tuple[list[int], list[bool]]:
+    def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> Masked:
         """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
         if self.train_on == "all":
             return (ids, trained) if not ends_in_answer or self.ends_turn(ids, 0) else self._with_eos(ids, trained)
@@ -286,12 +290,12 @@ class ChatEncoder:
 
     # ---- tokens
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def _tokenize(self, text: str) -> tuple[list[int], Spans | None]:
         # verbose=False: transformers would warn of rows longer than the model's context, which are truncated here.
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
 
-    def _mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _mask(self, text: str, spans: Spans) -> Masked:
         ids, offsets = self._tokenize(text)
         trained = [False] * len(ids)
         if offsets is None:
@@ -316,7 +320,7 @@ class ChatEncoder:
         prefix_ids, _ = self._tokenize(prefix)
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
-    def _mask_slow(self, text: str, spans: list[tuple[int, int]], ids: list[int]) -> tuple[list[int], list[bool]]:
+    def _mask_slow(self, text: str, spans: Spans, ids: list[int]) -> Masked:
         """Without offsets: by token prefixes if they all are prefixes, else by tokenizing each piece on its own."""
         trained = [False] * len(ids)
         for start, end in spans:

@@ -154,9 +154,7 @@ class Estimator:
         """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
         none do."""
         lengths = range(64, max(64, self.positions) + 1, 64)
-        return 64 * bisect_left(
-            lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
-        )
+        return 64 * self._count(lengths, num_bytes, lambda n: self.at(batch_size=batch_size, length=n))
 
     def widest(self, num_bytes: int, length: int) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
@@ -178,6 +176,7 @@ class _Sum:
         self.estimator = estimator
         self.setting = setting
         self.config = estimator.config
+        self.on_card = setting.device == "cuda"
         self.tokens = setting.batch_size * setting.length
         self.size = setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
@@ -190,13 +189,13 @@ class _Sum:
         paged = 0
         if self.setting.paged is True:
             in_memory, paged = min(in_memory, self.setting.page_budget or 0), in_memory
-            in_memory = in_memory if self.setting.device == "cuda" else 0
+            in_memory = in_memory if self.on_card else 0
         report: LoadReport = self.estimator.model.load_report
         frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
-        copies = self.estimator.copied if self.setting.device == "cuda" else 0
+        copies = self.estimator.copied if self.on_card else 0
         dense = frozen.dense - self.estimator.replaced
-        held = Terms(frozen.weights, frozen.scales, dense, adapters, copies, optimizer=in_memory)
-        held = replace(held, scratch=self._scratch())
+        held = replace(frozen, dense=dense, adapters=adapters, copies=copies)
+        held = replace(held, optimizer=in_memory, scratch=self._scratch())
         before = self._gradients_held()
         moments = {
             "loading": replace(frozen, scratch=self.estimator.loading_bytes),
@@ -218,7 +217,7 @@ class _Sum:
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
             passes = (moments[name] for name in ("loss", "backward"))
             graphs = max(terms.activations + terms.loss + terms.scratch for terms in passes)
-        if self.setting.device == "cpu":
+        if not self.on_card:
             slack = len(self.layers) * LAYER_SLACK
             moments = {name: replace(terms, slack=slack) for name, terms in moments.items()}
         unknown = tuple(dict.fromkeys(layer.unknown for layer in self.layers if layer.unknown))
@@ -228,7 +227,7 @@ class _Sum:
     def _is_captured(self) -> bool:
         """Whether passes of one process are captured, as ``train.cuda_graph`` has it."""
         is_kept = not self.setting.checkpointing or not self.estimator.is_random
-        wanted = self.setting.device == "cuda" and self.setting.cuda_graph
+        wanted = self.on_card and self.setting.cuda_graph
         return wanted and is_kept and not self.estimator.changes_logits
 
     def _kept(self) -> int:
@@ -287,27 +286,30 @@ class _Sum:
         their place from step to step, up to the size from which a block is a mapping of its own."""
         if self.setting.micro_batches > 1 or self._is_captured():
             return self.estimator.adapters
-        if self.setting.device != "cpu":
+        if self.on_card:
             return 0
         least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
         return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
 
     def _scratch(self) -> int:
         """Of kernels."""
-        if self.setting.device == "cuda":  # a weight decoded for torch's own product
-            return min(max((n * k for n, k in self.estimator.shapes), default=0) * self.size, PANEL_BYTES)
+        if self.on_card:  # a weight decoded for torch's own product
+            largest = max((n * k for n, k in self.estimator.shapes), default=0)
+            return min(largest * self.size, PANEL_BYTES)
+        rows = self.setting.batch_size
+        length = self.setting.length
         heads, groups, width = head_shape(self.config)
-        shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
+        q = torch.empty(rows, heads, length, width, dtype=self.setting.dtype, device="meta")
         dtype = _native.DTYPE_NUMBER[self.setting.dtype]
         attention = 0  # of torch's, which takes other heads
         if is_native(q):
-            attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
+            attention = _C.causal_attention_scratch_bytes(dtype, (rows, heads, groups, length, width), True) + ALIGNMENT
         hidden = self.config.hidden_size
         vocabulary = self.config.vocab_size
         chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
         tokens = min(self.tokens, 1 << 20)  # more take no more
-        products = [(tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
+        products = [(tokens, n, k) for n, k in self.estimator.shapes]
+        products.append((chunk, vocabulary, hidden))
         most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
         return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
 

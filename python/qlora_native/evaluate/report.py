@@ -144,9 +144,8 @@ def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Markdown whose columns are aligned in plain text too."""
-    rows = [list(head), *map(list, body)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    columns = list(zip(head, *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * width for width in widths]
+    padded = [map(str.ljust, row, widths) for row in (head, rule, *body)]
+    return ["| " + " | ".join(row) + " |" for row in padded]

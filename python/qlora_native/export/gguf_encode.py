@@ -30,8 +30,10 @@ def encode(rows: Tensor, kind: Kind) -> np.ndarray:
         return gguf.quants.quantize(rows.numpy(), kind)
     encoder = _ENCODERS[kind]
     number = quant_type_number(kind.name.lower())
-    parts = rows.reshape(-1, GGUF_BLOCKS[number][0]).split(_AT_A_TIME // GGUF_BLOCKS[number][0])
-    return torch.cat([encoder(part, number) for part in parts]).view(len(rows), -1).numpy()
+    size = GGUF_BLOCKS[number][0]
+    parts = rows.reshape(-1, size).split(_AT_A_TIME // size)
+    blocks = torch.cat([encoder(part, number) for part in parts])
+    return blocks.view(len(rows), -1).numpy()
 
 
 def _sum(t: Tensor) -> Tensor:
@@ -43,18 +45,23 @@ def _sum(t: Tensor) -> Tensor:
 
 def _header(blocks: int, *parts: Tensor, number: int) -> Tensor:
     """Blocks [n, bytes] that begin with these parts, halves or bytes [n, ...]; the rest is zeros."""
+    result = torch.zeros(blocks, GGUF_BLOCKS[number][1], dtype=torch.uint8)
     head = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
-    return torch.nn.functional.pad(head, (0, GGUF_BLOCKS[number][1] - head.shape[1])).view(blocks, -1)
+    result[:, : head.shape[1]] = head
+    return result
 
 
 def _iq4_nl(x: Tensor, number: int) -> Tensor:
     """The scale with the least squared error, from starts that put the largest element at or near an outer level."""
     levels = gguf_blocks.levels(number)
-    code_of = torch.bucketize(torch.arange(-256, 257) / 2, (levels[1:] + levels[:-1]) / 2)  # by twice the value + 256
+    # Levels are whole numbers and their borders halves of them: a table by twice the value takes the place of a search.
+    values = torch.arange(-256, 257) / 2
+    code_of = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
     level_of = levels[code_of]
 
     def nearest(inverse: Tensor, table: Tensor) -> Tensor:
-        at = (x * inverse).mul_(2).ceil_().clamp_(-256, 256).add_(256).int()
+        twice = (x * inverse).mul_(2).ceil_().clamp_(-256, 256)
+        at = twice.add_(256).int()
         return table.index_select(0, at.view(-1)).view(x.shape)
 
     largest = reciprocals(x.gather(1, x.abs().argmax(1, keepdim=True)))
@@ -64,13 +71,15 @@ def _iq4_nl(x: Tensor, number: int) -> Tensor:
         inverse = start * largest
         for _ in range(2):
             level = nearest(inverse, level_of)
-            scale = (_sum(x * level) * reciprocals(_sum(level * level))).half().float()
+            scale = _sum(x * level) * reciprocals(_sum(level * level))
+            scale = scale.half().float()  # as the block stores it
             inverse = reciprocals(scale)
         error = _sum((x - nearest(inverse, level_of) * scale).square())
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     blocks = _header(len(x), best.half(), number=number)
-    return gguf_blocks.with_codes(blocks, nearest(reciprocals(best), code_of.to(torch.uint8)), number)
+    codes = nearest(reciprocals(best), code_of.to(torch.uint8))
+    return gguf_blocks.with_codes(blocks, codes, number)
 
 
 def _q4_k(x: Tensor, number: int) -> Tensor:
@@ -102,18 +111,33 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
         unit = (of_runs.amax(1, keepdim=True) / 63).half().float()
         return unit, (of_runs * reciprocals(unit)).round_().clamp_(0, 63)
 
-    (unit, scale), (minimum_unit, minimum) = rounded(best), rounded(minima)
+    def inner(p: Tensor, q: Tensor) -> Tensor:
+        return _sum((p * q).flatten(1))[..., None]
+
+    unit, scale = rounded(best)
+    minimum_unit, minimum = rounded(minima)
+    # Under the rounded scales and minima of the runs: x is nearest to unit * a - minimum_unit * b.
     a = codes(unit * scale, minimum_unit * minimum) * scale
     b = minimum.expand_as(x)
-    aa, ab, bb, xa, xb = (_sum((p * q).flatten(1))[..., None] for p, q in ((a, a), (a, b), (b, b), (x, a), (x, b)))
-    inverse = reciprocals(aa * bb - ab * ab)
-    units = (xa * bb - xb * ab) * inverse, (xa * ab - xb * aa) * inverse
-    fits = (units[0] > 0) & (units[1] >= 0) & (aa * bb - ab * ab > 1e-5 * aa * bb)
-    units = torch.where(fits, units[0], unit).half(), torch.where(fits, units[1], minimum_unit).half()
-    code = codes(units[0].float() * scale, units[1].float() * minimum).to(torch.uint8).flatten(1)
-    (s, t), (m, n) = (part.to(torch.uint8).view(-1, 2, 4).unbind(1) for part in (scale, minimum))
+    aa = inner(a, a)
+    ab = inner(a, b)
+    bb = inner(b, b)
+    xa = inner(x, a)
+    xb = inner(x, b)
+    determinant = aa * bb - ab * ab
+    inverse = reciprocals(determinant)
+    solved = (xa * bb - xb * ab) * inverse
+    minimum_solved = (xa * ab - xb * aa) * inverse
+    fits = (solved > 0) & (minimum_solved >= 0) & (determinant > 1e-5 * aa * bb)
+    unit = torch.where(fits, solved, unit).half()
+    minimum_unit = torch.where(fits, minimum_solved, minimum_unit).half()
+    code = codes(unit.float() * scale, minimum_unit.float() * minimum).to(torch.uint8)
+    # Six bits each: those of the last four runs lie apart, four beside each other's and two above the first ones'.
+    s, t = scale.to(torch.uint8).view(-1, 2, 4).unbind(1)
+    m, n = minimum.to(torch.uint8).view(-1, 2, 4).unbind(1)
     packed = s | t >> 4 << 6, m | n >> 4 << 6, t & 15 | (n & 15) << 4
-    return gguf_blocks.with_codes(_header(len(x), *(u[..., 0] for u in units), *packed, number=number), code, number)
+    header = _header(len(x), unit[..., 0], minimum_unit[..., 0], *packed, number=number)
+    return gguf_blocks.with_codes(header, code.flatten(1), number)
 
 
 def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
