@@ -213,7 +213,7 @@ class Adam(_Bitsandbytes, native.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
 
-class AdamW(_Bitsandbytes, native.AdamW):
+class AdamW(Adam):
     """AdamW; arguments as for :class:`Adam`."""
 
     def __init__(
@@ -223,14 +223,10 @@ class AdamW(_Bitsandbytes, native.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = MIN_CODED_NUMEL,
-        is_paged: bool = False,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
-        super().__init__(params, lr, betas, eps, weight_decay, **arguments)
+        super().__init__(params, lr, betas, eps, weight_decay, *others, **more)
 
 
 class Lion(_Bitsandbytes, native.Lion):
@@ -259,11 +255,10 @@ class _FixedLion(Lion):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        args: Any = None,
-        min_8bit_size: int = MIN_CODED_NUMEL,
-        is_paged: bool = False,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
+        super().__init__(params, lr, betas, weight_decay, 32, *others, **more)
 
 
 _Class = TypeVar("_Class", bound=_Bitsandbytes)

@@ -39,6 +39,7 @@ def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -
     lost = wanted.reshape(-1, k).float() - given
     found = torch.empty_like(hessian)
 
+    # C (H + damping) = E[(wanted - given) given^T], some rows of C at a time.
     def solve(begin: int, end: int) -> None:
         products = lost[:, begin:end].t() @ given / len(given)
         found[begin:end] = torch.cholesky_solve(products.t().double(), factor).t()

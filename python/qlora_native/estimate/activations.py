@@ -105,6 +105,7 @@ def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
         steps = (2, 3, 4)
     elif twin.window is not None:
         step = max(1, min(step, twin.window // 3))
+    # A layer saves constant + token T + square T^2 of a row of T tokens: three lengths give the two that grow.
     runs = [twin.run(step * count) for count in steps]
     found = []
     for kind, (_, layer) in zip(twin.kinds, decoder_layers(model), strict=True):

@@ -116,7 +116,8 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
 
     unit, scale = rounded(best)
     minimum_unit, minimum = rounded(minima)
-    # Under the rounded scales and minima of the runs: x is nearest to unit * a - minimum_unit * b.
+    # Under the rounded scales and minima of the runs, the two units with which unit a - minimum_unit b is nearest to x:
+    # unit aa - minimum_unit ab = xa,  unit ab - minimum_unit bb = xb.
     a = codes(unit * scale, minimum_unit * minimum) * scale
     b = minimum.expand_as(x)
     aa = inner(a, a)
@@ -142,6 +143,7 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
 
 def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and minimum, 0 or more, with which code * factor - minimum is nearest to x."""
+    # The normal equations of sum (x - f q + m)^2:  f qq - m q = xq,  f q - m n = xs.
     n = x.shape[-1]
     q = _sum(code)
     qq = _sum(code * code)

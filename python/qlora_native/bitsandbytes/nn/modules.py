@@ -256,11 +256,11 @@ class _OfOneType(Linear4bit):
         bias: bool = True,
         compute_dtype: torch.dtype | None = None,
         compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        options = (bias, compute_dtype, compress_statistics, self.quant_type, quant_storage, device)
-        super().__init__(input_features, output_features, *options)
+        options = (bias, compute_dtype, compress_statistics, self.quant_type)
+        super().__init__(input_features, output_features, *options, *others, **more)
 
 
 class LinearNF4(_OfOneType):
