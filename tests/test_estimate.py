@@ -50,7 +50,7 @@ KINDS: list[tuple[str, dict[str, Any], float]] = [
     ("Llama", {"hidden_size": 192, "num_key_value_heads": 1}, 0.0),  # heads of 48
     ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}, 0.001),  # its MLP has no module of its own
     ("Phi3", {}, 0.0),
-    ("GPTNeoX", {}, 0.0),
+    ("GPTNeoX", {}, 0.008),  # a quarter of its angles
     ("Mamba", {}, 0.005),
     ("Qwen3Moe", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}, 0.08),
 ]
