@@ -77,13 +77,13 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
     """What each base makes of each text, from FOLDER/scores or measured now; row by row."""
     from tempfile import TemporaryDirectory
 
-    from qlora_native.evaluate.measure import Kept, measure
+    from qlora_native.evaluate.measure import Reference, measure
 
     folder = work / "scores"
     folder.mkdir(exist_ok=True)
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
     if missing:
-        kept: dict[str, Kept] = {}
+        kept: dict[str, Reference] = {}
         with TemporaryDirectory() as scratch:
             for name in dict.fromkeys([REFERENCE, *missing]):
                 model: Any = load(work / name)

@@ -204,9 +204,9 @@ def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path, record_propert
     assert answers.count("[… 7,418 characters …]") == answers.count(" the end") == 4 * 32
     assert "168 more are in metrics.jsonl" in answers and "201 earlier ones" in found.texts["events"]
     assert found.texts["config"].count("&") == 20_000
-    curves = curves_of(written.read_text(encoding="utf-8"))
-    assert all(points.shape[1] <= 2 * page.STRETCHES + 2 for points in curves.values())
-    x, y = curves["loss", "steps"]
+    lines = curves_of(written.read_text(encoding="utf-8"))
+    assert all(points.shape[1] <= 2 * page.STRETCHES + 2 for points in lines.values())
+    x, y = lines["loss", "steps"]
     assert (x[y.argmin()] - x[0]) / (x[-1] - x[0]) == pytest.approx(12_345 / 20_000, abs=1e-3)
 
 

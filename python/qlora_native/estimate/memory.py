@@ -154,7 +154,8 @@ class Estimator:
         """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
         none do."""
         lengths = range(64, max(64, self.positions) + 1, 64)
-        return 64 * self._count(lengths, num_bytes, lambda n: self.at(batch_size=batch_size, length=n))
+        fitting = bisect_left(lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes))
+        return 64 * fitting
 
     def widest(self, num_bytes: int, length: int) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
