@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -226,7 +225,7 @@ def test_values_are_where_the_axis_puts_them(tmp_path: Path, lowest: float, span
 
 def test_without_matplotlib_the_page_has_no_chart_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(page, "HAS_MATPLOTLIB", False)
     text = page.write_page(tmp_path).read_text(encoding="utf-8")
     assert "<svg" not in text and "pip install matplotlib" in text
 

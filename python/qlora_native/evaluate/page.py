@@ -15,6 +15,16 @@ from typing import Any
 import numpy as np
 
 from qlora_native._io import as_write_error, read_json, reading, write_whole
+from qlora_native.evaluate.texts import shorten
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    HAS_MATPLOTLIB = True
+except ImportError:
+    HAS_MATPLOTLIB = False
 
 CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
 CURVES["tokens_per_second"] = "Tokens per second"
@@ -23,7 +33,7 @@ STRETCHES = 240  # of a curve; the lowest and the highest point of each are draw
 MOST_DOTS = 60
 MOST_EVENTS = 100
 MOST_SAMPLES = 32
-MOST_TEXT, MOST_CONFIG = 600, 20_000  # characters: of five bytes each, as those that HTML escapes, it is below 1 MB
+MOST_CONFIG = 20_000  # characters: of five bytes each, as those that HTML escapes, the page is below 1 MB
 # What matplotlib draws in these colors takes those of the page's variables, which a dark page changes.
 SOFT, LINE = "#667085", "#e3e6ec"  # of words, of the grid
 COLORS = {"steps": "#2563eb", "mean": "#2563eb", "held-out": "#d9480f", "lowest": "#2f9e6e"}
@@ -93,32 +103,16 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens per second, median"] = f"{np.median(speeds):,.0f}"
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
-    keys = [key for key in CURVES if len(points[key][0])]
-    try:
-        charts = [_chart(key, points) for key in keys]
-        why_no_charts = ""
-    except ImportError:
-        charts = []
-        why_no_charts = "There are no charts: pip install matplotlib"
+    charts = [_chart(key, points) for key in CURVES if len(points[key][0])] if HAS_MATPLOTLIB else []
     events.sort(key=lambda event: event[0])
     facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
     facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
     facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
-    return {**facts, "figures": figures, "charts": charts, "why_no_charts": why_no_charts}
-
-
-def shorten(text: str, most: int = MOST_TEXT) -> str:
-    """The text, of a longer one its ends and how many characters lie between them."""
-    left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
+    return {**facts, "figures": figures, "charts": charts, "can_draw": HAS_MATPLOTLIB}
 
 
 def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
-    """A curve as SVG; beside the training loss the held-out loss is drawn. ImportError without matplotlib."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
+    """A curve as SVG; beside the training loss the held-out loss is drawn."""
     steps, values = points[key]
     lines: dict[str, Points] = {} if key == "eval_loss" else {"steps": (steps, values)}
     window = len(values) // 40

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_native._io import atomic_file, write_whole
 from qlora_native.evaluate.comparison import Comparison, VariantResult
-from qlora_native.evaluate.page import shorten
+from qlora_native.evaluate.texts import shorten
 from qlora_native.evaluate.variants import SHIPPED
 
 RETENTION = "retention"
