@@ -60,7 +60,7 @@ def test_signs_are_chosen_by_the_squared_error() -> None:
     """A negated weight of equal moments gets the scales negated, and some are negative where the format allows it."""
     t, moment = weight(torch.float32), torch.ones(K)
     w, mirrored = (quantize_calibrated(x, "wmse", moment=moment, double_quant=False).weight for x in (t, -t))
-    assert 100 < int((w.absmax < 0).sum()) < w.absmax.numel() - 100
+    assert 40 < int((w.absmax < 0).sum()) < w.absmax.numel() - 40
     assert torch.equal(w.absmax, -mirrored.absmax)
     symmetric = quantize_calibrated(t, "wmse", moment=moment, double_quant=False, quant_type="fp4").weight
     assert bool((symmetric.absmax > 0).all())
