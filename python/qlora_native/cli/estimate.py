@@ -138,7 +138,8 @@ def card_bytes(text: str, option: str = "--gpu") -> int:
     """The memory of a card: 24GB is 24 GiB, as makers of cards count; 24 means 24GB."""
     num_bytes = parse_size(text, 1024) or parse_size(f"{text}GB", 1024) or 0
     if not CARDS[0] <= num_bytes <= CARDS[1]:
-        raise UserError(f"{option} is {text!r}: expected memory from 1GB to 1TB, such as 24GB")
+        what = "the memory of a card" if option == "--gpu" else "memory"
+        raise UserError(f"{option} is {text!r}: expected {what} from 1GB to 1TB, such as 24GB")
     return num_bytes
 
 
