@@ -45,6 +45,7 @@ MISTAKES = {
     "config check gone.yaml": "gone.yaml does not exist",
     "config list --no-such-option": "takes no --no-such-option",
     "doctor gone": "gone is not there",
+    "doctor --tokens 1": "unrecognized arguments: --tokens",
     "doctor --no-such-option": "unrecognized arguments: --no-such-option",
     "bench attention": "argument OP: invalid choice: 'attention'",
     "bench --model gone": "gone is not there",

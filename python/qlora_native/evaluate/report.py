@@ -146,6 +146,6 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Markdown whose columns are aligned in plain text too."""
     columns = list(zip(head, *body, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width for width in widths]
-    padded = [map(str.ljust, row, widths) for row in (head, rule, *body)]
-    return ["| " + " | ".join(row) + " |" for row in padded]
+    first, *others = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in (head, *body))
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return [first, f"|{rule}|", *others]
