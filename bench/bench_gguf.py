@@ -20,12 +20,12 @@ from typing import Any
 import ggml_peer
 import isa_env  # noqa: F401  (before torch)
 import torch
+from cases import GGUF_TYPES, TOLERANCE
 from ceilings import ceilings
 from common import Bar, add_json, interleaved, line, machine, relative_error, timings, write_json
 from linear_contenders import copied, copies, rotation
 
 import qlora_native as qn
-from qlora_native.cases import GGUF_TYPES, TOLERANCE
 
 MANY = 64  # rows of x from which on a format is to be as fast as NF4
 STREAMED = ("q4_0", "q4_1", "q8_0")  # whose product of one row is compared with ggml's

@@ -34,6 +34,7 @@ from typing import Any
 import ggml_peer
 import isa_env  # noqa: F401  (before torch)
 import torch
+from cases import BENCH_PRODUCTS, TOLERANCE, Product
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
 from common import (
     Bar,
@@ -49,8 +50,6 @@ from common import (
     write_json,
 )
 from linear_contenders import PLAIN, Lora, Weights, forward, grad_input
-
-from qlora_native.cases import BENCH_PRODUCTS, TOLERANCE, Product
 
 DIRECTIONS = ("forward", "grad_input", "lora_forward_backward")
 LORA_M = 1024

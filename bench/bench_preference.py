@@ -34,7 +34,7 @@ RUNS = [*((kind, "ours", kept) for kept in (True, False) for kind in KINDS), *((
 def rows(kind: str) -> list[dict[str, Any]]:
     """Texts that are longer than LENGTH tokens, in the columns of a trainer."""
     from qlora_native.cli.demo import MAX_CHARACTERS
-    from qlora_native.data.standard_library import examples
+    from qlora_native.cli.standard_library import examples
 
     text = "".join(example.source for example in examples(MAX_CHARACTERS))
     size, found = 8 * LENGTH, []

@@ -31,7 +31,7 @@ from quality_runs import ALPHA, EVALUATED, EVALUATED_ROWS, LENGTH, RANK, RATES, 
 from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
 
 REFERENCE, BASELINE = "bf16", "rtn"
-METHODS = {"rtn": 0, "rtn_signed": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
+METHODS = {"rtn": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
 LEARNING = ("bf16", "rtn", "wmse", "gptq")
 CLOSED_BARS = {"wmse": {"A": 0.50, "B": 0.45}, "gptq": {"A": 0.75, "B": 0.65}}
 LEARNED_BAR = 0.5  # of plain rounding's end gap, averaged over seeds and rates
@@ -77,13 +77,13 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
     """What each base makes of each text, from FOLDER/scores or measured now; row by row."""
     from tempfile import TemporaryDirectory
 
-    from qlora_native.evaluate.measure import Kept, measure
+    from qlora_native.evaluate.measure import Reference, measure
 
     folder = work / "scores"
     folder.mkdir(exist_ok=True)
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
     if missing:
-        kept: dict[str, Kept] = {}
+        kept: dict[str, Reference] = {}
         with TemporaryDirectory() as scratch:
             for name in dict.fromkeys([REFERENCE, *missing]):
                 model: Any = load(work / name)

@@ -21,13 +21,13 @@ from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
+from cases import FLOAT_DTYPES, QUANT_TYPES
 from ceilings import MemoryProbes, ceilings, floor
 from common import Bar, Functions, add_json, interleaved, interleaved_sparing, line, machine, timings, write_json
 from linear_contenders import torchao_weight
 
 import qlora_native as qn
 from qlora_native import _C, _native, reference
-from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 BLOCK_SIZE = 64
 # Shape, type, double quantization: every combination on one shape, the usual one on an 8B model's MLP.

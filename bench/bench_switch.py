@@ -44,7 +44,7 @@ def prepare(folder: Path, steps: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from qlora_native.cli.demo import MAX_CHARACTERS, model_file
-    from qlora_native.data.standard_library import examples
+    from qlora_native.cli.standard_library import examples
     from qlora_native.weights.open import load_tokenizer
 
     disable_progress_bar()

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import GGUF_TYPES
 from common import relative_error
 from gpu_models import made_up_blocks
 from gpu_timing import Case, Context, device, half, wait
 from torch import Tensor
 
 import qlora_native as qn
-from qlora_native.cases import GGUF_TYPES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (0, 1, 3, 16, 20, 40, 130)  # of every tile: up to 16, 32, 64 and 128 rows

@@ -36,7 +36,6 @@ from gpu_timing import Case
 from pages import RESULTS, write_or_check
 
 from qlora_native import _C
-from qlora_native.estimate.cards import CARDS as RATES
 
 MODEL = RESULTS / "model.json"
 BUDGETS = Path(__file__).parents[1] / "tests" / "cuda_budgets.json"
@@ -44,6 +43,24 @@ PACKED = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: NF4 in blocks of 64, double
 BLOCKS = {name: size / elements for name, elements, size in _C.block_formats if elements}  # bytes a weight, of GGUF
 MEMORY_SHARE, START_S = 0.92, 3e-6
 GIB = 1 << 30
+
+
+class Rates(NamedTuple):
+    """Of a card, by NVIDIA's data sheets."""
+
+    tflops: float  # 16 bits, fp32 sums, dense
+    share: float  # of them that products reach: half on a T4, which 70 W limit
+    pcie_gb_per_s: float  # that pinned memory reaches over the bus of the card's generation, 16 lanes
+
+
+RATES = {
+    "T4": Rates(65, 0.5, 12),
+    "A100": Rates(312, 0.8, 25),
+    "H100": Rates(989, 0.8, 50),
+    "H200": Rates(989, 0.8, 50),
+    "4090": Rates(165, 0.8, 25),
+    "5090": Rates(209, 0.8, 50),
+}
 
 
 class Card(NamedTuple):
@@ -62,7 +79,7 @@ class Card(NamedTuple):
 
 def _card(name: str, sms: int, ghz: float, gb_per_s: float, l2_mib: float, memory_gib: float, arch: str) -> Card:
     rates = RATES[name]
-    return Card(sms, ghz, gb_per_s, rates.tflops, l2_mib, memory_gib, rates.bus_gb_per_s, arch, rates.share)
+    return Card(sms, ghz, gb_per_s, rates.tflops, l2_mib, memory_gib, rates.pcie_gb_per_s, arch, rates.share)
 
 
 CARDS = {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from cases import GGUF_TYPES
 from common import relative_error, timings
 from gpu_models import LLAMA, VOCABULARY, linears, made_up_blocks
 from gpu_products import Weights
@@ -30,7 +31,6 @@ from replay import Call
 from torch import Tensor
 
 import qlora_native as qn
-from qlora_native.cases import GGUF_TYPES
 from qlora_native.ops import _library
 
 OPS = torch.ops.qlora_native

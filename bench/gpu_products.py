@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from cases import GGUF_TYPES
 from common import Bar, relative_error, timings
 from gpu_models import linears, made_up_blocks
 from gpu_timing import (
@@ -30,7 +31,6 @@ from gpu_timing import (
 from replay import Call
 
 import qlora_native as qn
-from qlora_native.cases import GGUF_TYPES
 
 OPS = torch.ops.qlora_native
 SCALE = 2.0

@@ -19,11 +19,11 @@ from typing import Any
 import ggml_peer
 import torch
 import torch.nn.functional as F
+from cases import Product
 from ceilings import prepacked
 from common import Functions, cache_bytes, limit_bitsandbytes, peer_dtype, relative_error
 
 import qlora_native as qn
-from qlora_native.cases import Product
 
 ROTATE_UP_TO = 16  # rows of x
 DTYPE = peer_dtype()

@@ -122,11 +122,11 @@ def saved() -> list[str]:
 
 
 def streamed() -> list[str]:
-    """Llama 3 70B on 16 GB: the least tokens of a micro-batch whose products hide the copies, by card and bus."""
+    """Llama 3 70B on 16 GB: which layers stream, and the bytes that are copied."""
     from transformers import AutoConfig
 
     from qlora_native.estimate import Estimator, Setting
-    from qlora_native.estimate.cards import CARDS, PCIE, streamed_on
+    from qlora_native.estimate.cards import streamed_on
 
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
@@ -134,14 +134,12 @@ def streamed() -> list[str]:
     streaming = streamed_on(Estimator(config, setting), 16 * GIB)
     assert streaming is not None
     plan, needed = streaming.residency, streaming.estimate.total + streaming.estimate.reserve
-    body = [[name, *(f"{streaming.hidden_from(card, bus):,}" for bus in PCIE.values())] for name, card in CARDS.items()]
     return [
         f"Llama 3 70B with 8-bit AdamW, 1 x 1,024 tokens, takes {needed / GIB:.1f} GiB of a card of 16 GB: "
         f"{len(plan.streamed)} of {len(plan.units)} layers stream.",
         f"{plan.streamed_bytes / GIB:.1f} GiB of pinned memory hold them, and {streaming.pass_bytes / GIB:.1f} GiB are "
         "copied in each direction of a micro-batch.",
         "",
-        *table(["tokens", *(f"PCIe {number}, {rate:.0f} GB/s" for number, rate in PCIE.items())], body),
     ]
 
 

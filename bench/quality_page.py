@@ -14,10 +14,13 @@ from typing import Any
 import births
 from pages import between, results_of, source, table, write_or_check
 
+from qlora_native.weight import METHODS
+
 ROOT = Path(__file__).parents[1]
 TEXTS = {"A": "library source", "B": "language reference", "C": "package descriptions"}  # what they are, in brief
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality.png"
 BEGIN, END = "<!-- bench/quality_page.py begins -->", "<!-- bench/quality_page.py ends -->"
+BASES = ("bf16", *METHODS)  # the results also have a method that is gone
 NAMES = {"bf16": "16-bit (bf16)"}
 
 
@@ -29,7 +32,7 @@ def with_error(pair: Sequence[float], factor: float = 1.0, digits: int = 3) -> s
 def methods(result: dict[str, Any]) -> list[str]:
     """The loss of each method, one table a text."""
     lines: list[str] = []
-    rows = [row for row in result["rows"] if row["kind"] == "method"]
+    rows = [row for row in result["rows"] if row["kind"] == "method" and row["base"] in BASES]
     texts = {name: text for name, text in result["texts"].items() if name in rows[0]["texts"]}
     for name, text in texts.items():
         about = textwrap.fill(f"**{name}**: {text['about']}; {text['rows']} windows of {text['length']} tokens.", 120)
@@ -114,7 +117,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ("after LoRA, mean of the runs", "lora", "gap"),
     ]
     for axes, (title, kind, key) in zip(figure.subplots(1, 2), parts, strict=True):
-        rows = [row for row in result["rows"] if row["kind"] == kind and row["base"] != "bf16"]
+        rows = [row for row in result["rows"] if row["kind"] == kind and row["base"] in METHODS]
         texts = list(rows[0]["texts"]) if rows else []
         for number, text in enumerate(texts):
             width = 0.8 / len(texts)

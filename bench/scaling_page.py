@@ -19,7 +19,6 @@ SIZES: dict[str, dict[str, int]] = {  # of Llama 3
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
 GROUPS, WORDS = 8, 128256
-LINK = 25e9  # bytes a second
 GIB = 1 << 30
 
 
@@ -56,7 +55,7 @@ def rank_of(case: Case) -> tuple[Any, int]:
     config = TrainConfig.model_validate(values)
     setting = replace(Setting.from_config(config, "cuda"), skip_modules=case.skip_modules)
     estimator = Estimator(AutoConfig.for_model("llama", **sizes), setting)
-    ranks = {rank.mode: rank for rank in each_rank(estimator, config, case.gpus, int(LINK))}
+    ranks = {rank.mode: rank for rank in each_rank(estimator, config, case.gpus)}
     return ranks["fsdp"], ranks["ddp"].memory.frozen
 
 
@@ -74,7 +73,6 @@ def column(case: Case) -> list[str]:
         f"{memory.gathered_blocks / 1e9:.1f} GB",
         f"{max(memory.gathered_input, memory.gathered_output) / 1e9:.1f} GB",
         f"{memory.received / 1e9:.1f} GB",
-        f"{rank.seconds:.1f} s",
         moment,
         f"{rank.total / GIB:.1f} GiB",
         fits,
@@ -89,7 +87,6 @@ ROWS = (
     "gathered while layers run",
     "gathered for an embedding",
     "received a micro-batch",
-    "at 25 GB/s",
     "the fullest moment",
     "peak of a card, CUDA included",
     "fits",

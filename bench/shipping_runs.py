@@ -45,7 +45,7 @@ MERGES: dict[str, tuple[str, list[str]]] = {  # the model that the adapter is me
 def write_texts(work: Path) -> None:
     """``train.jsonl`` and ``heldout.jsonl`` of each text: the demo's task, and pages of the language reference."""
     from qlora_native.cli.demo import MAX_CHARACTERS
-    from qlora_native.data.standard_library import is_held_out, write_split
+    from qlora_native.cli.standard_library import is_held_out, write_split
 
     write_split(work / "docstrings", MAX_CHARACTERS, HELD_OUT_ROWS)
     (work / "reference").mkdir(exist_ok=True)

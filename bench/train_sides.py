@@ -87,9 +87,9 @@ def task_batches(
 ) -> dict[str, list[dict[str, torch.Tensor]]]:
     """The batches of every step, and the held-out ones, of the demo's task, whose rows go to ``folder``."""
     from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS
+    from qlora_native.cli.standard_library import write_split
     from qlora_native.data.batching import BatchSampler, collate
     from qlora_native.data.dataset import load_dataset
-    from qlora_native.data.standard_library import write_split
     from qlora_native.data.template import padding_id
 
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)

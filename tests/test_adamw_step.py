@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOAT_DTYPES
 from helpers import relative_error, same_bytes
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import FLOAT_DTYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 

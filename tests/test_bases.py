@@ -34,7 +34,6 @@ KINDS: dict[
     "folder-wmse": ("model", {"method": "wmse"}, True),
     "folder-gptq": ("model", {"method": "gptq", "block_size": 32}, True),
     "folder-unstored": ("model", {"method": "wmse", "save": False}, False),
-    "folder-signed": ("model", {"method": "rtn_signed"}, True),
     "four-bit": ("nf4", {}, False),
     "kept": ("kept.gguf", {}, False),
     "converted": ("kept.gguf", {"type": "nf4", "block_size": 128}, False),

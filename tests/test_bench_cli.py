@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from qlora_native.cli import bench, contests, main
+from qlora_native.cli import bench, main
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library
 
 
@@ -22,16 +22,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_measured_and_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--shape", "8", "256", "128", "--rounds", "2", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["op"] for row in rows] == list(bench.OPS) == list(contests.CONTESTS)
+    assert [row["op"] for row in rows] == list(bench.CONTESTS)
     for row in rows:
         assert row["match"], row
-        assert row["m"] == (None if row["op"] in contests.WITHOUT_TOKENS else 8) and (row["n"], row["k"]) == (256, 128)
+        assert row["m"] == (None if row["op"] in bench.WITHOUT_TOKENS else 8) and (row["n"], row["k"]) == (256, 128)
         low, high = row["quartiles"]
         assert 0 < low <= row["times_as_fast"] <= high and row["ours_ms"] > 0 and row["torch_ms"] > 0
 
 
 def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(contests, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
+    monkeypatch.setattr(bench, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
     assert main.main(["bench", "linear_4bit", "--shape", "2", "64", "64", "--rounds", "1"]) == 0
     assert "NO MATCH: relative error 1" in capsys.readouterr().out
 
@@ -46,10 +46,10 @@ def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len({row.index("(") for row in rows}) == 1  # a table
 
 
-def test_the_rival_has_the_bits_of_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    for dtype, bits in (("float32", "32-bit"), ("bfloat16", "16-bit")):
-        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype, "--json"]) == 0
-        assert bits in json.loads(capsys.readouterr().out)["torch_is"]
+def test_the_rival_has_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype]) == 0
+        assert f"dequantize_4bit, against a copy in {dtype}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,6 @@ def test_the_rival_has_the_bits_of_the_dtype(capsys: pytest.CaptureFixture[str])
         (["bench", "--model", "m", "--shape", "1", "2", "3"], "--model and --shape were given"),
         (["bench", "--model", "gone"], "gone is not there"),
         (["doctor", "gone"], "gone is not there"),
-        (["doctor", "--tokens", "0"], "--tokens is 0: expected numbers of 1"),
-        (["doctor", "--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
     ],
 )
 def test_mistakes(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,10 +72,10 @@ def test_mistakes(words: list[str], expected: str, capsys: pytest.CaptureFixture
 def test_doctor_names_the_kernel_of_each_shape(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["doctor", str(model), "--tokens", "1", "32", "--json"]) == 0
+    assert main.main(["doctor", str(model), "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    rows = [tuple(row[key] for key in ("n", "k", "layers", "tokens")) for row in kernels[:4]]
-    assert rows == [(32, 64, 4, 1), (32, 64, 4, 32), (64, 64, 4, 1), (64, 64, 4, 32)]
+    rows = [tuple(row[key] for key in ("n", "k", "layers", "tokens")) for row in kernels[:6]]
+    assert rows == [(n, 64, 4, tokens) for n in (32, 64) for tokens in (1, 16, 512)]
     assert all("rows of the weight" in row["kernel"] for row in kernels)
 
     # On a CUDA device: what the plan says, asked with the card's facts.
@@ -99,11 +97,15 @@ def test_doctor_names_the_kernel_of_each_shape(
     _cuda_kernels.facts.cache_clear()
     _cuda_products.plan_of.cache_clear()
     try:
-        assert main.main(["doctor", str(model), "--tokens", "1", "32"]) == 0
+        assert main.main(["doctor", str(model)]) == 0
     finally:
         _cuda_kernels.facts.cache_clear()
         _cuda_products.plan_of.cache_clear()
     printed = capsys.readouterr().out
     expected = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
-    assert expected == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]
+    assert expected == [
+        "2 layers, 1 tokens: gemv 4x16",
+        "2 layers, 16 tokens: gemv 4x16",
+        "2 layers, 512 tokens: tile 64x128",
+    ]
     assert asked[0][:3] == (1, 32, 64) and asked[0][-3:] == (90, 132, 0)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
+from qlora_native import _native, reference
 from qlora_native import optim as native
-from qlora_native import reference
 from qlora_native.bitsandbytes import optim as states
 
 FAMILIES = ("Adam", "AdamW", "Lion")
@@ -201,7 +201,7 @@ def test_older_layouts(theirs: Any) -> None:
         ours.load_state_dict(given)
         assert relative_error(values(ours.state[params[0]], 1), values(other.state[params[0]], 1)) < 0.03
     codes = torch.randint(0, 256, (5000,), dtype=torch.uint8)  # one scale for 2048, as before 0.44
-    qmap = bnb.functional.create_dynamic_map()
+    qmap = _native.nested_code().clone()
     old = {"step": 1, "state1": codes, "qmap1": qmap, "absmax1": torch.tensor([1.0, 2.0, 3.0])}
     decoded = states.from_bitsandbytes(old)["exp_avg"]
     assert torch.equal(decoded, qmap[codes.long()] * torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2048)[:5000])
@@ -243,27 +243,14 @@ def test_paged_states_out_of_memory_give_the_same_bytes(form: str) -> None:
     assert straight.paged is False
 
 
-def test_the_manager_sets_the_form_of_single_parameters() -> None:
-    manager = bnb.optim.GlobalOptimManager.get_instance()
-    manager.initialize()
-    try:
-        model: Any = nn.ModuleDict({"embed": nn.Embedding(100, 64), "fc": nn.Linear(64, 80), "out": nn.Linear(80, 80)})
-        manager.register_parameters(model.parameters())
-        manager.register_module_override(model["embed"], "weight", {"optim_bits": 32})
-        manager.override_config(model["fc"].weight, "min_8bit_size", 10**6)
-        manager.override_config([model["fc"].bias], key_value_dict={"optim_bits": 8, "min_8bit_size": 16})
-        optimizer = bnb.optim.Adam8bit(model.parameters())
-        for param in model.parameters():
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-        coded = {name for name, p in model.named_parameters() if optimizer.state[p]["state1"].dtype == torch.uint8}
-        assert coded == {"fc.bias", "out.weight"}
-        with pytest.raises(ValueError, match="'lr' cannot be set"):
-            manager.override_config(model["fc"].weight, "lr", 1.0)
-        with pytest.raises(RuntimeError, match="get_instance"):
-            bnb.optim.GlobalOptimManager()
-    finally:
-        manager.initialize()
+def test_a_group_of_its_own_keeps_32_bit_states() -> None:
+    embed, out = (nn.Parameter(torch.randn(100, 64)) for _ in range(2))
+    optimizer = bnb.optim.Adam8bit([{"params": [embed], "bits": 32}, {"params": [out]}])
+    for param in (embed, out):
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state[embed]["state1"].dtype == torch.float32
+    assert optimizer.state[out]["state1"].dtype == torch.uint8
 
 
 def test_arguments_that_cannot_be() -> None:

@@ -19,10 +19,9 @@ import yaml
 from adapters import make_adapter
 
 import qlora_native as qn
-from qlora_native.cli import demo, doctor, main
+from qlora_native.cli import demo, doctor, main, standard_library
 from qlora_native.cli._run import DISTRIBUTIONS
 from qlora_native.cli.main import COMMANDS
-from qlora_native.data import standard_library
 
 # Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES = {
@@ -46,7 +45,7 @@ MISTAKES = {
     "config check gone.yaml": "gone.yaml does not exist",
     "config list --no-such-option": "takes no --no-such-option",
     "doctor gone": "gone is not there",
-    "doctor --tokens 0": "--tokens is 0",
+    "doctor --tokens 1": "unrecognized arguments: --tokens",
     "doctor --no-such-option": "unrecognized arguments: --no-such-option",
     "bench attention": "argument OP: invalid choice: 'attention'",
     "bench --model gone": "gone is not there",

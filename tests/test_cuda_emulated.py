@@ -12,13 +12,13 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from cases import TOLERANCE
 from emulated import Emulator
 from helpers import relative_error, same_bytes
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import TOLERANCE
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library
 
 OPS = torch.ops.qlora_native

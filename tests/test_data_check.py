@@ -102,7 +102,7 @@ def test_a_correct_set_has_none(name: str, rows: Rows, model: Path, tmp_path: Pa
 
 def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
     from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, MAX_LENGTH
-    from qlora_native.data.standard_library import write_split
+    from qlora_native.cli.standard_library import write_split
     from qlora_native.weights.open import load_tokenizer
 
     write_split(tmp_path, MAX_CHARACTERS, HELD_OUT_ROWS)

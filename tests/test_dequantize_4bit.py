@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BLOCK_SIZES, FLOAT_DTYPES, GGUF_TYPES, QUANT_TYPES, WEIGHT_SHAPES
 from helpers import HALVES, bytes_of, gguf_truth, gguf_weight, refuses, same_bytes, signed
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, GGUF_TYPES, QUANT_TYPES, WEIGHT_SHAPES
 from qlora_native.ops import _library
 from qlora_native.ops.dequantize_4bit import decode_panel
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import TOLERANCE
 from helpers import relative_error, same_bytes, through_a_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_native as qn
 from qlora_native import _C, lora
-from qlora_native.cases import TOLERANCE
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import _direct
 from qlora_native.ops._direct import unobserved

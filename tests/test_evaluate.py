@@ -24,6 +24,8 @@ from qlora_native.evaluate.retention import retention
 from qlora_native.evaluate.texts import load_text
 from qlora_native.evaluate.variants import Variants
 
+CALIBRATION = torch.arange(320).remainder(299).view(10, 32)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -166,19 +168,20 @@ def cells_of(page: str, name: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def comparison(folder: Path, tokenizer: Any) -> Comparison:
     """Every kind of variant."""
-    variants = Variants(folder / "model", methods=["rtn", "rtn_signed"], adapter=folder / "adapter")
+    options: Any = {"methods": ["rtn", "wmse"], "calibration": CALIBRATION}
+    variants = Variants(folder / "model", adapter=folder / "adapter", **options)
     texts = [load_text(folder / name, tokenizer, max_length=32) for name in ("held.jsonl", "notes.txt")]
     return compare(variants, texts, tokenizer, pad_id=1)
 
 
 def test_variants_are_the_models_they_name(comparison: Comparison, folder: Path, tokenizer: Any) -> None:
-    assert [variant.name for variant in comparison.variants] == ["16-bit", "rtn", "rtn + adapter", "rtn_signed"]
+    assert [variant.name for variant in comparison.variants] == ["16-bit", "rtn", "rtn + adapter", "wmse"]
     text = load_text(folder / "notes.txt", tokenizer, max_length=32)
     for name, model in (
         ("16-bit", AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)),
         ("rtn", qn.load_model(folder / "model")),
         ("rtn + adapter", qn.load_adapter(qn.load_model(folder / "model"), folder / "adapter")),
-        ("rtn_signed", qn.load_model(folder / "model", method="rtn_signed")),
+        ("wmse", qn.load_model(folder / "model", calibration=CALIBRATION)),
     ):
         found = next(one for one in comparison.variants if one.name == name).texts["notes.txt"]
         assert found.loss[0] == pytest.approx(measure(model, text.rows, 1)[0].loss[0], rel=5e-3), name
@@ -199,9 +202,9 @@ def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Pat
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     row = {side["name"]: side["texts"]["notes.txt"] for side in report["sides"]}
     assert row["rtn"]["excess"] == pytest.approx(row["rtn"]["loss"] - row["16-bit"]["loss"])
-    closed = 1 - row["rtn_signed"]["excess"] / row["rtn"]["excess"]
-    assert row["rtn_signed"]["closed"] == pytest.approx(closed) and row["rtn + adapter"]["closed"] is None
-    cells = cells_of(page, "base, 4-bit by rtn_signed")
+    closed = 1 - row["wmse"]["excess"] / row["rtn"]["excess"]
+    assert row["wmse"]["closed"] == pytest.approx(closed) and row["rtn + adapter"]["closed"] is None
+    cells = cells_of(page, "base, 4-bit by wmse")
     first = report["sides"][3]["texts"]["held.jsonl"]
     assert cells["loss"].split() == [f"{first['loss']:.4f}", "±", f"{first['loss_error']:.4f}"]
     assert f"{100 * first['same_first']:.1f} ±" in cells["same first token"]

@@ -22,9 +22,9 @@ import qlora_native as qn
 from qlora_native import gguf_blocks
 from qlora_native.calibration.data import as_calibration, take_tokens
 from qlora_native.cli.demo import demo_config, model_file
+from qlora_native.cli.standard_library import write_split
 from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
-from qlora_native.data.standard_library import write_split
 from qlora_native.lora import lora_layers
 from qlora_native.models.load import load_model
 from qlora_native.train.loop import Trainer

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import TOLERANCE
 from helpers import relative_error, same_bytes, same_values
 from safetensors import safe_open
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _native
-from qlora_native.cases import TOLERANCE
 from qlora_native.weight import QuantizedWeight
 
 pytestmark = pytest.mark.isa

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import FLOAT_DTYPES, QUANT_TYPES
 from helpers import refuses, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.calibration.quantize import feedback_factor
-from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda"), pytest.mark.usefixtures("device")]
 

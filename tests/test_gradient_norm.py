@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from cases import FLOAT_DTYPES
 
 from qlora_native import reference
-from qlora_native.cases import FLOAT_DTYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
+from cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, QUANT_TYPES, TOLERANCE, Product
 from helpers import SavedTensors, gguf_truth, gguf_weight, refuses, relative_error, same_bytes_under_threads, signed
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, QUANT_TYPES, TOLERANCE, Product
 from qlora_native.ops import linear_4bit
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import GGUF_TYPES
 from helpers import gguf_weight, refuses, relative_error
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native.cases import GGUF_TYPES
 from qlora_native.ops import linear_cross_entropy as op
 
 pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]

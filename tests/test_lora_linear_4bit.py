@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, TOLERANCE, Product
 from helpers import SavedTensors, gguf_weight, refuses, relative_error, signed
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -13,7 +14,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, TOLERANCE, Product
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 SCALE = 1.75

@@ -13,6 +13,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from cases import GGUF_TYPES, TOLERANCE
 from emulated import Emulator
 from emulated_torch import WAITING
 from helpers import gguf_truth, gguf_weight, relative_error
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import GGUF_TYPES, TOLERANCE
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library, lora_linear_4bit
 from qlora_native.ops import linear_cross_entropy as loss_op
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
 from helpers import refuses, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 

@@ -11,7 +11,7 @@ import pytest
 from qlora_native.cli import main
 from qlora_native.cli.demo import demo_config
 from qlora_native.cli.demo_models import MODELS
-from qlora_native.data.standard_library import write_split
+from qlora_native.cli.standard_library import write_split
 from qlora_native.train.loop import Trainer
 
 pytestmark = pytest.mark.real

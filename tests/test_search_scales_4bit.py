@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOAT_DTYPES, QUANT_TYPES
 from helpers import refuses, same_bytes, same_bytes_under_threads
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda"), pytest.mark.usefixtures("device")]
 search = torch.ops.qlora_native.search_scales_4bit

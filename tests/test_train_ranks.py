@@ -308,13 +308,12 @@ def test_the_nccl_script_says_that_there_are_no_two_gpus(monkeypatch: Any, capsy
 
 
 def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["estimate", str(folder / "model"), "--gpus", "4", "--gpu", "1GB", "--link", "10GB"]
+    command = ["estimate", str(folder / "model"), "--gpus", "4", "--gpu", "1GB"]
     assert main([*command, "--json"]) == 0
     copies, sharded = json.loads(capsys.readouterr().out)["ranks"]
     assert (copies["mode"], copies["cut"], sharded["mode"], sharded["cut"]) == ("ddp", False, "fsdp", True)
     assert sharded["frozen"] < 0.3 * copies["frozen"]
     assert copies["trained"] == pytest.approx(4 * sharded["trained"], rel=0.05)
-    assert sharded["seconds"] == max(sharded["received"], sharded["sent"]) / (10 << 30)
     assert main(command) == 0
     assert "fsdp on 4: " in capsys.readouterr().out
     assert main(["estimate", str(folder / "model"), "--gpus", "17"]) == 2

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import GGUF_TYPES
 from helpers import bytes_of, gguf_weight, refuses, same_bytes, same_weight, signed, through_a_file
 
 import qlora_native as qn
-from qlora_native.cases import GGUF_TYPES
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,10 @@ class QuantConfig(_Section):
         64, "weights that share one scale; smaller is more exact and larger on disk"
     )
     double_quant: bool = _key(True, "store the scales in 8 bits: saves about 0.37 bits per weight")
-    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = _key(
+    method: Literal["rtn", "wmse", "gptq"] = _key(
         "rtn",
-        "how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
-        "gptq calibrate with text, lose less, and take seconds or minutes longer to load",
+        "how codes and scales are chosen: rtn = nearest; wmse and gptq calibrate with text, lose less, and take "
+        "seconds or minutes longer to load",
     )
     calibration: str | None = _key(None, "file of that text for wmse and gptq; without it the training rows are used")
 

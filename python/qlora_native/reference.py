@@ -12,6 +12,9 @@ from torch import Tensor
 from qlora_native import _native, gguf_blocks
 
 NESTED_BLOCK = 256
+# Relative error (Frobenius) of a product against the fp64 truth on the same dequantized weight: half an ulp of the
+# output's rounding, plus the operands' (adapters and their intermediate are rounded to x's dtype).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -18,7 +18,7 @@ from qlora_native.ops.quantize_4bit import empty_outputs
 # Fields that hold tensors, in the order in which ops take them.
 TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "nested_code")
 CALIBRATED = ("wmse", "gptq")  # methods of quantizing that need data
-METHODS = ("rtn", "rtn_signed", *CALIBRATED)
+METHODS = ("rtn", *CALIBRATED)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 

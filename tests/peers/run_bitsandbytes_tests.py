@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 FILES = [f"test_{name}.py" for name in ("linear4bit", "functional", "ops", "autograd", "modules", "optim")]
 COMPILED = ("torch_compile", "minutes of compiling: --compile runs it")
 
@@ -26,6 +28,7 @@ LEFT_OUT = [
     (r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit", "the half for 8-bit inference"),
     (r"mbedding", "embeddings"),
     (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", "an optimizer that is not AdamW, Adam or Lion"),
+    (r"few_bit_quant|fp8_quant|global_config", "makers of 8-bit maps, or the manager of single parameters' states"),
     (r"bench", "a timing without an assertion"),
 ]
 # What fails for a reason that docs/bitsandbytes.md gives: a pattern, and the reason in short.
@@ -45,6 +48,17 @@ class Absent:
         raise AssertionError("a test of what is not offered was not left out")
 
 
+def dynamic_map(signed: bool = True) -> torch.Tensor:
+    """The 8-bit map that their tests of blockwise quantization give: each power of ten has twice as many levels as the
+    one below it, fp32 [256], sorted."""
+    levels = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
+        decade = 10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
+        levels += [decade, -decade] if signed else [decade]
+    return torch.cat(levels).sort().values
+
+
 def install() -> None:
     """Make ``import bitsandbytes`` give our module, with stand-ins for the names that their files only mention."""
     import qlora_native.bitsandbytes as ours
@@ -60,6 +74,7 @@ def install() -> None:
         modules[name].__dict__.update(values)
     for name, module in modules.items():
         sys.modules[f"bitsandbytes.{name}".rstrip(".")] = module
+    functional.create_dynamic_map = dynamic_map
     functional.has_avx512bf16 = lambda: False  # there is no second layout for such CPUs
     embeddings = [f"Embedding{kind}" for kind in ("", "4bit", "8bit", "FP4", "NF4")]
     for name in ("Linear8bitLt", "StableEmbedding", *embeddings):

@@ -7,15 +7,13 @@ docs/format.md. bitsandbytes reads our codes by our map; codes under any other m
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native import optim as native
@@ -23,77 +21,17 @@ from qlora_native.optim.base import MIN_CODED_NUMEL, Optimizer
 
 _FORMS = [(paged, bits) for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
 __all__ = [f"{paged}{rule}{bits}" for rule in ("Adam", "AdamW", "Lion") for paged, bits in _FORMS]
-__all__ += ["GlobalOptimManager", "native_state_dict"]
+__all__.append("native_state_dict")
 WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
 MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}  # the number in bitsandbytes' names of a state -> our name
 BLOCKS = (_native.STATE_BLOCK, 2048)  # elements that share a scale; 2048 before bitsandbytes 0.44
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}.")
-
-
-class GlobalOptimManager:
-    """Settings of single parameters, for every optimizer of this package; there is one, :meth:`get_instance`.
-
-    Only the form of the states can be set (``optim_bits``, ``min_8bit_size``), and before the first step. A learning
-    rate or a decay of its own is a parameter group's.
-    """
-
-    def __init__(self) -> None:
-        raise RuntimeError("GlobalOptimManager: there is one: call GlobalOptimManager.get_instance().")
-
-    @classmethod
-    @cache
-    def get_instance(cls) -> GlobalOptimManager:
-        """The manager."""
-        manager = object.__new__(cls)
-        manager.initialize()
-        return manager
-
-    def initialize(self) -> None:
-        """Forget all settings."""
-        self._of_parameters = WeakTensorKeyDictionary()
-        self._of_modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
-
-    def register_parameters(self, params: Iterable[Any]) -> None:
-        """Nothing needs to be registered: settings go by the parameter itself, which stays the same when moved."""
-
-    def override_config(
-        self,
-        parameters: Tensor | Iterable[Tensor],
-        key: str | None = None,
-        value: Any = None,
-        key_value_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Set ``key`` to ``value``, or all of ``key_value_dict``, for one parameter or several.
-
-        Raises ValueError for keys other than "optim_bits" and "min_8bit_size".
-        """
-        config = self._checked({**({} if key is None else {key: value}), **(key_value_dict or {})})
-        for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self._of_parameters.setdefault(parameter, {}).update(config)
-
-    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """Set ``config`` for the parameter that is ``param_name`` of the module at the first step."""
-        self._of_modules.append((weakref.ref(module), param_name, self._checked(config)))
-
-    def config_of(self, parameter: Tensor) -> dict[str, Any]:
-        """What is set for this parameter."""
-        config = dict(self._of_parameters.get(parameter, {}))
-        for module, name, more in self._of_modules:
-            if getattr(module(), name, None) is parameter:
-                config |= more
-        return config
-
-    def _checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        for key in config:
-            if key not in ("optim_bits", "min_8bit_size"):
-                raise ValueError(
-                    f"GlobalOptimManager: {key!r} cannot be set for single parameters: expected optim_bits or "
-                    "min_8bit_size; give the parameters a group of their own for everything else."
-                )
-        return dict(config)
+    instead = ""
+    if name == "GlobalOptimManager":
+        instead = " Give parameters that are to keep 32-bit states a group of their own: {'params': [...], 'bits': 32}."
+    raise AttributeError(f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}.{instead}")
 
 
 @cache
@@ -114,10 +52,12 @@ class State(dict[str, Any]):
     """
 
     def __missing__(self, key: str) -> Any:
-        kind, name = key[:-1], MOMENTS.get(key[-1:], "")
+        kind = key[:-1]
+        name = MOMENTS.get(key[-1:], "")
         if name in self:
             value: Tensor = self[name]
-            is_coded, signed = f"{name}_absmax" in self, value.dtype == torch.int8
+            is_coded = f"{name}_absmax" in self
+            signed = value.dtype == torch.int8
             if kind == "state":
                 return value.view(torch.uint8) if signed else value
             if kind == "absmax" and is_coded:
@@ -159,7 +99,8 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
         if value.dtype != torch.uint8:
             result[name] = value
             continue
-        absmax, qmap = state.get(f"absmax{number}"), state.get(f"qmap{number}")
+        absmax = state.get(f"absmax{number}")
+        qmap = state.get(f"qmap{number}")
         if absmax is None or qmap is None:
             raise ValueError(f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it.")
         signed = name == "exp_avg"
@@ -219,9 +160,7 @@ class _Bitsandbytes(Optimizer):
         super()._reserve([(param, coded) for param, coded in wanted if param.is_floating_point()])
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
-        config = GlobalOptimManager.get_instance().config_of(param)
-        least = config.get("min_8bit_size", self.args.min_8bit_size)
-        return bool(config.get("optim_bits", group["bits"]) == 8 and param.numel() >= least)
+        return bool(group["bits"] == 8 and param.numel() >= self.args.min_8bit_size)
 
     def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
         return State(super()._new_state(param, coded, blank))
@@ -274,7 +213,7 @@ class Adam(_Bitsandbytes, native.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
 
-class AdamW(_Bitsandbytes, native.AdamW):
+class AdamW(Adam):
     """AdamW; arguments as for :class:`Adam`."""
 
     def __init__(
@@ -284,14 +223,10 @@ class AdamW(_Bitsandbytes, native.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = MIN_CODED_NUMEL,
-        is_paged: bool = False,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
-        super().__init__(params, lr, betas, eps, weight_decay, **arguments)
+        super().__init__(params, lr, betas, eps, weight_decay, *others, **more)
 
 
 class Lion(_Bitsandbytes, native.Lion):
@@ -320,11 +255,10 @@ class _FixedLion(Lion):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        args: Any = None,
-        min_8bit_size: int = MIN_CODED_NUMEL,
-        is_paged: bool = False,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
+        super().__init__(params, lr, betas, weight_decay, 32, *others, **more)
 
 
 _Class = TypeVar("_Class", bound=_Bitsandbytes)

@@ -114,7 +114,8 @@ class QuantState:
                 dtype=getattr(torch, values["nested_dtype"]),
             )
         shape = None if values["shape"] is None else torch.Size(values["shape"])
-        absmax, code = values["absmax"].to(device), values["quant_map"].to(device)
+        absmax = values["absmax"].to(device)
+        code = values["quant_map"].to(device)
         dtype = getattr(torch, values["dtype"])
         return cls(absmax, shape, code, values["blocksize"], values["quant_type"], dtype, offset, state2)
 
@@ -177,14 +178,16 @@ class QuantState:
 
     def op_args(self, packed: Tensor) -> tuple[Any, ...]:
         """The weight arguments of ``torch.ops.qlora_native.*`` for these packed bytes (of any storage dtype)."""
-        absmax, second = self.absmax, self.state2
+        absmax = self.absmax
+        second = self.state2
         nested: tuple[Tensor | None, ...] = (None, None, None)
         if second is not None:
             if second.blocksize == reference.NESTED_BLOCK and second.absmax.dtype == torch.float32:
                 nested = (second.absmax, None if self.offset is None else self.offset.float(), second._other_code)
             else:
                 absmax = self.scales()
-        data, number = packed.reshape(-1).view(torch.uint8), quant_type_number(self.quant_type or "")
+        data = packed.reshape(-1).view(torch.uint8)
+        number = quant_type_number(self.quant_type or "")
         return (data, absmax, *nested[:2], self._other_code, nested[2], list(self.shape), number, self.blocksize)
 
 

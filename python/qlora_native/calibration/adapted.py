@@ -39,6 +39,7 @@ def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -
     lost = wanted.reshape(-1, k).float() - given
     found = torch.empty_like(hessian)
 
+    # C (H + damping) = E[(wanted - given) given^T], some rows of C at a time.
     def solve(begin: int, end: int) -> None:
         products = lost[:, begin:end].t() @ given / len(given)
         found[begin:end] = torch.cholesky_solve(products.t().double(), factor).t()
@@ -67,12 +68,14 @@ def adapted_codes(
     n, k = weight.shape
     found = feedback_factor(hessian, DAMPING)
     if found is None:
-        hessian, correction = torch.eye(k, device=weight.device), None
+        hessian = torch.eye(k, device=weight.device)
+        correction = None
         found = hessian, torch.arange(k, device=weight.device), 0.0
     factor, order, _ = found
 
     def parts_of(part: QuantizedWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        base, change = part.dequantize(torch.float32), scale * b[rows] @ a
+        base = part.dequantize(torch.float32)
+        change = scale * b[rows] @ a
         return base if correction is None else base.addmm(base + change, correction), change
 
     rows = sampled_rows(n, k) if k % weight.block_size == 0 else torch.arange(n)
@@ -83,10 +86,12 @@ def adapted_codes(
 
     def is_reached(gain: float) -> bool:
         packed = _fed_back(base + gain * change, sample, factor, order)
-        got = sample._with(sample.op_args()._replace(packed=packed))
-        return float(((got.dequantize(torch.float32) - base) * pull).sum(dtype=torch.float64)) >= wanted
+        got = sample._with(sample.op_args()._replace(packed=packed)).dequantize(torch.float32)
+        moved = (got - base) * pull
+        return float(moved.sum(dtype=torch.float64)) >= wanted
 
-    gain, done = least_gain(is_reached), 0
+    gain = least_gain(is_reached)
+    done = 0
     packed = torch.empty_like(weight.packed).view(-1)
     step = max(1, ELEMENTS // max(1, weight.block_size * k)) * weight.block_size  # rows that end where a block does
     for first in range(0, n, step):
@@ -100,7 +105,8 @@ def adapted_codes(
 
 def sampled_rows(n: int, k: int) -> Tensor:
     """Numbers of rows spread over a weight [N, K], int64."""
-    return torch.arange(0, n, -(-n // max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))))
+    count = max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))
+    return torch.arange(0, n, -(-n // count))
 
 
 def least_gain(is_reached: Callable[[float], bool]) -> float:
@@ -120,15 +126,14 @@ def least_gain(is_reached: Callable[[float], bool]) -> float:
 
 def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     """These rows as a weight of their own; if rows are no whole blocks, all of them."""
-    arguments, (n, k) = weight.op_args(), weight.shape
-    packed, scales = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed, weight.absmax
-    if not weight.is_gguf:
-        scales = weight.scales() if len(rows) == n else weight.scales().view(n, -1)[rows].flatten()
-    return weight._with(
-        arguments._replace(
-            packed=packed.reshape(-1), absmax=scales, nested_absmax=None, nested_offset=None, shape=[len(rows), k]
-        )
-    )
+    n, k = weight.shape
+    packed = weight.packed
+    scales = weight.absmax if weight.is_gguf else weight.scales()
+    if len(rows) < n:
+        packed = packed.view(n, -1)[rows]
+        scales = scales if weight.is_gguf else scales.view(n, -1)[rows].flatten()
+    arguments = weight.op_args()._replace(packed=packed.reshape(-1), absmax=scales, shape=[len(rows), k])
+    return weight._with(arguments._replace(nested_absmax=None, nested_offset=None))
 
 
 def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Tensor) -> Tensor:
@@ -145,9 +150,8 @@ def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Te
         scales, added = gguf_blocks.scales(blocks, number)
         if added is not None:
             target = target - gguf_blocks.spread(added, number).view_as(target)
-        codes = _codes(
-            target, gguf_blocks.spread(scales, number).view_as(target), gguf_blocks.levels(number), factor, order
-        )
+        scales = gguf_blocks.spread(scales, number).view_as(target)
+        codes = _codes(target, scales, gguf_blocks.levels(number), factor, order)
         return gguf_blocks.with_codes(blocks, codes.view(len(blocks), -1), number).view(-1)
     assert weight.code is not None
     levels, numbers = weight.code.sort()
@@ -158,8 +162,11 @@ def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Te
 
 def _codes(target: Tensor, scales: Tensor, levels: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     """Numbers of levels, uint8 [n, K], for ``target`` and the ``scales`` of its elements, fp32 [n, K]."""
-    weight, scales, levels = target.t()[order], scales.t()[order], levels.to(target.device)
-    inverse, target = reference.reciprocals(scales), weight.clone()
+    weight = target.t()[order]
+    scales = scales.t()[order]
+    levels = levels.to(target.device)
+    inverse = reference.reciprocals(scales)
+    target = weight.clone()
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     for begin in range(0, len(target), COLUMNS):
         end = min(begin + COLUMNS, len(target))

@@ -95,7 +95,9 @@ def take_tokens(
     and those after them only if there are not enough otherwise. ``load_tokenizer`` is called if there is text, and
     ``data`` has no tokenizer; ``positions`` is the longest sequence of the model, None if any.
     """
-    length, seed, source = data.length or min(LENGTH, positions or LENGTH), data.seed, data.source
+    length = data.length or min(LENGTH, positions or LENGTH)
+    seed = data.seed
+    source = data.source
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     is_drawn = False
     if isinstance(source, Tensor):
@@ -113,12 +115,14 @@ def take_tokens(
     if not is_drawn:
         if data.rows is not None or data.length is not None:
             raise ValueError("calibration: sequences [rows, length] are used as they are: leave rows and length out.")
-        ids, length = ids.to("cpu", torch.int64).contiguous(), ids.shape[1]
+        ids = ids.to("cpu", torch.int64).contiguous()
+        length = ids.shape[1]
     if positions is not None and length > positions:
         raise UserError(
             f"calibration: sequences of {length} tokens, but the model has {positions} positions: make length smaller."
         )
-    low, high = int(ids.min()), int(ids.max())
+    low = int(ids.min())
+    high = int(ids.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
             f"calibration: token numbers from {low} to {high}, but the model's lie from 0 to {vocab_size - 1}: "
@@ -138,7 +142,8 @@ def _is_sequences(ids: Tensor) -> bool:
 def _read_kept(path: Path) -> tuple[Tensor, int]:
     """The sequences in a file that ``keep`` wrote, and their seed."""
     with reading(path, "expected calibration data that a training run kept"), safe_open(regular(path), "pt") as file:
-        ids, seed = file.get_tensor(TENSOR), int((file.metadata() or {}).get("seed", 0))
+        ids = file.get_tensor(TENSOR)
+        seed = int((file.metadata() or {}).get("seed", 0))
     if not _is_sequences(ids):
         raise UserError(f"{path}: {TENSOR} is {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length].")
     return ids, seed
@@ -172,7 +177,8 @@ def _documents(data: CalibrationData, path: Path | None, load_tokenizer: Callabl
 def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: str, method: str) -> Tensor:
     """Sequences of the documents' tokens, int64 [at most rows, length]."""
     wanted = rows * length
-    taken, rest = list[int](), list[list[int]]()
+    taken = list[int]()
+    rest = list[list[int]]()
     for document in documents:
         taken += document[:length]
         rest.append(document[length:])
@@ -217,4 +223,5 @@ def quantize_command(
 
 def kept_calibration(adapter: Path) -> Path | None:
     """The calibration data of an adapter's training run, if its folder still lies in that of the run."""
-    return next((path for parent in adapter.resolve().parents[:2] if (path := parent / FILE).is_file()), None)
+    files = [parent / FILE for parent in adapter.resolve().parents[:2]]
+    return next((file for file in files if file.is_file()), None)

@@ -72,7 +72,8 @@ class LayerCalls:
     """The arguments of each layer of a model, which must be the same for every sequence."""
 
     def __init__(self, model: Any, layers: nn.ModuleList) -> None:
-        self._model, self._layers = model, layers
+        self._model = model
+        self._layers = layers
         self._calls: list[LayerCall] = []
 
     def __getitem__(self, index: int) -> LayerCall:
@@ -144,8 +145,8 @@ def _same(one: Any, other: Any) -> bool:
 
 def _unlike(model: Any, what: str) -> UserError:
     return UserError(
-        f"{type(model).__name__} cannot be calibrated layer by layer: {what}; load it with method 'rtn' or "
-        "'rtn_signed', which need no data."
+        f"{type(model).__name__} cannot be calibrated layer by layer: {what}; load it with method 'rtn', "
+        "which needs no data."
     )
 
 
@@ -159,7 +160,9 @@ class HiddenStates:
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None) -> None:
-        self.shape, self.dtype, self.folder = shape, dtype, folder  # [rows, length, H]
+        self.shape = shape  # [rows, length, H]
+        self.dtype = dtype
+        self.folder = folder
         self.layer = 0  # the current one
         self._memory = torch.empty(shape, dtype=dtype) if folder is None else None
 
@@ -227,8 +230,10 @@ class FinishedLayers:
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self.folder, self.changed = folder, []
-        run, earlier = json.loads(json.dumps({**run, "format": LAYER_FORMAT})), {}
+        self.folder = folder
+        self.changed = []
+        run = json.loads(json.dumps({**run, "format": LAYER_FORMAT}))
+        earlier = {}
         with suppress(OSError, ValueError):
             earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if earlier != run:

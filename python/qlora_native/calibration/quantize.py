@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from threading import Lock, local
 
 import torch
+from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native.weight import METHODS, QuantizedWeight, quant_type_number, quantize
 
 # Scales are searched between these shares of a block's largest magnitude: below 1 large elements are clipped, above 1
 # the largest comes to lie at an inner level. Trying all 256 stored scales gained 0.1 % at most (SmolLM2-135M).
-SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
+SEARCH_LOW = 0.375
+SEARCH_HIGH = 2.0
 # The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser ones that span the range of
 # the double quantization, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
@@ -31,7 +33,7 @@ ROWS = 64  # of a hessian, copied at a time
 _one_at_a_time = Lock()
 _last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
 
-Factor = tuple[torch.Tensor, torch.Tensor, float]
+Factor = tuple[Tensor, Tensor, float]
 Form = tuple[str, int, bool]  # quant_type, block_size, double_quant
 
 
@@ -43,7 +45,7 @@ class CalibrationReport:
         method: the method whose codes were kept; "rtn" after a fallback.
         rtn_error: squared error of plain rounding, weighted as ``error`` is.
         error: the result's. With a hessian H: trace((W - W') H (W - W')^T); with channel moments m alone:
-            sum m_k (w - w')^2; without statistics: sum (w - w')^2.
+            sum m_k (w - w')^2; without either, sum (w - w')^2.
         damping: share of the mean of H's diagonal that was added to it ("gptq"), else None.
         fallback: why the weight was rounded plainly instead, else None.
     """
@@ -65,11 +67,11 @@ class CalibratedWeight:
 
 @torch.no_grad()
 def quantize_calibrated(
-    weight: torch.Tensor,
+    weight: Tensor,
     method: str,
     *,
-    moment: torch.Tensor | None = None,
-    hessian: torch.Tensor | None = None,
+    moment: Tensor | None = None,
+    hessian: Tensor | None = None,
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
@@ -77,10 +79,10 @@ def quantize_calibrated(
 ) -> CalibratedWeight:
     """Quantize a matrix to 4 bits with a small error of its products with its inputs.
 
-    Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``rtn_signed``
-    also chooses the sign of each block's scale by the squared error; ``wmse`` chooses each block's scale, sign
-    included, among those that the format can store by the squared error weighted with the inputs' second moments;
-    ``gptq`` keeps the scales of ``wmse`` and compensates each column's error in the later ones, largest moment first.
+    Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``wmse`` chooses
+    each block's scale, sign included, among those that the format can store by the squared error weighted with the
+    inputs' second moments; ``gptq`` keeps the scales of ``wmse`` and compensates each column's error in the later ones,
+    largest moment first.
 
     The format is the same for all, that of bitsandbytes' checkpoints. On CPU the bytes do not depend on the number of
     threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
@@ -117,14 +119,12 @@ def quantize_calibrated(
 
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
-    moments = measure if hessian is None else torch.diagonal(hessian)
-    used, metric = None, None if method == "rtn_signed" else moments  # in which the method is to be better than rtn
-    if metric is None or moments is None:
-        result = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form, (1.0,))
-    elif not bool((moments > 0).any()):
+    metric = measure if hessian is None else torch.diagonal(hessian)  # in which the method is to be better than rtn
+    assert metric is not None  # as _check made sure
+    if not bool((metric > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
-    else:
-        result = _searched(weight, _near_one(moments), form)
+    result = _searched(weight, _near_one(metric), form)
+    used = None
     if method == "gptq" and hessian is not None:
         found = feedback_factor(hessian, damping)
         if found is None:
@@ -132,7 +132,8 @@ def quantize_calibrated(
         factor, order, used = found
         number = quant_type_number(quant_type)
         packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
-        result, metric = _replaced(result, packed, result.absmax), hessian
+        result = _replaced(result, packed, result.absmax)
+        metric = hessian
     error = weighted_error(weight, result, metric)
     of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error <= of_rtn:  # NaN too, where the errors overflow
@@ -141,11 +142,13 @@ def quantize_calibrated(
     return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
 
-def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
+def weighted_error(weight: Tensor, result: QuantizedWeight, measure: Tensor | None) -> float:
     """Squared error of a quantized matrix [N, K], summed in fp64: plain (``measure`` is None), or weighted with the
     second moments [K] or the hessian [K, K] of the inputs."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    block, width, count = result.block_size, max(weight.shape[1], 1), len(weight)
+    block = result.block_size
+    width = max(weight.shape[1], 1)
+    count = len(weight)
     metric = None if measure is None else measure.float()
     aligned = block // math.gcd(block, width)  # rows that fill whole blocks
     rows = aligned * max(1, ERROR_PART // (width * aligned))
@@ -158,9 +161,7 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     return float(total)
 
 
-def _check(
-    weight: torch.Tensor, method: str, moment: torch.Tensor | None, hessian: torch.Tensor | None, damping: float
-) -> None:
+def _check(weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor | None, damping: float) -> None:
     def error(problem: str) -> ValueError:
         return ValueError(f"quantize_calibrated: {problem}.")
 
@@ -195,7 +196,8 @@ def _check(
             at = int((diagonal < 0).nonzero()[0])
             raise error(f"the second moment of channel {at} is {float(diagonal[at])}: expected 0 or more")
         if tensor.dim() == 2 and k:
-            apart, largest = float((tensor - tensor.t()).abs().max()), float(diagonal.max())
+            apart = float((tensor - tensor.t()).abs().max())
+            largest = float(diagonal.max())
             if apart > 1e-3 * largest:
                 raise error(
                     f"the hessian differs from its transpose by {apart:.3g}, its largest diagonal element is "
@@ -203,46 +205,39 @@ def _check(
                 )
 
 
-def _near_one(moment: torch.Tensor) -> torch.Tensor:
+def _near_one(moment: Tensor) -> Tensor:
     """The moments over a power of two near the largest, fp32: exact, and their products do not overflow."""
     _, exponent = torch.frexp(moment.max().double())
     return torch.ldexp(moment.double(), -exponent).float().contiguous()
 
 
-def _search(
-    weight: torch.Tensor, moment: torch.Tensor, form: Form, table: torch.Tensor, *scales: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(weight: Tensor, moment: Tensor, form: Form, table: Tensor, *scales: Tensor | int) -> tuple[Tensor, Tensor]:
     settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form[0]), form[1]
-    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.qlora_native.search_scales_4bit(
+    found: tuple[Tensor, Tensor] = torch.ops.qlora_native.search_scales_4bit(
         weight, moment, table.to(weight.device), *scales, *settings
     )
     return found
 
 
-def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form, shares: tuple[float, ...]) -> QuantizedWeight:
-    """The scale of each block is the best of these shares of its largest magnitude, of either sign."""
+def _searched(weight: Tensor, moment: Tensor, form: Form) -> QuantizedWeight:
+    """The scales of the least weighted error among those that the format can store."""
     quant_type, block_size, double_quant = form
+    shares = COARSE_SHARES if double_quant else SHARES  # of a block's largest magnitude, in NF4 of either sign
     plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
     table = torch.tensor([*shares, *(-share for share in shares)] if quant_type == "nf4" else shares)
     whole = torch.full_like(plain.absmax, shares.index(1.0), dtype=torch.uint8)
     nothing = plain.absmax.new_zeros(())
     packed, chosen = _search(weight, moment, form, table, plain.absmax, nothing, whole, 1)
-    signed = _replaced(plain, packed, table.to(weight.device)[chosen.long()] * plain.absmax)
-    if double_quant:
-        signed.absmax, signed.nested_absmax, signed.nested_offset = reference.quantize_scales(signed.absmax)
-    return signed
+    result = _replaced(plain, packed, table.to(weight.device)[chosen.long()] * plain.absmax)
+    if not double_quant:
+        return result
+    codes, nested_absmax, nested_offset = reference.quantize_scales(result.absmax)
+    result.nested_absmax, result.nested_offset = nested_absmax, nested_offset
+    place = nested_absmax, nested_offset, codes, reference.NESTED_BLOCK
+    return _replaced(result, *_search(weight, moment, form, _native.nested_code(), *place))
 
 
-def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
-    """The scales of the least weighted error among those that the format can store."""
-    signed = _signed(weight, moment, form, COARSE_SHARES if form[2] else SHARES)
-    if signed.nested_absmax is None or signed.nested_offset is None:
-        return signed
-    place = signed.nested_absmax, signed.nested_offset, signed.absmax, reference.NESTED_BLOCK
-    return _replaced(signed, *_search(weight, moment, form, _native.nested_code(), *place))
-
-
-def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor) -> QuantizedWeight:
+def _replaced(w: QuantizedWeight, packed: Tensor, absmax: Tensor) -> QuantizedWeight:
     result = copy.copy(w)
     result.packed, result.absmax = packed, absmax
     return result
@@ -269,7 +264,7 @@ def on_one_thread() -> Iterator[None]:
         yield
 
 
-def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
+def feedback_factor(hessian: Tensor, damping: float) -> Factor | None:
     """Arguments of the op ``gptq_4bit``: factor fp32 [K, K], order int64 [K], and the damping that was needed.
 
     Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
@@ -289,7 +284,7 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
     return factor
 
 
-def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
+def _factorized(hessian: Tensor, damping: float) -> Factor | None:
     diagonal = torch.diagonal(hessian).double()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = math.fsum(diagonal.tolist()) / diagonal.numel()
@@ -306,7 +301,7 @@ def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
     return None
 
 
-def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean: float, damping: float) -> None:
+def _fill(target: Tensor, hessian: Tensor, order: Tensor, mean: float, damping: float) -> None:
     """The damped hessian in that order over its mean, so that products of moments neither underflow nor overflow."""
     for begin in range(0, len(order), ROWS):
         rows = order[begin : begin + ROWS]
@@ -315,7 +310,7 @@ def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean
     torch.diagonal(target).add_(damping)
 
 
-def _over_diagonal(lower: torch.Tensor) -> torch.Tensor:
+def _over_diagonal(lower: Tensor) -> Tensor:
     """The factor, fp32 [K, K], of the reversed columns' one, fp64 [K, K], in the first half of whose memory it lies."""
     size = len(lower)
     factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)

@@ -84,7 +84,8 @@ class Statistics:
     """
 
     def __init__(self, full: bool, length: int | None = None) -> None:
-        self.full, self.length = full, length
+        self.full = full
+        self.length = length
         self.of: dict[Key, Statistic] = {}
 
     def groups(self) -> list[tuple[Statistic, list[Key]]]:
@@ -123,7 +124,7 @@ class Statistics:
         elif len(known) > 1 or self.of[keys[0]].sharers != len(keys):
             raise UserError(
                 f"{keys[0][0]}: its input is another weight's too for some texts and not for others, so this model "
-                "cannot be calibrated; load it with method 'rtn' or 'rtn_signed'."
+                "cannot be calibrated; load it with method 'rtn'."
             )
         return self.of[keys[0]]
 
@@ -137,7 +138,8 @@ class InputTaps:
     @contextmanager
     def on(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
         """While entered, record the inputs of the parameters ``names`` of ``layer``, which start with ``prefix``."""
-        handles, experts = [], set()
+        handles = []
+        experts = set()
         for name in names:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")
             module = layer.get_submodule(path)

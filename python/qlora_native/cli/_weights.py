@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import user_path
-from qlora_native.cases import BLOCK_SIZES
 from qlora_native.cli._run import parse_size, require
 from qlora_native.errors import UserError
+from qlora_native.reference import BLOCK_SIZES
 from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
@@ -120,11 +120,15 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
     from qlora_native.weights.config import METADATA
     from qlora_native.weights.open import open_source
 
-    model, adapter, given = args.model, args.adapter, quantizing(args)
-    run, record = run_of(adapter), {} if adapter is None else read_record(adapter)
+    model = args.model
+    adapter = args.adapter
+    given = quantizing(args)
+    run = run_of(adapter)
+    record = {} if adapter is None else read_record(adapter)
     if adapter is None or (run is None and not record):
         return TrainedBase(model, given)
-    source, base = open_source(model), "the base" if run is None else run.model
+    source = open_source(model)
+    base = "the base" if run is None else run.model
     is_kept = run is not None and run.quant.type == "keep"
     options = given if run is None or source.is_four_bit else run.options(is_kept) | given
     other = f"and {model} holds others: give {base} in its place"
@@ -141,7 +145,8 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
             return TrainedBase(model, options)
         raise UserError(f"{adapter} was trained on the weights of {folder or base}, {other}")
     assert run is not None
-    method, metadata = run.quant.method, (source.four_bit_config or {}).get(METADATA)
+    method = run.quant.method
+    metadata = (source.four_bit_config or {}).get(METADATA)
     if source.is_four_bit:
         made = str((metadata if isinstance(metadata, dict) else {}).get("method") or method)
         if made != method and user_path(run.model) != model:

@@ -68,7 +68,9 @@ class Chat:
         from qlora_native.models.generate import stop_tokens
 
         self.encoder = ChatEncoder(tokenizer)  # as in training
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
         self.stop = stop_tokens(model, tokenizer)
         self.conversations: dict[str, list[dict[str, str]]] = {
             name: [{"role": "system", "content": system}] if system else []

@@ -37,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
 
     from qlora_native.models.convert import convert
 
-    source, out = args.source, args.out
+    source = args.source
+    out = args.out
     refuse_existing(out, "DST")
-    given, four_bit = quantizing(args), is_four_bit(source)
+    given = quantizing(args)
+    four_bit = is_four_bit(source)
     if given and (args.to == "16bit" or four_bit):
         flag = f"--{next(iter(given)).replace('_', '-')}"
         why = "16bit has no 4-bit weights" if args.to == "16bit" else f"the weights of {source} are 4-bit already"

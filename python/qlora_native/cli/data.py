@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     summaries = [_summary(file) for file in files]
     packed = None
     if data.packing:
-        count, length = len(evaluation_order(lengths, data.max_length)), data.max_length
+        count = len(evaluation_order(lengths, data.max_length))
+        length = data.max_length
         packed = {"sequences": count, "length": length, "filled": int(lengths.sum()) / (count * length)}
     if args.json:
         print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
@@ -125,7 +126,8 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.data.readers import DATA_SUFFIXES, hub_id, read_rows
 
     overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
-    source, files = args.source, args.train
+    source = args.source
+    files = args.train
     if source is None and args.overrides and not args.overrides[0].startswith("--"):  # it stands behind an option,
         source = overrides.pop(-len(args.overrides))  # where argparse does not look for what can be left out
     if source is not None and Path(source).suffix.lower() in CONFIG_SUFFIXES:
@@ -169,7 +171,8 @@ def _summary(rows: TokenizedDataset) -> dict[str, Any]:
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """(shortest, longest, rows) of up to twelve ranges of equal width that cover ``lengths``, int64 [rows]."""
-    low, high = int(lengths.min()), int(lengths.max())
+    low = int(lengths.min())
+    high = int(lengths.max())
     width = -(-(high - low + 1) // BINS)
     counts = np.bincount((lengths - low) // width)
     return [(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
@@ -192,7 +195,8 @@ def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
 
 def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
     stats = rows.stats
-    too_long, untrained = stats.dropped_too_long, stats.dropped - stats.dropped_too_long
+    too_long = stats.dropped_too_long
+    untrained = stats.dropped - stats.dropped_too_long
     print(stats.describe())
     for count, why, key in (
         (stats.truncated, f"truncated: longer than max_length={stats.max_length}", "truncated_lines"),
@@ -235,7 +239,8 @@ def _parts(tokenizer: Any, encoded: Encoded) -> list[dict[str, Any]]:
     from qlora_native.data.template import IGNORE_INDEX
 
     parts: list[dict[str, Any]] = []
-    done, end = "", 0
+    done = ""
+    end = 0
     for trained, run in groupby(label != IGNORE_INDEX for label in encoded.labels):
         end += len(list(run))
         # Decoded from the start: a tokenizer may drop the space before the first token that it is given.

@@ -76,19 +76,21 @@ def demo_config(
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
     train: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "dtype": dtype, "eval_every": 0, "save_every": 0}
     train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": grad_checkpointing, "samples": 0}
-    quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
+    quant = {"type": "keep"} if keep else {"method": METHOD}
+    lora = {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)
 
 
 def run(args: argparse.Namespace) -> int:
     chosen = MODELS[args.model]
-    steps, keep = chosen.steps if args.steps is None else args.steps, args.keep or chosen.keep
+    steps = chosen.steps if args.steps is None else args.steps
+    keep = args.keep or chosen.keep
     if steps < 1:
         raise UserError(f"qlora demo: --steps is {steps}: expected 1 or more")
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
-    from qlora_native.data.standard_library import write_split
+    from qlora_native.cli.standard_library import write_split
     from qlora_native.data.template import ChatEncoder
     from qlora_native.models.progress import layer_progress
     from qlora_native.models.trained import read_record
@@ -97,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.weights.open import load_tokenizer
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
-    out, model_path = args.out, model_file(args.model)
+    out = args.out
+    model_path = model_file(args.model)
     rows, held_out, train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
@@ -111,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     with layer_progress() as progress:
         model: Any = qn.load_model(model_path, dtype=getattr(torch, config.train.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
-    questions, encoder = _questions(held_out), ChatEncoder(tokenizer)
+    questions = _questions(held_out)
+    encoder = ChatEncoder(tokenizer)
 
     def answers() -> list[str]:
         return [_answer(model, encoder, question["messages"][0]) for question in questions]
@@ -140,7 +144,8 @@ def _print_memory(report: LoadReport, model: Any) -> None:
         print(f"memory of the weights: {report.num_bytes / 2**20:.0f} MiB, the file's own")
         return
     linear = sum(m.quantized.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
-    before, after = report.bytes_dense + 2 * linear, report.num_bytes
+    before = report.bytes_dense + 2 * linear
+    after = report.num_bytes
     print(f"memory of the weights: {before / 2**20:.0f} MiB in 16 bits -> {after / 2**20:.0f} MiB")
     print(
         f"      linear layers {2 * linear / 2**20:.0f} -> {report.bytes_4bit / 2**20:.0f} MiB "

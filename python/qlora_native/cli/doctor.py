@@ -19,7 +19,6 @@ import torch
 from qlora_native import _C, build_info
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.cli._run import missing_packages, print_result, require
-from qlora_native.errors import UserError
 from qlora_native.ops import _library
 
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
@@ -30,6 +29,7 @@ EXTRAS = {
 OPTIONAL = ("bench",)  # no command needs them
 VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes"
 VERSIONS += " tensorboard trackio wandb mlflow"
+TOKENS = (1, 16, 512)  # of generating, of a few rows at once, of training
 BUILD_WITH_CUDA = (
     "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps --no-binary "
     "qlora_native qlora_native"
@@ -39,19 +39,20 @@ BUILD_WITH_CUDA = (
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="also list which kernel multiplies by its weights")
-    add("--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M", help="token counts (default: 1 16 512)")
     add("--json", action="store_true", help="print one JSON object")
     parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
 the configuration is read.
 
 examples:
   qlora doctor
-  qlora doctor Llama-3.1-8B-Instruct --tokens 1 2048"""
+  qlora doctor Llama-3.1-8B-Instruct"""
 
 
 def examine() -> dict[str, Any]:
     """Everything the command prints, as JSON values."""
-    build, devices, versions = build_info(), _cuda_devices(), dict[str, str]()
+    build = build_info()
+    devices = _cuda_devices()
+    versions = dict[str, str]()
     for name in VERSIONS.split():
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -79,8 +80,6 @@ def examine() -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if any(tokens < 1 for tokens in args.tokens):
-        raise UserError(f"qlora doctor: --tokens is {' '.join(map(str, args.tokens))}: expected numbers of 1 and more")
     report = examine()
     if args.model:
         require("qlora doctor MODEL", "transformers", "yaml")
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         report["kernels"] = [
             {"n": n, "k": k, "layers": count, "tokens": m, "kernel": _kernel(m, n, k)}
             for (n, k), count in sorted(Counter(layer_shapes(args.model)).items())
-            for m in args.tokens
+            for m in TOKENS
         ]
     print_result(args, report, _lines(report), indent=2)
     return 0
@@ -173,7 +172,8 @@ def _paging_in_words(report: dict[str, Any]) -> str:
         kind = report["file_system"] or "unknown file system"
         words = f"possible in {report['folder']} ({kind}, {report['free_bytes'] / 2**30:.1f} GiB free)"
     if memory is not None:
-        free, limit = memory["free_bytes"] / 2**30, memory["bytes"] / 2**30
+        free = memory["free_bytes"] / 2**30
+        limit = memory["bytes"] / 2**30
         words += f"; {free:.1f} of {limit:.1f} GiB free by {memory['limit']}"
     return words
 

@@ -57,7 +57,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
     add("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
-    add("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
     on_cpu = "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)"
     add("--cpu", action="store_true", help=on_cpu)
     add("--memory", metavar="SIZE", help="CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers")
@@ -72,7 +71,7 @@ examples:
   qlora estimate config.yaml
   qlora estimate --model Llama-3.1-8B-Instruct --train train.jsonl
   qlora estimate Llama-3.1-8B-Instruct --gpu 24GB --seq-length 2048 --batch-size 1
-  qlora estimate Llama-3.1-70B-Instruct --gpus 8 --gpu 24GB --link 50GB
+  qlora estimate Llama-3.1-70B-Instruct --gpus 8 --gpu 24GB
   qlora estimate Llama-3.1-8B-nf4 --memory 4GB --disk-rate 500MB
   qlora estimate Qwen3-8B --gpu 16GB --lora.r 64 --optimizer adamw8bit --plot memory.png"""
 
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         from qlora_native.estimate.cards import streamed_on
 
         on_card = streamed_on(estimator, card)
-    ranks = [] if args.gpus == 1 else each_rank(estimator, config, args.gpus, card_bytes(args.link, "--link"))
+    ranks = [] if args.gpus == 1 else each_rank(estimator, config, args.gpus)
     if args.plot:
         plot(estimator, Path(args.plot), Path(config.model).name)
     options = config.train
@@ -140,7 +139,7 @@ def card_bytes(text: str, option: str = "--gpu") -> int:
     """The memory of a card: 24GB is 24 GiB, as makers of cards count; 24 means 24GB."""
     num_bytes = parse_size(text, 1024) or parse_size(f"{text}GB", 1024) or 0
     if not CARDS[0] <= num_bytes <= CARDS[1]:
-        what = {"--gpu": "the memory of a card", "--memory": "memory"}.get(option, "bytes a second")
+        what = "the memory of a card" if option == "--gpu" else "memory"
         raise UserError(f"{option} is {text!r}: expected {what} from 1GB to 1TB, such as 24GB")
     return num_bytes
 
@@ -204,7 +203,7 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:
-        lines.append(f"There is no formula for all that {kind} keeps: the activations are more than that.")
+        lines.append(f"Not all that {kind} keeps could be counted: the activations are more than that.")
     if card is None:
         return lines
     needed = estimate.total + estimate.reserve
@@ -221,12 +220,10 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
 
 def _lines_on_card(run: CardRun) -> list[str]:
     found = run.as_dict()
-    cards = ", ".join(f"{tokens:,} on {name}" for name, tokens in found["hidden_from_tokens"].items())
     return [
         f"It runs with {found['streamed_layers']} of {found['layers']} layers streaming through "
         f"{found['slots']} slots, in {size(found['card_bytes'])}; {size(found['pinned_bytes'])} are in pinned memory "
-        f"of the host, {size(found['step_bytes'])} are copied a step.",
-        f"The copies hide behind the products from so many tokens a micro-batch: {cards}.",
+        f"of the host, {size(found['step_bytes'])} are copied a step."
     ]
 
 
@@ -261,13 +258,12 @@ def plot(estimator: Estimator, picture: Path, model: str) -> None:
 
 @dataclass(frozen=True)
 class Rank:
-    """One of several processes: ``moments`` are bytes by the part of a run, ``seconds`` those of a step's messages."""
+    """One of several processes: ``moments`` are bytes by the part of a run."""
 
     mode: str
     memory: RankMemory
     moments: dict[str, int]
     reserve: int
-    seconds: float
 
     @property
     def total(self) -> int:
@@ -276,7 +272,7 @@ class Rank:
 
     def as_dict(self) -> dict[str, Any]:
         memory = {"cut" if name == "sharded" else name: value for name, value in vars(self.memory).items()}
-        return {"mode": self.mode, "total": self.total, "seconds": self.seconds, "moments": self.moments, **memory}
+        return {"mode": self.mode, "total": self.total, "moments": self.moments, **memory}
 
     def line(self, card: int | None) -> str:
         memory = self.memory
@@ -287,11 +283,11 @@ class Rank:
             held += f" and up to {size(most)} gathered for a moment"
         return (
             f"{self.mode} on {memory.world}: {size(self.total)} a card{verdict}; {held}; "
-            f"{size(memory.received)} received a step, {self.seconds:.2g} s on that link"
+            f"{size(memory.received)} received a step"
         )
 
 
-def each_rank(estimator: Estimator, config: TrainConfig, world: int, link: int) -> list[Rank]:
+def each_rank(estimator: Estimator, config: TrainConfig, world: int) -> list[Rank]:
     """A rank under ddp and one under fsdp. UserError if there are no two of them, or no rows for each."""
     from qlora_native.distributed.memory import rank_memory
 
@@ -315,7 +311,7 @@ def each_rank(estimator: Estimator, config: TrainConfig, world: int, link: int) 
             name: _of_rank(terms, memory) + gathered.get(name, 0)
             for name, terms in {"input": begin, **local.moments}.items()
         }
-        found.append(Rank(mode, memory, moments, local.reserve, memory.seconds(link)))
+        found.append(Rank(mode, memory, moments, local.reserve))
     return found
 
 

@@ -14,7 +14,7 @@ from qlora_native.errors import UserError
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     several: dict[str, Any] = {"nargs": "+", "default": []}
-    methods = "4-bit forms of a 16-bit model: rtn, rtn_signed, wmse, gptq (default: rtn)"
+    methods = "4-bit forms of a 16-bit model: rtn, wmse, gptq (default: rtn)"
     part = "predicted part of a conversation (default: answers)"
     for name, metavar, kind, text, options in (
         ("model", "MODEL", user_path, "a model folder, 16-bit or 4-bit, or a .gguf file", {}),

@@ -192,7 +192,8 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 def _upload(args: argparse.Namespace) -> int:
     from qlora_native.lora.adapter import CONFIG_NAME
 
-    folder, patterns = args.model, ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
+    folder = args.model
+    patterns = ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
     if not (folder / CONFIG_NAME).is_file() or args.repo is None:
         raise UserError("qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME")
     words = [args.repo, str(folder), *(f"--include={pattern}" for pattern in patterns), *["--private"] * args.private]

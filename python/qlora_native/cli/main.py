@@ -29,7 +29,10 @@ from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
 
-EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
 
 
 class Command(NamedTuple):
@@ -134,7 +137,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         _top_parser().parse_args(argv)
         _top_parser().print_help(sys.stdout if argv else sys.stderr)
         return EXIT_OK if argv else EXIT_USER
-    name, rest = argv[0], argv[1:]
+    name = argv[0]
+    rest = argv[1:]
     if name not in COMMANDS:
         import difflib
 

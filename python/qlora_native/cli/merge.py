@@ -53,13 +53,15 @@ examples:
 def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.data.template import check_vocabulary
-    from qlora_native.export import check
+    from qlora_native.evaluate import check
     from qlora_native.models.merge_files import Merging
     from qlora_native.models.progress import layer_progress
     from qlora_native.models.recode import calibrated_codes
     from qlora_native.weights.open import load_tokenizer
 
-    source, adapter, out = args.model, args.adapter, args.out
+    source = args.model
+    adapter = args.adapter
+    out = args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
@@ -149,7 +151,8 @@ def write_calibrated(
     from qlora_native.weights.files import aligned_files
     from qlora_native.weights.open import load_tokenizer
 
-    out, tokenizer = args.out, load_tokenizer(str(args.model), args.adapter)
+    out = args.out
+    tokenizer = load_tokenizer(str(args.model), args.adapter)
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
     options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}

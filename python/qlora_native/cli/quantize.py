@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dtype = "of what stays unquantized, and of the decoded weights (default: bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
-    add("--method", choices=("rtn", "rtn_signed", "wmse", "gptq"), help=method)
+    add("--method", choices=("rtn", "wmse", "gptq"), help=method)
     add("--calibration", metavar="FILE", help="text for wmse and gptq: a file that qlora train reads (.jsonl, ...)")
     add("--calibration-format", metavar="NAME", help="of its rows, such as text or messages (default: detected)")
     add("--calibration-rows", type=int, metavar="N", help="sequences taken of it (default: 16 for wmse, 128 for gptq)")
@@ -51,11 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.weights.files import aligned_files
     from qlora_native.weights.open import load_tokenizer
 
-    source, out = args.model, args.out
+    source = args.model
+    out = args.out
     refuse_existing(out, "--out")
     if is_four_bit(source):
         raise UserError(f"{source} is 4-bit already; give the 16-bit model it was made from")
-    calibration, seconds = _calibration(args), stopwatch()
+    calibration = _calibration(args)
+    seconds = stopwatch()
     with as_user_error(), layer_progress() as progress:
         model: Any = load_model(
             source,
@@ -66,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             **{"quant_type": "nf4"} | quantizing(args),
         )
-    tokenizer, note = None, ""
+    tokenizer = None
+    note = ""
     try:
         tokenizer = load_tokenizer(str(source))
     except UserError as error:
@@ -111,7 +114,8 @@ def _lines(result: dict[str, Any], dtype: str, note: str) -> Iterator[str]:
         f"{result['out']}: {quantized:,.1f} MiB in 4 bits, {dense:,.1f} MiB in {dtype}, {on_disk:,.1f} MiB on disk; "
         f"took {result['seconds']:.1f} s"
     )
-    method, fell_back = result["method"], result["fell_back"]
+    method = result["method"]
+    fell_back = result["fell_back"]
     if result["calibration"] is not None:
         yield f"method {method}, calibrated with {result['calibration']['tokens']:,} tokens"
     yield from (f"not by {method}: {name}: {why}" for name, why in list(fell_back.items())[:FELL_BACK_LINES])

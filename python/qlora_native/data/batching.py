@@ -58,13 +58,17 @@ Mix = tuple[np.ndarray, Sequence[float]]  # the number of each row's file, int [
 def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
     """As many rows as there are, int64 [rows], of each file a share like its weight. A file goes on where the epoch
     before ended: each of its rows is taken once, in a random order, before one is taken again."""
-    (file, weights), parts = mix, []
+    file, weights = mix
+    parts = []
     ends = np.rint(np.cumsum(weights) / sum(weights) * len(file)).astype(np.int64)
     for number, count in enumerate(np.diff(ends, prepend=0).tolist()):
         rows = np.flatnonzero(file == number)
-        passes = range(epoch * count // len(rows), -(-(epoch + 1) * count // len(rows)))
+        begin = epoch * count  # of all that this file gives over the epochs
+        passes = range(begin // len(rows), -(-(begin + count) // len(rows)))
         orders = [rows[permutation(len(rows), seed, each, number, 3)] for each in passes]
-        parts.append(np.concatenate([rows[:0], *orders])[epoch * count - passes.start * len(rows) :][:count])
+        taken = np.concatenate([rows[:0], *orders])
+        start = begin - passes.start * len(rows)
+        parts.append(taken[start : start + count])
     return np.concatenate(parts)
 
 
@@ -90,7 +94,10 @@ class Sampler(ABC, Generic[Item]):
         for name, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
-        self.batch_size, self.seed, self.epoch, self.batch = batch_size, seed, epoch, 0
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.batch = 0
         self._settings = settings
         self._order: tuple[int, list[list[Item]]] | None = None
 
@@ -120,7 +127,8 @@ class Sampler(ABC, Generic[Item]):
 
     def steps(self, epochs: float) -> int:
         """Batches in so many epochs; a part of one is rounded up."""
-        whole, rest = int(epochs), epochs % 1
+        whole = int(epochs)
+        rest = epochs % 1
         # 2.1 - 2 is a little more than 0.1, which must not make a step.
         last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
         return sum(self.count(epoch) for epoch in range(whole)) + last
@@ -139,7 +147,8 @@ class Sampler(ABC, Generic[Item]):
         items = self.batches(self.epoch)[self.batch]
         self.batch += 1
         if self.batch == self.count(self.epoch):
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch = self.epoch + 1
+            self.batch = 0
         return list(items)
 
     def state_dict(self) -> dict[str, int]:
@@ -178,7 +187,8 @@ class Sampler(ABC, Generic[Item]):
                 f"load_state_dict: position is epoch {state['epoch']}, batch {state['batch']}, "
                 f"expected an epoch from 0 and a batch below {self.count(max(0, state['epoch']))}"
             )
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.epoch = state["epoch"]
+        self.batch = state["batch"]
 
 
 def _not_resumed(why: str) -> UserError:
@@ -213,7 +223,7 @@ class BatchSampler(Sampler[int]):
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
             part = _longest_first(self._lengths, rows[start : start + window])
-            batches += [part[at : at + self.batch_size].tolist() for at in range(0, len(part), self.batch_size)]
+            batches += _parts(part.tolist(), self.batch_size)
         return batches, [len(rows) * int(np.max(self._lengths[rows])) for rows in batches]
 
 
@@ -233,8 +243,14 @@ class PackedBatchSampler(Sampler[list[int]]):
         sequences = pack(self._lengths, self._shuffled(epoch), self.packed_length)
         # Windows end in emptier sequences; shuffled, they spread over the batches.
         mixed = [sequences[at] for at in permutation(len(sequences), self.seed, epoch, 2)]
-        batches = [mixed[at : at + self.batch_size] for at in range(0, len(mixed), self.batch_size)]
-        return batches, [len(batch) * max(int(self._lengths[rows].sum()) for rows in batch) for batch in batches]
+        batches = _parts(mixed, self.batch_size)
+        longest = [max(int(self._lengths[rows].sum()) for rows in batch) for batch in batches]
+        return batches, [len(batch) * length for batch, length in zip(batches, longest, strict=True)]
+
+
+def _parts(items: list[Item], size: int) -> list[list[Item]]:
+    """Lists of ``size`` items; the last may have fewer."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def _longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -256,7 +272,8 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int, window_rows: int
                 raise ValueError(f"row {row} has {length} tokens, more than the {capacity} of a sequence")
             at = bisect_left(rooms, (length, -1))
             if at == len(rooms):
-                room, sequence = capacity, len(sequences)
+                room = capacity
+                sequence = len(sequences)
                 sequences.append([])
             else:
                 room, sequence = rooms.pop(at)
@@ -316,7 +333,8 @@ def _lay_out(
     for index, rows in enumerate(sequences):
         start = 0
         for row in rows:
-            length, end = len(row["input_ids"]), start + len(row["input_ids"])
+            length = len(row["input_ids"])
+            end = start + len(row["input_ids"])
             if len(row["labels"]) != length:
                 raise ValueError(f"collate: row {index} has {length} input_ids but {len(row['labels'])} labels")
             input_ids[index, start:end] = row["input_ids"]

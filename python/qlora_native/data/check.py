@@ -38,10 +38,12 @@ def iter_findings(
         rows: what is trained; ``held_out``: what is evaluated.
         positions, embeddings: the longest sequence of the model and its number of tokens, where they are known.
     """
-    stats, encoder = rows.stats, ChatEncoder(tokenizer)
-    places = np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(np.int64)
-    sample = [rows[int(at)] for at in places]
-    whole = [row for row, at in zip(sample, places, strict=True) if not rows.truncated[at]]
+    stats = rows.stats
+    encoder = ChatEncoder(tokenizer)
+    count = min(SAMPLED_ROWS, len(rows))
+    places = np.linspace(0, len(rows) - 1, count).astype(np.int64).tolist()
+    sample = [rows[at] for at in places]
+    complete = [rows[at] for at in places if not rows.truncated[at]]
 
     untrained = stats.dropped - stats.dropped_too_long
     if untrained > SHARE * (stats.rows + untrained):
@@ -55,15 +57,15 @@ def iter_findings(
             f"{lost:,} of {stats.rows + stats.dropped:,} rows lose their ends to data.max_length {stats.max_length:,}, "
             "so the model learns to stop in the middle; raise it, or shorten the rows",
         )
-    endless = sum(not _ends(encoder, row) for row in whole)
+    endless = sum(not _ends(encoder, row) for row in complete)
     if endless > SHARE * len(sample):
         yield Finding(
             "no-end-token",
-            f"{endless:,} of {len(whole):,} rows train no token that ends an answer, so the model never stops; give "
+            f"{endless:,} of {len(complete):,} rows train no token that ends an answer, so the model never stops; give "
             "the tokenizer an eos_token, or the chat template an end of the assistant's turn",
         )
     bos = tokenizer.bos_token_id
-    doubled = sum(len(row["input_ids"]) > 1 and set(row["input_ids"][:2].tolist()) == {bos} for row in sample)
+    doubled = sum(row["input_ids"][:2].tolist() == [bos, bos] for row in sample)
     if bos is not None and doubled > SHARE * len(sample):
         yield Finding(
             "doubled-bos",
@@ -114,8 +116,8 @@ def iter_findings(
 def _last_answer(row: dict[str, np.ndarray]) -> tuple[int, int]:
     """Where the last trained run of a row begins and ends."""
     trained = np.flatnonzero(row["labels"] != IGNORE_INDEX)
-    breaks = np.flatnonzero(np.diff(trained) > 1)
-    return int(trained[breaks[-1] + 1 if len(breaks) else 0]), int(trained[-1]) + 1
+    last_run = np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1]
+    return int(last_run[0]), int(last_run[-1]) + 1
 
 
 def _ends(encoder: ChatEncoder, row: dict[str, np.ndarray]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -169,11 +169,17 @@ def load_dataset(
         raise ValueError(f"format is {format!r}, expected None or one of {', '.join(FORMATS)}")
     encoder = ChatEncoder(tokenizer, max_length=max_length, train_on=train_on)
     paths = [path] if isinstance(path, (str, Path)) else list(path)
-    where, formats = " + ".join(map(str, paths)), dict[str, None]()
+    where = " + ".join(map(str, paths))
+    formats = dict[str, None]()
 
     ids, labels = (_TokenArray(Path(folder or tempfile.gettempdir())) for _ in range(2))
-    lengths, lines, dropped = array("q"), array("q"), array("q")
-    trained, truncated, too_long, files = array("i"), bytearray(), bytearray(), array("h")
+    lengths = array("q")
+    lines = array("q")
+    dropped = array("q")
+    trained = array("i")
+    truncated = bytearray()
+    too_long = bytearray()
+    files = array("h")
     with_messages = False
     for number, each in enumerate(paths):
         rows = read_rows(each, limit=limit, columns=columns)
@@ -234,10 +240,22 @@ def load_dataset(
     )
 
 
+class Section(Protocol):
+    """What splitting asks of the section ``data`` of a config."""
+
+    @property
+    def train(self) -> str | list[str]: ...
+    @property
+    def eval(self) -> str | list[str] | None: ...
+    @property
+    def eval_fraction(self) -> float: ...
+    def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset: ...
+
+
 def load_split(
-    data: Any, tokenizer: Any, seed: int, **options: Any
+    data: Section, tokenizer: Any, seed: int, **options: Any
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training rows and held-out rows (None if there are to be none) of the block ``data`` of a config."""
+    """Training rows and held-out rows (None if there are to be none) of the files that a config names."""
     rows = data.load(data.train, tokenizer, **options)
     if data.eval is not None:
         return rows, data.load(data.eval, tokenizer, **options)
@@ -250,8 +268,7 @@ def load_split(
             f"{rows.stats.path} has {len(rows)} usable row: holding one out leaves none to learn from; "
             "add rows or set data.eval_fraction to 0"
         )
-    split: tuple[TokenizedDataset, TokenizedDataset] = rows.split(held_out, seed=seed)
-    return split
+    return rows.split(held_out, seed=seed)
 
 
 class _TokenArray:

@@ -77,11 +77,13 @@ def infer_format(rows: Iterable[SourceRow], mapped: Iterable[str] = ()) -> str:
     UserError with the row and near-miss keys if none does, or the rows differ.
     """
     meant = {name: needed for name, needed in _REQUIRED.items() if {*needed} & {*mapped}} or _REQUIRED
-    found, where = "", ""
+    found = ""
+    where = ""
     for row in rows:
         keys = sorted(key for key, value in row.data.items() if value is not None)
         if not found:
-            found, where = next((name for name, needed in meant.items() if {*needed} <= {*keys}), ""), row.where
+            found = next((name for name, needed in meant.items() if {*needed} <= {*keys}), "")
+            where = row.where
             if not found:
                 formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in meant.items())
                 advice = _renames(meant.values(), keys) or (
@@ -105,7 +107,8 @@ def normalize(row: SourceRow, format: str) -> Row:
     if not data.keys() >= set(_REQUIRED[format]):
         raise _missing(row, format, data)
     tools = _tools(row, data["tools"]) if data.get("tools") else ()
-    keys, untrained = _REQUIRED[format], list[int]()
+    keys = _REQUIRED[format]
+    untrained = list[int]()
     if format == "text" or (format == "prompt-completion" and all(isinstance(data[key], str) for key in keys)):
         plain = {key: _text(row, key, data[key], may_be_empty=key == "prompt") for key in keys}
         if tools:
@@ -187,7 +190,8 @@ def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[in
         may_be_empty = role != "assistant" or bool(calls)
         content = _content(row, f"{at}.{content_key}", turn.get(content_key, ""), may_be_empty)
         if turn[role_key] == "function_call":
-            calls, content = _tool_calls(row, f"{at}.{content_key}", content), ""
+            calls = _tool_calls(row, f"{at}.{content_key}", content)
+            content = ""
         if calls and role != "assistant":
             raise row.error(f"{at} has tool calls and the role {role}, expected assistant.")
         others = ("reasoning_content", "name", "tool_call_id")

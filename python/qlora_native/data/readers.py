@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import chain, islice
@@ -159,7 +160,8 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            why, column = getattr(error, "msg", str(error)), getattr(error, "colno", 1)
+            why = getattr(error, "msg", str(error))
+            column = getattr(error, "colno", 1)
             hint = "write one whole JSON object per line"
             if text in ("{", "["):
                 hint = f"an object may not span lines: {hint}, or one array of objects"
@@ -170,12 +172,10 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
 def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
     """The elements of the array one by one; the line of an element is that of its first character."""
     decoder = json.JSONDecoder()
-    line, counted = 1, 0
+    line_ends = [found.start() for found in re.finditer("\n", text)]
 
     def line_of(at: int) -> int:
-        nonlocal line, counted
-        line, counted = line + text.count("\n", counted, at), at
-        return line
+        return bisect_left(line_ends, at) + 1
 
     def skip_space(at: int) -> int:
         return len(text) if (found := _SPACE.match(text, at)) is None else found.end()

@@ -17,14 +17,13 @@ never the first token of a row: it has no context, and in packed rows it would b
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_native.data._limits import bound_operators, bounded_memory, bounded_time
 from qlora_native.data.formats import Message, Row
 from qlora_native.errors import UserError
 
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 TEMPLATE = "chat_template.jinja"  # in a folder, as transformers names it
 TrainOn = Literal["answers", "all"]
+Masked = tuple[list[int], list[bool]]  # token ids, and which of them are trained
+Spans = list[tuple[int, int]]  # start and end in characters of a text
 
 # For a tokenizer without a template of its own. A role's name on a line, its text, a blank line; an answer ends with
 # the tokenizer's end-of-sequence token, so that generation stops. Answers are marked, so that other trainers find them.
@@ -48,53 +49,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-# That the process may compute for a row, and for each of its texts: templates are programs, and can loop.
-MOST_SECONDS, TEXT_SECONDS = 60.0, 5.0
-
-
-class _TimeIsUp(BaseException):  # which no template can catch
-    pass
-
-
-@contextmanager
-def _limited(where: str) -> Iterator[None]:
-    """UserError if what is inside takes too long; no limit outside the main thread, where there are no timers."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
-    try:
-        yield
-    except _TimeIsUp:
-        raise UserError(
-            f"{where}: the chat template took over {TEXT_SECONDS:g} s of computing time for one text, or over "
-            f"{MOST_SECONDS:g} s for one conversation: expected a template that ends, and fewer messages in a row."
-        ) from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@contextmanager
-def _limited_text() -> Iterator[None]:
-    """For one rendering the limit that is nearer."""
-    left = signal.getitimer(signal.ITIMER_VIRTUAL)[0] if hasattr(signal, "getitimer") else 0.0
-    if left <= TEXT_SECONDS or threading.current_thread() is not threading.main_thread():  # 0: not limited
-        yield
-        return
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEXT_SECONDS)
-    try:
-        yield
-    finally:
-        spent = TEXT_SECONDS - signal.getitimer(signal.ITIMER_VIRTUAL)[0]
-        signal.setitimer(signal.ITIMER_VIRTUAL, left - spent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +98,7 @@ class ChatEncoder:
     def encode(self, row: Row) -> Encoded:
         """Token ids and labels; UserError if the template refuses the row, or an answer is not found in its text."""
         self._tools = list(row.tools) or None
-        with _limited(row.where):
+        with bounded_time(row.where):
             ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
         if self.train_on == "all":
             trained = [True] * len(ids)
@@ -157,7 +111,7 @@ class ChatEncoder:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the header of the answer that is to be generated."""
         self._tools = None
-        with _limited("the conversation"):
+        with bounded_time("the conversation"):
             _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenize(text)[0]
 
@@ -167,21 +121,24 @@ class ChatEncoder:
 
     # ---- plain text and prompt + completion
 
-    def _plain(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _plain(self, row: Row) -> Masked:
         context = row.prompt or ""
         text = context + (row.completion if row.completion is not None else row.text or "")
         ids, trained = self._mask(text, [(len(context), len(text))])
         if ids[: len(self._lead)] != self._lead:
-            ids, trained = [*self._lead, *ids], [row.prompt is None] * len(self._lead) + trained
+            ids = [*self._lead, *ids]
+            trained = [row.prompt is None] * len(self._lead) + trained
         return self._with_eos(ids, trained)
 
-    def _with_eos(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+    def _with_eos(self, ids: list[int], trained: list[bool]) -> Masked:
         eos = self.tokenizer.eos_token_id
-        return (ids, trained) if eos is None or ids[-1:] == [eos] else ([*ids, eos], [*trained, True])
+        if eos is None or ids[-1:] == [eos]:
+            return ids, trained
+        return [*ids, eos], [*trained, True]
 
     # ---- conversations
 
-    def _messages(self, row: Row, given: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def _messages(self, row: Row, given: Sequence[Message]) -> Masked:
         messages, text, shift = self._rendered(list(given), row.where)
         self._check_tools(messages, text, row.where)
         untrained = {index - shift for index in row.untrained}
@@ -205,13 +162,13 @@ class ChatEncoder:
                 "model whose template does, or remove the row."
             )
 
-    def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
+    def _assistant_mask(self, messages: list[Message]) -> Masked | None:
         out = self._apply_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         trained = [bool(flag) for flag in out["assistant_masks"]]
         # A template may have a block that it does not reach; then the answers are found by text.
         return (list(out["input_ids"]), trained) if any(trained) else None
 
-    def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> list[tuple[int, int]]:
+    def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> Spans:
         """Start and end of every trained answer in characters of ``text``."""
         spans = []
         for index, message in enumerate(messages):
@@ -259,16 +216,18 @@ class ChatEncoder:
         """Whether the template begins the turn of an assistant for a prompt."""
         return self._generation_prompt([{"role": "user", "content": "a"}]) is not None
 
-    def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> tuple[list[int], list[bool]]:
+    def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> Masked:
         """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
         if self.train_on == "all":
             return (ids, trained) if not ends_in_answer or self.ends_turn(ids, 0) else self._with_eos(ids, trained)
         trained = list(trained)
-        start, end = 0, 0
+        start = 0
+        end = 0
         for at in range(len(ids)):
             if not trained[at]:
                 continue
-            start, end = (start if at == end else at), at + 1
+            start = start if at == end else at
+            end = at + 1
             if (end < len(ids) and trained[end]) or self.ends_turn(ids[:end], start):
                 continue
             stop = end
@@ -316,15 +275,12 @@ class ChatEncoder:
 
     def _apply_template(self, messages: Sequence[Message], **options: bool) -> Any:
         template = {"tools": self._tools, "chat_template": self.chat_template}
-        from qlora_native.data._sandbox import bound_operators, bounded_memory
-
         bound_operators()
         with bounded_memory():
             return self.tokenizer.apply_chat_template(list(messages), **template, **options)
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:
-        with _limited_text():
-            return str(self._apply_template(messages, tokenize=False, **options))
+        return str(self._apply_template(messages, tokenize=False, **options))
 
     def _try_render(self, messages: Sequence[Message], **options: bool) -> str | None:
         try:
@@ -334,19 +290,21 @@ class ChatEncoder:
 
     # ---- tokens
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def _tokenize(self, text: str) -> tuple[list[int], Spans | None]:
         # verbose=False: transformers would warn of rows longer than the model's context, which are truncated here.
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
 
-    def _mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _mask(self, text: str, spans: Spans) -> Masked:
         ids, offsets = self._tokenize(text)
         trained = [False] * len(ids)
         if offsets is None:
             return self._mask_slow(text, spans, ids)
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        starts = [start for start, _ in offsets]
+        ends = [end for _, end in offsets]
         for span_start, span_end in spans:
-            first, stop = 0, len(ids)
+            first = 0
+            stop = len(ids)
             if span_start > 0:
                 first = bisect_right(ends, span_start)
                 if first == len(ids) or starts[first] != span_start:
@@ -362,7 +320,7 @@ class ChatEncoder:
         prefix_ids, _ = self._tokenize(prefix)
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
-    def _mask_slow(self, text: str, spans: list[tuple[int, int]], ids: list[int]) -> tuple[list[int], list[bool]]:
+    def _mask_slow(self, text: str, spans: Spans, ids: list[int]) -> Masked:
         """Without offsets: by token prefixes if they all are prefixes, else by tokenizing each piece on its own."""
         trained = [False] * len(ids)
         for start, end in spans:
@@ -372,7 +330,9 @@ class ChatEncoder:
             trained[first:stop] = [True] * (stop - first)
         else:
             return ids, trained
-        ids, trained, done = [], [], 0
+        ids = []
+        trained = []
+        done = 0
         for start, end in [*spans, (len(text), len(text))]:
             for piece, keep in ((text[done:start], False), (text[start:end], True)):
                 piece_ids = self._tokenize(piece)[0] if piece else []

@@ -41,10 +41,6 @@ class RankMemory:
     received: int  # in a step
     sent: int
 
-    def seconds(self, bytes_per_second: float) -> float:
-        """A step's communication time on a link of so many bytes a second each way, if nothing overlaps it."""
-        return max(self.received, self.sent) / bytes_per_second
-
 
 def rank_memory(
     model: nn.Module, world: int, *, sharded: bool = True, micro_batches: int = 1, reshard: bool = True

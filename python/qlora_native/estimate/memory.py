@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from qlora_native import _C, _native
 from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
-from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_layers, head_shape, norm_bytes, norms_of
+from qlora_native.estimate.activations import LayerBytes, decoder_layers, head_shape, layer_bytes, norm_bytes, norms_of
 from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.targets import saved_modules
@@ -66,7 +66,7 @@ class Estimate:
     moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step", "shipping"
     paged: int  # bytes of optimizer states in a page file or in the host's memory
     graphs: int  # bytes of a card that only the passes in CUDA graphs can use: what the largest of them takes
-    is_rough: tuple[str, ...]  # classes of layers that keep more than the formulas count
+    is_rough: tuple[str, ...]  # classes of layers that keep more than is counted
 
     @property
     def moment(self) -> str:
@@ -129,14 +129,16 @@ class Estimator:
         embeddings = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         trains_in, trains_out = (part in whole.values() for part in embeddings)
         numel = self.config.vocab_size * self.config.hidden_size
-        self.whole_in, self.whole_out = trains_in * numel, trains_out * numel
+        self.whole_in = trains_in * numel
+        self.whole_out = trains_out * numel
         four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
         self.shapes = {(weight.shape[-2], weight.shape[-1]) for weight in four_bit}
         layers = decoder_layers(self.model)
         inside = tuple(path + "." for path, _ in layers)
         self.modules = [layer for _, layer in layers]
-        self.norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
+        norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
+        self.norm_bytes = sum(norm_bytes(norm, setting) for norm in norms)  # kept for a token, outside of the layers
         # Whether the config names an operation between the output embedding and the logits.
         scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
         self.changes_logits = scaled or getattr(self.model.get_output_embeddings(), "bias", None) is not None
@@ -152,9 +154,8 @@ class Estimator:
         """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
         none do."""
         lengths = range(64, max(64, self.positions) + 1, 64)
-        return 64 * bisect_left(
-            lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
-        )
+        fitting = bisect_left(lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes))
+        return 64 * fitting
 
     def widest(self, num_bytes: int, length: int) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
@@ -165,7 +166,7 @@ class Estimator:
         window = getattr(self.config, "sliding_window", None)
         beyond = isinstance(window, int) and setting.length > window
         if beyond not in self._layers:
-            self._layers[beyond] = [DecoderLayer(layer, self.model, setting).bytes() for layer in self.modules]
+            self._layers[beyond] = layer_bytes(self.model, setting)
         return self._layers[beyond]
 
 
@@ -173,23 +174,29 @@ class _Sum:
     """The terms of one setting."""
 
     def __init__(self, estimator: Estimator, setting: Setting) -> None:
-        self.estimator, self.setting, self.config = estimator, setting, estimator.config
-        self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
+        self.estimator = estimator
+        self.setting = setting
+        self.config = estimator.config
+        self.on_card = setting.device == "cuda"
+        self.tokens = setting.batch_size * setting.length
+        self.size = setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
         self.layers = estimator.layers(setting)
 
     def estimate(self) -> Estimate:
-        adapters, packed = self.estimator.adapters, self.estimator.packed
-        in_memory, paged = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained), 0
+        adapters = self.estimator.adapters
+        packed = self.estimator.packed
+        in_memory = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
+        paged = 0
         if self.setting.paged is True:
             in_memory, paged = min(in_memory, self.setting.page_budget or 0), in_memory
-            in_memory = in_memory if self.setting.device == "cuda" else 0
+            in_memory = in_memory if self.on_card else 0
         report: LoadReport = self.estimator.model.load_report
         frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
-        copies = self.estimator.copied if self.setting.device == "cuda" else 0
+        copies = self.estimator.copied if self.on_card else 0
         dense = frozen.dense - self.estimator.replaced
-        held = Terms(frozen.weights, frozen.scales, dense, adapters, copies, optimizer=in_memory)
-        held = replace(held, scratch=self._scratch())
+        held = replace(frozen, dense=dense, adapters=adapters, copies=copies)
+        held = replace(held, optimizer=in_memory, scratch=self._scratch())
         before = self._gradients_held()
         moments = {
             "loading": replace(frozen, scratch=self.estimator.loading_bytes),
@@ -211,17 +218,17 @@ class _Sum:
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
             passes = (moments[name] for name in ("loss", "backward"))
             graphs = max(terms.activations + terms.loss + terms.scratch for terms in passes)
-        if self.setting.device == "cpu":
+        if not self.on_card:
             slack = len(self.layers) * LAYER_SLACK
             moments = {name: replace(terms, slack=slack) for name, terms in moments.items()}
-        unknown = tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
+        unknown = tuple(dict.fromkeys(layer.unknown for layer in self.layers if layer.unknown))
         rough = unknown if self.layers else (type(self.estimator.model).__name__,)
         return Estimate(self.setting, moments, paged, graphs, rough)
 
     def _is_captured(self) -> bool:
         """Whether passes of one process are captured, as ``train.cuda_graph`` has it."""
         is_kept = not self.setting.checkpointing or not self.estimator.is_random
-        wanted = self.setting.device == "cuda" and self.setting.cuda_graph
+        wanted = self.on_card and self.setting.cuda_graph
         return wanted and is_kept and not self.estimator.changes_logits
 
     def _kept(self) -> int:
@@ -243,7 +250,9 @@ class _Sum:
     def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
         gradients and the adapters' gradients of the layers behind are the most."""
-        best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
+        best = Terms()
+        so_far = 0.0
+        behind = sum(layer.gradients for layer in self.layers)
         for number, layer in enumerate(self.layers):
             own = self._of(layer) - (self.tokens * layer.first if number == 0 else 0)
             so_far += self.tokens * layer.input if self.setting.checkpointing else own
@@ -261,8 +270,9 @@ class _Sum:
     def _loss(self) -> int:
         """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
         changes them afterwards."""
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
-        states = round(self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms))
+        hidden = self.config.hidden_size
+        vocabulary = self.config.vocab_size
+        states = round(self.tokens * self.estimator.norm_bytes)
         states += 2 * self.tokens * hidden * self.size
         if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
@@ -277,26 +287,30 @@ class _Sum:
         their place from step to step, up to the size from which a block is a mapping of its own."""
         if self.setting.micro_batches > 1 or self._is_captured():
             return self.estimator.adapters
-        if self.setting.device != "cpu":
+        if self.on_card:
             return 0
         least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
         return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
 
     def _scratch(self) -> int:
         """Of kernels."""
-        if self.setting.device == "cuda":  # a weight decoded for torch's own product
-            return min(max((n * k for n, k in self.estimator.shapes), default=0) * self.size, PANEL_BYTES)
+        if self.on_card:  # a weight decoded for torch's own product
+            largest = max((n * k for n, k in self.estimator.shapes), default=0)
+            return min(largest * self.size, PANEL_BYTES)
+        rows = self.setting.batch_size
+        length = self.setting.length
         heads, groups, width = head_shape(self.config)
-        shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
+        q = torch.empty(rows, heads, length, width, dtype=self.setting.dtype, device="meta")
         dtype = _native.DTYPE_NUMBER[self.setting.dtype]
         attention = 0  # of torch's, which takes other heads
         if is_native(q):
-            attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+            attention = _C.causal_attention_scratch_bytes(dtype, (rows, heads, groups, length, width), True) + ALIGNMENT
+        hidden = self.config.hidden_size
+        vocabulary = self.config.vocab_size
         chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
         tokens = min(self.tokens, 1 << 20)  # more take no more
-        products = [(tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
+        products = [(tokens, n, k) for n, k in self.estimator.shapes]
+        products.append((chunk, vocabulary, hidden))
         most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
         return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
 

@@ -132,7 +132,8 @@ def _read_whole(meta: MetaModel, dtype: torch.dtype) -> int:
     largest tensor (decoded rows, these end to end, and a copy, all in fp32, and in ``dtype``), or all in ``dtype`` with
     the memory of those rows, which the heap keeps."""
     sizes = [tensor.numel() for name, tensor in meta.shapes.items() if name not in meta.tied]
-    largest, vocabulary = max(sizes), meta.model.config.get_text_config().vocab_size
+    largest = max(sizes)
+    vocabulary = meta.model.config.get_text_config().vocab_size
     read = max((12 + dtype.itemsize) * largest, dtype.itemsize * sum(sizes) + 4 * largest)
     return int(READER_TOKEN * vocabulary + read)
 

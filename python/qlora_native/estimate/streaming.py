@@ -71,7 +71,8 @@ def disk_rate(file: Path) -> float:
         descriptor = os.open(file, os.O_RDONLY | flags)
     except OSError:
         descriptor = os.open(file, os.O_RDONLY)
-    done, began = 0, time.monotonic()
+    done = 0
+    began = time.monotonic()
     try:
         while done < READ and (got := os.preadv(descriptor, [block], done)) > 0:
             done += got
@@ -104,7 +105,8 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     tokens = setting.batch_size * setting.length
     in_memory = tokens / (sum(forward) + sum(backward))
     fits = weights <= budget
-    slower, found = 0.0, rate or disk_rate(Path(file.path))
+    slower = 0.0
+    found = rate or disk_rate(Path(file.path))
     if not fits:
         with _reading(file.path) as reads:
             slowed, _ = _seconds(model, *shape, setting.checkpointing)
@@ -132,7 +134,9 @@ class _Reads:
 @contextmanager
 def _reading(path: str) -> Iterator[_Reads]:
     """Read a file over and over in two slots, as a run does, from its end on; the figures are there at the end."""
-    file, found, ends = _C.MappedFile(path), _Reads(), threading.Event()
+    file = _C.MappedFile(path)
+    found = _Reads()
+    ends = threading.Event()
     pieces = [[(file, at, min(at + SLOT, file.num_bytes))] for at in range(0, file.num_bytes, SLOT)][::-1]
     stream = _C.WeightStream(pieces, [], [])
 

@@ -24,7 +24,8 @@ def has_answer(row: Mapping[str, np.ndarray]) -> bool:
 def split_row(row: Mapping[str, np.ndarray]) -> tuple[list[int], np.ndarray]:
     """The tokens before the first answer of a row, and those of the answer, at most LONGEST; of a row that is trained
     as a whole its halves."""
-    ids, is_trained = row["input_ids"], row["labels"] >= 0
+    ids = row["input_ids"]
+    is_trained = row["labels"] >= 0
     first = int(is_trained.argmax())
     first = first if first > 1 else len(ids) // 2
     length = int(np.append(is_trained[first:], False).argmin())
@@ -48,7 +49,8 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, np.ndarray]]
     """The answer to each row, with dropout off; afterwards the model is in the mode it was in."""
     from qlora_native.models.mapped import BESIDE, stream_if_needed
 
-    streaming, stop = stream_if_needed(model, None, BESIDE), stop_tokens(model, tokenizer)
+    streaming = stream_if_needed(model, None, BESIDE)
+    stop = stop_tokens(model, tokenizer)
     with modes_kept(model), nullcontext() if streaming is None else closing(streaming):
         model.eval()
         return [answer(model, tokenizer, split_row(row)[0], stop) for row in rows]

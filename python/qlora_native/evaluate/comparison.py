@@ -14,7 +14,7 @@ from qlora_native._io import without_nan
 from qlora_native.data.template import check_vocabulary
 from qlora_native.evaluate.answers import answers, as_text, has_answer, split_row
 from qlora_native.evaluate.harness import run_tasks
-from qlora_native.evaluate.measure import Kept, Scores, measure
+from qlora_native.evaluate.measure import Reference, Scores, measure
 from qlora_native.evaluate.retention import retention
 from qlora_native.evaluate.texts import Text
 from qlora_native.evaluate.variants import ADAPTED, REFERENCE, SHIPPED, Variants, label_of
@@ -132,7 +132,7 @@ def compare(
     Of the reference, some two bytes a token and element of the hidden state are kept in a temporary file.
     """
     results: list[VariantResult] = []
-    kept: dict[str, Kept] = {}
+    kept: dict[str, Reference] = {}
     asked = {text.name: [row for row in text.rows[:answered] if has_answer(row)] for text in texts}
     found = [_question(tokenizer, name, row) for name, rows in asked.items() for row in rows]
     with TemporaryDirectory(prefix="qlora-eval-") as folder:

@@ -83,7 +83,8 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
     The error is the linearized one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
     than two rows. Both are nan where the weights sum to zero.
     """
-    total, rows = float(weights.sum()), len(values)
+    total = float(weights.sum())
+    rows = len(values)
     share = float(values.sum()) / total if total else math.nan
     if rows < 2 or not total:
         return share, math.nan
@@ -92,7 +93,7 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Reference:
     """A reference's scores on a text, and the inputs of its output embedding; for a model that changes its logits after
     that product, the logits themselves."""
 
@@ -103,8 +104,8 @@ class Kept:
 
 @torch.no_grad()
 def measure(
-    model: Any, rows: Rows, pad_id: int, *, against: Kept | None = None, keep_in: Path | None = None
-) -> tuple[Scores, Kept | None]:
+    model: Any, rows: Rows, pad_id: int, *, against: Reference | None = None, keep_in: Path | None = None
+) -> tuple[Scores, Reference | None]:
     """One pass of a causal LM over ``rows``, with dropout off; afterwards it is in the mode it was in.
 
     Args:
@@ -123,8 +124,8 @@ def measure(
 
 
 def _measure(
-    model: Any, rows: Rows, pad_id: int, against: Kept | None, keep_in: Path | None
-) -> tuple[Scores, Kept | None]:
+    model: Any, rows: Rows, pad_id: int, against: Reference | None, keep_in: Path | None
+) -> tuple[Scores, Reference | None]:
     sums = torch.zeros(3 if against is None else 5, len(rows), dtype=torch.float64)
     plain: bool | None = None
     head = kept = None
@@ -149,7 +150,8 @@ def _measure(
         for at in range(0, len(states), step):
             part = slice(at, at + step)
             found = log_probabilities(states[part], head)
-            expected_tokens, likeliest = targets[trained][part], found.argmax(1)
+            expected_tokens = targets[trained][part]
+            likeliest = found.argmax(1)
             picked = -found.gather(1, expected_tokens[:, None]).squeeze(1)
             values = [torch.ones_like(picked), picked, likeliest != expected_tokens]
             if against is not None:
@@ -161,7 +163,7 @@ def _measure(
                 total.index_add_(0, row_of[part], value.double().cpu())
         done += len(states)
     scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
-    return scores, None if kept is None else Kept(scores, kept, head)
+    return scores, None if kept is None else Reference(scores, kept, head)
 
 
 def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
@@ -169,7 +171,8 @@ def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
     if head is None:
         return states.float().log_softmax(1)
     logits = torch.empty(len(states), len(head), dtype=torch.float32, device=states.device)
-    states, step = states.float(), max(1, LOGITS_BYTES // (4 * head.shape[1]))
+    states = states.float()
+    step = max(1, LOGITS_BYTES // (4 * head.shape[1]))
     for at in range(0, len(head), step):  # the whole head in fp32 may be as large as the model
         torch.mm(states, head[at : at + step].float().t(), out=logits[:, at : at + step])
     return logits.log_softmax(1)
@@ -178,7 +181,8 @@ def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
 def _file(folder: Path, rows: Rows, like: Tensor) -> Tensor:
     """A tensor [predicted tokens, width] in a file of ``folder``, which may be larger than memory."""
     count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
-    path, width = folder / "reference.bin", like.shape[-1]
+    path = folder / "reference.bin"
+    width = like.shape[-1]
     path.unlink(missing_ok=True)  # a reference that was kept there before keeps its own bytes
     mapped = torch.from_file(str(path), shared=True, size=max(1, count * width), dtype=like.dtype)
     path.unlink()

@@ -4,25 +4,40 @@
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_native._io import as_write_error, read_json, reading, write_whole
+from qlora_native.evaluate.texts import shorten
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    HAS_MATPLOTLIB = True
+except ImportError:
+    HAS_MATPLOTLIB = False
 
 CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
 CURVES["tokens_per_second"] = "Tokens per second"
 LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
-MOST_DOTS, MOST_EVENTS, MOST_SAMPLES = 60, 100, 32
-MOST_TEXT, MOST_CONFIG = 600, 20_000  # characters: of five bytes each, as those that HTML escapes, it is below 1 MB
-LEFT, TOP, RIGHT, BOTTOM = 46, 8, 352, 158  # of a chart's area, in its view box of 360 x 180
+MOST_DOTS = 60
+MOST_EVENTS = 100
+MOST_SAMPLES = 32
+MOST_CONFIG = 20_000  # characters: of five bytes each, as those that HTML escapes, the page is below 1 MB
+# What matplotlib draws in these colors takes those of the page's variables, which a dark page changes.
+SOFT, LINE = "#667085", "#e3e6ec"  # of words, of the grid
+COLORS = {"steps": "#2563eb", "mean": "#2563eb", "held-out": "#d9480f", "lowest": "#2f9e6e"}
+VARIABLES = {"#2563eb": "--c0", "#d9480f": "--c1", "#2f9e6e": "--c2", SOFT: "--soft", LINE: "--line"}
 Points = tuple[np.ndarray, np.ndarray]  # float64 [points] each: steps, values
 
 
@@ -30,7 +45,8 @@ class Curves:
     """The figures and the last answers of a ``metrics.jsonl`` that grows: :meth:`read` takes the lines that are new."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+        self._path = path
+        self._offset = 0
         self._columns = {key: (array("d"), array("d")) for key in (*CURVES, "tokens", "seconds")}
         self.samples: list[dict[str, str]] = []
 
@@ -87,52 +103,52 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens per second, median"] = f"{np.median(speeds):,.0f}"
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
-    charts = [_chart(key, points) for key in CURVES if len(points[key][0])]
+    charts = [_chart(key, points) for key in CURVES if len(points[key][0])] if HAS_MATPLOTLIB else []
     events.sort(key=lambda event: event[0])
     facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
     facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
     facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
-    return {**facts, "figures": figures, "charts": charts}
-
-
-def shorten(text: str, most: int = MOST_TEXT) -> str:
-    """The text, of a longer one its ends and how many characters lie between them."""
-    left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
+    return {**facts, "figures": figures, "charts": charts, "can_draw": HAS_MATPLOTLIB}
 
 
 def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
-    """A curve as SVG paths and the ticks of its axes; beside the training loss the held-out loss is drawn."""
+    """A curve as SVG; beside the training loss the held-out loss is drawn."""
     steps, values = points[key]
-    held_out = points["eval_loss"] if key in ("loss", "eval_loss") else (steps[:0], values[:0])
-    lines = {"held-out" if key == "eval_loss" else "steps": (steps, values)}
-    if key not in ("eval_loss", "lr") and (window := len(values) // 40) > 1:
+    lines: dict[str, Points] = {} if key == "eval_loss" else {"steps": (steps, values)}
+    window = len(values) // 40
+    if key not in ("eval_loss", "lr") and window > 1:
         lines["mean"] = steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid")
-    if len(held_out[0]):
-        lines["held-out"] = held_out
-    low, high = (float(bound(np.concatenate([values, held_out[1]]))) for bound in (np.min, np.max))
-    is_log = key in LOGARITHMIC and low > 0 and high > LOG_FROM * low
-    marks = ticks(low, high, is_log=is_log)
-    low, high, last = min(low, marks[0]), max(high, marks[-1]), max(*(each[-1] for each, _ in lines.values()), 1)
-
-    def place(step: float, value: float) -> str:
-        value, bottom, top = (math.log(each) if is_log else each for each in (value, low, high))
-        x, y = LEFT + (RIGHT - LEFT) * step / last, BOTTOM - (BOTTOM - TOP) * (value - bottom) / (top - bottom)
-        return f"{x:.1f} {y:.1f}"
-
-    lowest = held_out[1].argmin() if len(held_out[1]) else None
+    if key in ("loss", "eval_loss") and len(points["eval_loss"][0]):
+        lines["held-out"] = points["eval_loss"]
+        at = lines["held-out"][1].argmin()
+        lines["lowest"] = tuple(column[[at]] for column in lines["held-out"])  # type: ignore[assignment]
+    every = np.concatenate([line[1] for line in lines.values()])
+    is_log = key in LOGARITHMIC and every.min() > 0 and every.max() > LOG_FROM * every.min()
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "path.simplify": False, "font.size": 11}):
+        figure = Figure(figsize=(5, 2.5), facecolor="none")
+        axes = figure.add_axes((0.14, 0.1, 0.85, 0.87), frameon=False, yscale="log" if is_log else "linear")
+        for name, line in lines.items():
+            has_dots = name == "lowest" or (name == "held-out" and len(line[0]) <= MOST_DOTS)
+            alpha = 0.4 if name == "steps" and "mean" in lines else 1.0
+            axes.plot(*thin(*line), ".-" if has_dots else "-", color=COLORS[name], alpha=alpha, gid=f"{key}:{name}")
+        if is_log:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter("")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,.9g}")
+        axes.tick_params(which="both", length=0, labelcolor=SOFT)
+        axes.grid(axis="y", color=LINE)
+        # Without the date and the program the bytes depend on the figures alone.
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue().partition("<svg")[2]
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
     return {
-        "key": key,
         "title": CURVES[key] + (" (log scale)" if is_log else ""),
         "last": f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}",
-        "lines": {name: "M" + "L".join(map(place, *thin(*line))) for name, line in lines.items()},
-        "dots": [
-            (place(at, value).split(), f"step {at:,.0f}: {value:.4f}", number == lowest)
-            for number, (at, value) in enumerate(zip(*held_out, strict=True))
-            if number == lowest or len(held_out[0]) <= MOST_DOTS
-        ],
-        "y_ticks": [(place(0, mark).split()[1], f"{mark:,.9g}") for mark in marks],
-        "x_ticks": [(place(at, low).split()[0], f"{at:,.0f}") for at in ticks(0, last) if at % 1 == 0 and at <= last],
+        "names": list(lines),
+        "svg": f"<svg{svg}",
     }
 
 
@@ -144,17 +160,3 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Points:
     for part in np.array_split(np.arange(len(values)), STRETCHES):
         kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
     return steps[sorted(kept)], values[sorted(kept)]
-
-
-def ticks(low: float, high: float, *, is_log: bool = False) -> list[float]:
-    """Some two to eight round numbers, from about ``low`` to about ``high``."""
-    if is_log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [mark for power in powers for factor in (1, 2, 5) if low <= (mark := factor * 10.0**power) <= high]
-        marks = marks if len(marks) <= 8 else [mark for mark in marks if f"{mark:e}".startswith("1.0")]
-        return marks[:: 1 + len(marks) // 9]
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if 4 * factor * power >= high - low)
-    return [float(f"{number * step:.12g}") for number in range(math.floor(low / step), math.ceil(high / step) + 1)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_native._io import atomic_file, write_whole
 from qlora_native.evaluate.comparison import Comparison, VariantResult
-from qlora_native.evaluate.page import shorten
+from qlora_native.evaluate.texts import shorten
 from qlora_native.evaluate.variants import SHIPPED
 
 RETENTION = "retention"
@@ -120,7 +120,8 @@ def plot(comparison: Comparison, path: Path) -> bool:
 
 
 def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[str]:
-    row, rows = comparison.text_row(variant, text), len(variant.texts[text].tokens)
+    row = comparison.text_row(variant, text)
+    rows = len(variant.texts[text].tokens)
     against = variant is not comparison.reference and comparison.reference is not None
     closes = against and variant is not comparison.baseline and row["closed"] is not None
     figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
@@ -132,7 +133,8 @@ def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[st
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
     """The value ± its error, with a ``scale`` of 100 as a percentage."""
-    value, error = row[key], row[f"{key}_error"]
+    value = row[key]
+    error = row[f"{key}_error"]
     if value is None:
         return ""
     digits, unit = (4, "") if scale == 1 else (1, " %")
@@ -142,9 +144,8 @@ def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Markdown whose columns are aligned in plain text too."""
-    rows = [list(head), *map(list, body)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    columns = list(zip(head, *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    first, *others = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in (head, *body))
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return [first, f"|{rule}|", *others]

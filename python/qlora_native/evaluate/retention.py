@@ -26,7 +26,8 @@ def retention(base: Scores, adapted: Scores, shipped: Scores) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """One line of what :func:`retention` found."""
-    share, error = found["retention"], found["retention_error"]
+    share = found["retention"]
+    error = found["retention_error"]
     text = "unknown" if share is None else f"{share:.3f}" + ("" if error is None else f" ± {error:.3f}")
     return (
         f"retention {text}: held-out loss {found['base_loss']:.4f} of the 4-bit base, {found['adapted_loss']:.4f} with "

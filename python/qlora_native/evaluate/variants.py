@@ -17,7 +17,11 @@ from qlora_native.weight import CALIBRATED, METHODS
 from qlora_native.weights.open import open_source
 from qlora_native.weights.source import AUTO
 
-REFERENCE, FOUR_BIT, KEPT, ADAPTED, SHIPPED = "16-bit", "4-bit", "as it is", " + adapter", "shipped"
+REFERENCE = "16-bit"
+FOUR_BIT = "4-bit"
+KEPT = "as it is"
+ADAPTED = " + adapter"
+SHIPPED = "shipped"
 
 
 def label_of(name: str, report: LoadReport) -> str:

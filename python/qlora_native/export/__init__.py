@@ -1,1 +1,1 @@
-"""Exports: the error of a merged model, and GGUF files."""
+"""Exports: GGUF files of models and of adapters."""

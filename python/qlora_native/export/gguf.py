@@ -97,7 +97,8 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
     in the folder ``model``; or it is a GGUF file, whose own is copied. UserError if the architecture, its rotary
     scaling or its tokenizer is not mapped to GGUF here.
     """
-    config, architecture = work.source.config, architecture_of(work.source)
+    config = work.source.config
+    architecture = architecture_of(work.source)
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(tokenizer, Path):
@@ -253,7 +254,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
                 entries[number] = token, TokenType.BYTE
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        before, first = stored.get("normalizer") or {}, stored.get("pre_tokenizer") or {}
+        before = stored.get("normalizer") or {}
+        first = stored.get("pre_tokenizer") or {}
         prepends = any(step.get("type") == "Prepend" for step in before.get("normalizers") or [before])
         writer.add_add_space_prefix(prepends or first.get("prepend_scheme") in ("first", "always"))
     else:

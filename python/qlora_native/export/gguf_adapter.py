@@ -21,7 +21,9 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
 
     Source: src/llama-adapter.cpp of https://github.com/ggml-org/llama.cpp.
     """
-    config, adapter, where = work.source.config, work.adapter, work.source.path
+    config = work.source.config
+    adapter = work.adapter
+    where = work.source.path
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise UserError(
@@ -39,7 +41,8 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
         )
     names = architecture.name_map(config.num_hidden_layers)
     alphas = [scale * len(a) for a, _, scale in adapter.pairs.values()]
-    alpha, num_bytes = alphas[0] or 1.0, 0
+    alpha = alphas[0] or 1.0
+    num_bytes = 0
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

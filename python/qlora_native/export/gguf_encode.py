@@ -28,9 +28,12 @@ def encode(rows: Tensor, kind: Kind) -> np.ndarray:
     """
     if kind not in _ENCODERS:
         return gguf.quants.quantize(rows.numpy(), kind)
-    encoder, number = _ENCODERS[kind], quant_type_number(kind.name.lower())
-    parts = rows.reshape(-1, GGUF_BLOCKS[number][0]).split(_AT_A_TIME // GGUF_BLOCKS[number][0])
-    return torch.cat([encoder(part, number) for part in parts]).view(len(rows), -1).numpy()
+    encoder = _ENCODERS[kind]
+    number = quant_type_number(kind.name.lower())
+    size = GGUF_BLOCKS[number][0]
+    parts = rows.reshape(-1, size).split(_AT_A_TIME // size)
+    blocks = torch.cat([encoder(part, number) for part in parts])
+    return blocks.view(len(rows), -1).numpy()
 
 
 def _sum(t: Tensor) -> Tensor:
@@ -42,32 +45,41 @@ def _sum(t: Tensor) -> Tensor:
 
 def _header(blocks: int, *parts: Tensor, number: int) -> Tensor:
     """Blocks [n, bytes] that begin with these parts, halves or bytes [n, ...]; the rest is zeros."""
+    result = torch.zeros(blocks, GGUF_BLOCKS[number][1], dtype=torch.uint8)
     head = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
-    return torch.nn.functional.pad(head, (0, GGUF_BLOCKS[number][1] - head.shape[1])).view(blocks, -1)
+    result[:, : head.shape[1]] = head
+    return result
 
 
 def _iq4_nl(x: Tensor, number: int) -> Tensor:
     """The scale with the least squared error, from starts that put the largest element at or near an outer level."""
     levels = gguf_blocks.levels(number)
-    code_of = torch.bucketize(torch.arange(-256, 257) / 2, (levels[1:] + levels[:-1]) / 2)  # by twice the value + 256
+    # Levels are whole numbers and their borders halves of them: a table by twice the value takes the place of a search.
+    values = torch.arange(-256, 257) / 2
+    code_of = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
     level_of = levels[code_of]
 
     def nearest(inverse: Tensor, table: Tensor) -> Tensor:
-        at = (x * inverse).mul_(2).ceil_().clamp_(-256, 256).add_(256).int()
+        twice = (x * inverse).mul_(2).ceil_().clamp_(-256, 256)
+        at = twice.add_(256).int()
         return table.index_select(0, at.view(-1)).view(x.shape)
 
     largest = reciprocals(x.gather(1, x.abs().argmax(1, keepdim=True)))
-    least, best = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest)
     for start in (-127.0, -115.0, 113.0):
         inverse = start * largest
         for _ in range(2):
             level = nearest(inverse, level_of)
-            scale = (_sum(x * level) * reciprocals(_sum(level * level))).half().float()
+            scale = _sum(x * level) * reciprocals(_sum(level * level))
+            scale = scale.half().float()  # as the block stores it
             inverse = reciprocals(scale)
         error = _sum((x - nearest(inverse, level_of) * scale).square())
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
     blocks = _header(len(x), best.half(), number=number)
-    return gguf_blocks.with_codes(blocks, nearest(reciprocals(best), code_of.to(torch.uint8)), number)
+    codes = nearest(reciprocals(best), code_of.to(torch.uint8))
+    return gguf_blocks.with_codes(blocks, codes, number)
 
 
 def _q4_k(x: Tensor, number: int) -> Tensor:
@@ -79,42 +91,68 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
 
     low = x.amin(-1, keepdim=True).clamp(max=0)
     width = x.amax(-1, keepdim=True) - low
-    least, best, minima = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
+    least = torch.full_like(low, torch.inf)
+    best = torch.zeros_like(low)
+    minima = torch.zeros_like(low)
     for distances in (15.7, 15.0, 14.3, 13.6, 12.9, 12.2):  # of levels, between the smallest and the largest element
-        factor, minimum = width / distances, -low
+        factor = width / distances
+        minimum = -low
         code = codes(factor, minimum)
         for _ in range(2):
             factor, minimum = _least_squares(x, code)
             code = codes(factor, minimum)
         error = _sum((x - (code * factor - minimum)).square())
         better = (error < least) & (factor >= 0)
-        best, minima = torch.where(better, factor, best), torch.where(better, minimum, minima)
+        best = torch.where(better, factor, best)
+        minima = torch.where(better, minimum, minima)
         least = torch.where(better, error, least)
 
     def rounded(of_runs: Tensor) -> tuple[Tensor, Tensor]:
         unit = (of_runs.amax(1, keepdim=True) / 63).half().float()
         return unit, (of_runs * reciprocals(unit)).round_().clamp_(0, 63)
 
-    (unit, scale), (minimum_unit, minimum) = rounded(best), rounded(minima)
-    a, b = codes(unit * scale, minimum_unit * minimum) * scale, minimum.expand_as(x)
-    aa, ab, bb, xa, xb = (_sum((p * q).flatten(1))[..., None] for p, q in ((a, a), (a, b), (b, b), (x, a), (x, b)))
-    inverse = reciprocals(aa * bb - ab * ab)
-    units = (xa * bb - xb * ab) * inverse, (xa * ab - xb * aa) * inverse
-    fits = (units[0] > 0) & (units[1] >= 0) & (aa * bb - ab * ab > 1e-5 * aa * bb)
-    units = torch.where(fits, units[0], unit).half(), torch.where(fits, units[1], minimum_unit).half()
-    code = codes(units[0].float() * scale, units[1].float() * minimum).to(torch.uint8).flatten(1)
-    (s, t), (m, n) = (part.to(torch.uint8).view(-1, 2, 4).unbind(1) for part in (scale, minimum))
+    def inner(p: Tensor, q: Tensor) -> Tensor:
+        return _sum((p * q).flatten(1))[..., None]
+
+    unit, scale = rounded(best)
+    minimum_unit, minimum = rounded(minima)
+    # Under the rounded scales and minima of the runs, the two units with which unit a - minimum_unit b is nearest to x:
+    # unit aa - minimum_unit ab = xa,  unit ab - minimum_unit bb = xb.
+    a = codes(unit * scale, minimum_unit * minimum) * scale
+    b = minimum.expand_as(x)
+    aa = inner(a, a)
+    ab = inner(a, b)
+    bb = inner(b, b)
+    xa = inner(x, a)
+    xb = inner(x, b)
+    determinant = aa * bb - ab * ab
+    inverse = reciprocals(determinant)
+    solved = (xa * bb - xb * ab) * inverse
+    minimum_solved = (xa * ab - xb * aa) * inverse
+    fits = (solved > 0) & (minimum_solved >= 0) & (determinant > 1e-5 * aa * bb)
+    unit = torch.where(fits, solved, unit).half()
+    minimum_unit = torch.where(fits, minimum_solved, minimum_unit).half()
+    code = codes(unit.float() * scale, minimum_unit.float() * minimum).to(torch.uint8)
+    # Six bits each: those of the last four runs lie apart, four beside each other's and two above the first ones'.
+    s, t = scale.to(torch.uint8).view(-1, 2, 4).unbind(1)
+    m, n = minimum.to(torch.uint8).view(-1, 2, 4).unbind(1)
     packed = s | t >> 4 << 6, m | n >> 4 << 6, t & 15 | (n & 15) << 4
-    return gguf_blocks.with_codes(_header(len(x), *(u[..., 0] for u in units), *packed, number=number), code, number)
+    header = _header(len(x), unit[..., 0], minimum_unit[..., 0], *packed, number=number)
+    return gguf_blocks.with_codes(header, code.flatten(1), number)
 
 
 def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and minimum, 0 or more, with which code * factor - minimum is nearest to x."""
+    # The normal equations of sum (x - f q + m)^2:  f qq - m q = xq,  f q - m n = xs.
     n = x.shape[-1]
-    q, qq, xs, xq = _sum(code), _sum(code * code), _sum(x), _sum(x * code)
+    q = _sum(code)
+    qq = _sum(code * code)
+    xs = _sum(x)
+    xq = _sum(x * code)
     spread = n * qq - q * q
     inverse = reciprocals(spread)
-    factor, minimum = (n * xq - q * xs) * inverse, (q * xq - qq * xs) * inverse
+    factor = (n * xq - q * xs) * inverse
+    minimum = (q * xq - qq * xs) * inverse
     alone = (minimum < 0) | (spread <= 1e-5 * n * qq)  # a minimum below 0, or codes that are all the same
     without = torch.where(qq == 0, -xs / n, 0.0).clamp(min=0)
     return torch.where(alone, xq * reciprocals(qq), factor), torch.where(alone, without, minimum)

@@ -27,7 +27,8 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
     sum. ``changed`` of the result is the share of bytes that are others, by tensor. UserError for another source, and
     for an adapter that the file's tensors cannot take.
     """
-    source, adapter = work.source, work.adapter
+    source = work.source
+    adapter = work.adapter
     if not isinstance(source, GgufSource) or source.architecture is None:
         raise UserError(
             f"{source.path} is no GGUF file of {', '.join(ARCHITECTURES)}: --type keep keeps the types of such a file"

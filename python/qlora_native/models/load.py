@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_native import _C
@@ -43,8 +43,8 @@ class LoadReport:
         bytes_4bit: bytes of the 4-bit weights, or of all in GGUF's formats, their scales included.
         bytes_dense: bytes of every other parameter and buffer.
         dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
-        method: of its 4-bit weights: "rtn", "rtn_signed", "wmse" or "gptq"; "keep" for those of a GGUF file; None if
-            nothing is 4-bit, or if a folder of 4-bit weights does not name it.
+        method: of its 4-bit weights: "rtn", "wmse" or "gptq"; "keep" for those of a GGUF file; None if nothing
+            is 4-bit, or if a folder of 4-bit weights does not name it.
         calibration: what the statistics were gathered from: sha256 of the tokens, rows, length, tokens, seed; None for
             methods without data.
         fell_back: weights that did not get the method on loading, and why; "name[3]" is expert 3 of a stack.
@@ -135,9 +135,9 @@ def load_model(
             means the output embedding, whatever the model calls it, and is the default, but for weights that are kept.
             Tied weights stay dense, unless they are kept.
         method: how codes and scales are chosen. "rtn" rounds to nearest under each block's largest magnitude, as
-            bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each block's scale for the least
-            error weighted by the mean square of the input channels; "gptq" also passes the error of each column on to
-            the next ones (Frantar et al., 2022). None is "wmse" with calibration data and "rtn" without.
+            bitsandbytes does; "wmse" searches each block's scale, sign included, for the least error weighted by the
+            mean square of the input channels; "gptq" also passes the error of each column on to the next ones
+            (Frantar et al., 2022). None is "wmse" with calibration data and "rtn" without.
         calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
             :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
         fuse: give the modules between the products native kernels where they compute the same to rounding, as
@@ -205,8 +205,7 @@ def load_model(
         meta.load(meta.rounded(source, match.rounded, options, entries=match.entries), progress)
     else:
         read = None if file_map is None else file_map.read
-        function = _rtn_signed if method == "rtn_signed" else quantize
-        items = meta.rounded(source, names, options, function, read=read)
+        items = meta.rounded(source, names, options, read=read)
         if reader is None:
             meta.load(items, progress)
         else:
@@ -255,12 +254,6 @@ def _refuse_saving(path: Path, *_: Any, **__: Any) -> None:
         f"the weights of this model are those of {path}, which it keeps as they are: save the adapter, and load it "
         "over that file; or qlora_native.merge(model) first."
     )
-
-
-def _rtn_signed(weight: Tensor, **options: Any) -> QuantizedWeight:
-    from qlora_native.calibration.quantize import quantize_calibrated
-
-    return quantize_calibrated(weight, "rtn_signed", **options).weight
 
 
 def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
+from qlora_native.evaluate import page as _page  # noqa: F401 - its matplotlib is no part of the memory of a run
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.models.loss import causal_lm_loss, check_loss, trained_tokens
 from qlora_native.train.batches import Batch, check_packing, describe_rows, load_rows, make_sampler, micro_batches

@@ -198,7 +198,8 @@ class Linear4bit(nn.Linear):
         """The weight's quant state; taken from the layer where a wrapper such as FSDP has made a plain parameter."""
         state: QuantState | None = getattr(self.weight, "quant_state", None)
         if state is None:
-            state, storage = self.quant_state, self.quant_storage
+            state = self.quant_state
+            storage = self.quant_storage
             if state is None:
                 raise RuntimeError(
                     f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: "
@@ -255,11 +256,11 @@ class _OfOneType(Linear4bit):
         bias: bool = True,
         compute_dtype: torch.dtype | None = None,
         compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
+        *others: Any,
+        **more: Any,
     ) -> None:
-        options = (bias, compute_dtype, compress_statistics, self.quant_type, quant_storage, device)
-        super().__init__(input_features, output_features, *options)
+        options = (bias, compute_dtype, compress_statistics, self.quant_type)
+        super().__init__(input_features, output_features, *options, *others, **more)
 
 
 class LinearNF4(_OfOneType):

@@ -7,10 +7,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_native.reference import BLOCK_SIZES as BLOCK_SIZES
-
-# Relative error (Frobenius) of a product against the fp64 truth on the same dequantized weight: half an ulp of the
-# output's rounding, plus the operands' (adapters and their intermediate are rounded to x's dtype).
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+from qlora_native.reference import TOLERANCE as TOLERANCE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
