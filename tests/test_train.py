@@ -50,9 +50,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # a second one costs more th
 @pytest.fixture
 def make(model_folder: Path, tmp_path: Path) -> Make:
     def config(name: str = "run", *, rows: int = 24, eval_fraction: float = 0.0, **options: Any) -> TrainConfig:
+        """With as many rows, all of which are held out too where ``eval_fraction`` is 1."""
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        data = {"train": str(tiny.write_rows(folder / "train.jsonl", rows)), "eval_fraction": eval_fraction}
+        train = str(tiny.write_rows(folder / "train.jsonl", rows))
+        data = {"train": train, **({"eval": train} if eval_fraction == 1 else {"eval_fraction": eval_fraction})}
         lora = {"r": 8, "alpha": 16, "dropout": options.pop("dropout", 0.0), "init": options.pop("init", "zero")}
         options = {"steps": 4, "batch_size": 4, "grad_accum": 2, "lr": 5e-3, **options}
         return TrainConfig.model_validate(settings(model_folder.parent, folder / "out", data, lora, **options))
@@ -93,8 +95,7 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
 
 
 def test_learns_a_small_set_by_heart(make: Make) -> None:
-    config = make(rows=12, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
-    config.data.eval = config.data.files[0]
+    config = make(rows=12, eval_fraction=1, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
     summary, records, _ = run(config)
     assert summary.loss_before is not None and summary.loss_after is not None
     assert summary.loss_before > 3.0 and summary.loss_after < 0.2
@@ -134,7 +135,9 @@ def test_checkpointing_changes_memory_only(make: Make) -> None:
 
 def test_what_a_run_leaves_behind(make: Make) -> None:
     config = make(eval_fraction=0.25, steps=6, eval_every=2, save_every=3, keep=1)
+    before = config.model_copy(deep=True)
     summary, records, _ = run(config)
+    assert config == before, "a run changes no key of its config"
     out = Path(config.output_dir)
     lines = read_lines(config)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
@@ -146,7 +149,9 @@ def test_what_a_run_leaves_behind(make: Make) -> None:
     assert summary.best_dir == out / "best" and (out / "best" / "adapter_model.safetensors").is_file()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in out.iterdir() if path.name.startswith("step-")] == ["step-000006"]
-    assert TrainConfig.from_file(out / "adapter" / "config.yaml") == config
+    assert config.quant.type == "auto"
+    resolved = config.model_copy(update={"quant": config.quant.model_copy(update={"type": "nf4"})})
+    assert TrainConfig.from_file(out / "adapter" / "config.yaml") == resolved
 
 
 def test_best_is_the_adapter_of_the_lowest_held_out_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
@@ -23,20 +25,22 @@ from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapter_settings
-from qlora_native.lora.config import ALL_LINEAR
+from qlora_native.lora.config import ALL_LINEAR, LoraSettings
+from qlora_native.weight import CALIBRATED
 
 # Limits of numbers, beyond which sums and products of them do not fit what computes with them.
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 62)]
 Bytes = Annotated[int, Field(gt=0, lt=1 << 62)]
 Rows = Annotated[int, Field(gt=0, le=1 << 20)]
-Rank = Annotated[int, Field(gt=0, le=1 << 16)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
-Alpha = Annotated[float, Field(gt=-1e30, lt=1e30)]
+
+# Frozen: what a run decides makes another config (train/setup.py: resolve), so that each value has one time and place.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(**_STRICT, frozen=True)
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
@@ -139,70 +143,61 @@ class QuantConfig(_Section):
         return self
 
     @property
+    def falls_back(self) -> bool:
+        """Whether rtn takes the method's place if the training rows turn out to be too few to calibrate with."""
+        return self.method in CALIBRATED and self.calibration is None
+
+    @property
     def options(self) -> dict[str, Any]:
         """Arguments of :func:`qlora_native.load_model`."""
         quant_type = "nf4" if self.type == "auto" and self.method != "rtn" else self.type
         return {"quant_type": quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
-class LoraSection(_Section):
-    """The small matrices that are trained."""
+@dataclass(frozen=True, config=_STRICT)
+class LoraSection(LoraSettings):
+    """The small matrices that are trained: the fields of :class:`qlora_native.LoraConfig`, and what a run adds."""
 
     adapter: str | None = _key(
         None, "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own"
     )
-    r: Rank = _key(16, "rank; parameters and memory of the adapter grow with it")
-    alpha: float = _key(
-        32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0, lt=1e30
-    )
-    dropout: float = _key(0.0, "share of the adapter's inputs dropped in training; helps on small data", ge=0, lt=1)
-    target_modules: str | list[str] = _key("all-linear", "names of the layers that get an adapter, or all-linear")
-    layers_to_transform: list[NonNegative] | None = _key(
-        None, "numbers of the decoder layers that get an adapter, counted from 0; null = all"
-    )
-    rank_pattern: dict[str, Rank] = _key(
-        {}, "other ranks, by the end of a layer's path or a regular expression for it: {down_proj: 32}"
-    )
-    alpha_pattern: dict[str, Alpha] = _key({}, "other values of alpha, likewise")
     lora_plus_ratio: PositiveFloat = _key(
         1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)"
     )
-    modules_to_save: list[str] = _key(
-        [], "modules that are trained whole, as fp32 copies, and saved with the adapter: [embed_tokens, lm_head]"
+    trainable_tokens: list[NonNegative | str] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it "
+        "lacks",
     )
-    trainable_tokens: list[NonNegative | str] = _key(
-        [], "tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it lacks"
-    )
-    rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
-    init: Literal["zero", "h_svd", "loftq"] = _key(
-        "zero",
-        "what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
-        "text in the model; lower the learning rate; merge with base dequantized)",
-    )
-
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
         "also write a 4-bit model without an adapter, the one that the last evaluation is of, merged with rows of "
         "train as calibration; gguf: over a GGUF file, each weight in the type it has there",
     )
 
-    @model_validator(mode="after")
-    def _as_the_adapter(self) -> LoraSection:
-        given = set(self.model_fields_set)
-        folder = self.adapter and user_path(self.adapter)
-        for name, value in adapter_settings(folder).items() if folder else ():
-            mine = getattr(self, name)
-            if name in given and mine not in (value, ALL_LINEAR) and name != "dropout":
-                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
-            if name not in given or name != "dropout":
-                setattr(self, name, value)
-        return self
-
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         LoraConfig(rank_pattern=dict.fromkeys(value, 1))
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_the_adapter(cls, given: Any, check: Callable[[Any], LoraSection]) -> LoraSection:
+        """The section with what the adapter to start from has decided: all but dropout, which may be given anew."""
+        section = check(given)
+        if not section.adapter or isinstance(given, LoraSection):
+            return section
+        named = given if isinstance(given, Mapping) else given.kwargs or {}
+        folder, decided = user_path(section.adapter), dict(named)
+        for name, value in adapter_settings(folder).items():
+            if name == "dropout" and name in named:
+                continue
+            mine = getattr(section, name)
+            if name in named and mine not in (value, ALL_LINEAR):
+                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
+            decided[name] = value
+        return check(decided)
 
     def as_config(self, seed: int, tokenizer: Any = None) -> LoraConfig:
         """The adapter as :func:`qlora_native.add_lora` takes it; without the tokenizer, which gets what it lacks of
@@ -215,8 +210,8 @@ class LoraSection(_Section):
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
-        others = self.model_dump(exclude={"adapter", "lora_plus_ratio", "ship", "trainable_tokens"})
-        return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
+        shared = {field.name: getattr(self, field.name) for field in fields(LoraSettings)}
+        return LoraConfig(**shared, trainable_tokens=list(tokens), seed=seed)
 
 
 class LoopSection(_Section):
@@ -337,8 +332,6 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.data.eval is None and self.data.eval_fraction == 0 and "samples" not in self.train.model_fields_set:
-            self.train.samples = 0
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError(
                 "train.patience and lora.ship are set: expected one, as what ships is made after the last step"
@@ -350,17 +343,30 @@ class TrainConfig(_Section):
                 raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
 
-    @model_validator(mode="after")
-    def _on_the_weights_of_the_adapter(self) -> TrainConfig:
-        file = None if self.adapter is None else self.adapter / "config.yaml"
-        if file is None or "quant" in self.model_fields_set or not file.is_file():
-            return self
-        self.quant = quant = QuantConfig.model_validate(read_yaml(file)[0].get("quant") or {})
-        if quant.method != "rtn" and not quant.save:
-            raise ValueError(
-                f"{self.adapter} was trained on weights made by {quant.method}, which its run did not store: set quant"
-            )
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_what_follows(cls, given: Any, check: Callable[[Any], TrainConfig]) -> TrainConfig:
+        """The config with what one section decides for another: no samples where no rows are held out, and the weights
+        that the adapter to start from was trained on."""
+        config = check(given)
+        if not isinstance(given, Mapping):
+            return config
+        decided: dict[str, Any] = {}
+        if (
+            config.data.eval is None
+            and config.data.eval_fraction == 0
+            and "samples" not in config.train.model_fields_set
+        ):
+            decided["train"] = config.train.model_copy(update={"samples": 0})
+        record = None if config.adapter is None else config.adapter / "config.yaml"
+        if record is not None and "quant" not in given and record.is_file():
+            decided["quant"] = quant = QuantConfig.model_validate(read_yaml(record)[0].get("quant") or {})
+            if quant.method != "rtn" and not quant.save:
+                raise ValueError(
+                    f"{config.adapter} was trained on weights made by {quant.method}, which its run did not store: set "
+                    "quant"
+                )
+        return check({**{name: getattr(config, name) for name in given}, **decided}) if decided else config
 
     @property
     def adapter(self) -> Path | None:
@@ -425,14 +431,17 @@ class TrainConfig(_Section):
         return f"# Resolved by qlora_native {__version__}: full config, defaults filled in.\n{values}"
 
 
-def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
+def _fields(section: Any) -> dict[str, Any]:
+    """pydantic's fields of a section, which is a model or a dataclass; none of any other type."""
+    return getattr(section, "model_fields", None) or getattr(section, "__pydantic_fields__", {})
+
+
+def keys(section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
     """Every key by its dotted name, with pydantic's field (description, default, annotation)."""
     found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.update(keys(field.annotation, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = field
+    for name, field in _fields(section).items():
+        inner = keys(field.annotation, f"{prefix}{name}.")
+        found |= inner or {prefix + name: field}
     return found
 
 

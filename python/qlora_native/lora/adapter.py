@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -192,7 +192,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     settings = _read_config(folder)
     tensors, whole, init = _read_tensors(folder)
     config = _our_config(folder, settings, sorted(tensors), whole)
-    config.init = init
+    config = replace(config, init=init)
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
     _whole_targets(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
@@ -352,7 +352,7 @@ def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: d
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
-            modules_to_save=list(dict.fromkeys(named)) if len(whole) > len(rows) else (),
+            modules_to_save=list(dict.fromkeys(named)) if len(whole) > len(rows) else [],
             trainable_tokens=tokens,
         )
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from qlora_native._io import (
     remove_folder,
     user_path,
 )
-from qlora_native.config import LoraSection, TrainConfig, read_yaml
+from qlora_native.config import TrainConfig, keys, read_yaml
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import Brief, UserError
 
@@ -51,7 +51,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 # What runs did whose config does not have the key yet.
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"} | {
-    f"lora.{key}": field.default for key, field in LoraSection.model_fields.items()
+    key: field.get_default(call_default_factory=True) for key, field in keys().items() if key.startswith("lora.")
 }
 
 
@@ -182,11 +182,28 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, but: str = "") -> Path | None:
-    """The checkpoint to continue from, or None to start anew; the key ``but`` may have another value there.
+class Checkpoint(NamedTuple):
+    """What a run continues from: the folder, and how the weights were quantized that it was trained on."""
+
+    folder: Path
+    quant_type: str
+    method: str
+
+    def refuse(self, *changed: str) -> None:
+        """UserError for settings that are not those of the checkpoint, each as ``key old -> new``."""
+        if changed:
+            raise UserError(
+                f"{self.folder} was made with other settings: {', '.join(changed)}; "
+                "set them back, or start anew with another --output_dir"
+            )
+
+
+def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to continue from, or None to start anew.
 
     UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
-    not set although ``output_dir`` holds checkpoints of an earlier run.
+    not set although ``output_dir`` holds checkpoints of an earlier run. What the config leaves open, as
+    ``quant.type: auto`` does, is not compared.
     """
     found = checkpoints(output_dir)
     if resume is None and found:
@@ -196,29 +213,30 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, b
         )
     if resume is None or (resume == "auto" and not found):
         return None
-    checkpoint = found[-1] if resume == "auto" else user_path(resume)
-    if not (checkpoint / STATE).is_file():
+    folder = found[-1] if resume == "auto" else user_path(resume)
+    if not (folder / STATE).is_file():
         near = f"; {found[-1]} is one" if found else ""
-        raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
-    with reading(checkpoint / CONFIG, BEFORE):
-        before = read_yaml(checkpoint / CONFIG)[0]
-        if config.quant.type == "auto":
-            config.quant.type = before["quant"]["type"]
-        now = config.model_dump(mode="json")
-        changed = [
-            f"{block}.{key} {was} -> {value}"
-            for block in ("quant", "lora", "train")
-            for key, value in now[block].items()
-            if (block != "train" or key in _FIXED_KEYS) and f"{block}.{key}" not in (but, "quant.save")
-            if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
-        ]
+        raise UserError(f"resume is {folder}, which is no checkpoint (it has no {STATE}){near}")
+    skipped = {"quant.save"}
+    if config.quant.type == "auto":
+        skipped.add("quant.type")
+    if config.quant.falls_back:
+        skipped.add("quant.method")
+    changed = []
+    with reading(folder / CONFIG, BEFORE):
+        before = read_yaml(folder / CONFIG)[0]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
-            changed.insert(0, f"model {before['model']} -> {config.model}")
-    if changed:
-        raise UserError(
-            f"{checkpoint} was made with other settings: {', '.join(changed)}; "
-            "set them back, or start anew with another --output_dir"
-        )
+            changed.append(f"model {before['model']} -> {config.model}")
+        now = config.model_dump(mode="json")
+        for key in keys():
+            block, _, name = key.partition(".")
+            if key in skipped or not (block in ("quant", "lora") or (block == "train" and name in _FIXED_KEYS)):
+                continue
+            was, value = before[block].get(name, _BEFORE_THE_KEY.get(key)), now[block][name]
+            if was != value:
+                changed.append(f"{key} {was} -> {value}")
+        checkpoint = Checkpoint(folder, before["quant"]["type"], before["quant"]["method"])
+    checkpoint.refuse(*changed)
     return checkpoint
 
 

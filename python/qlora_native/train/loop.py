@@ -53,8 +53,8 @@ from qlora_native.train.setup import (
     make_optimizer,
     parameter_groups,
     prepare_model,
+    resolve,
     seed_all,
-    settle_method,
     what_is_trained,
 )
 
@@ -125,6 +125,7 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.resolved = config
         self.on_step, self.quiet = on_step, quiet
         self.ranks = OneProcess()
         self.output_dir = user_path(config.output_dir)
@@ -161,17 +162,16 @@ class Trainer:
         # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
         with ranks.together():
             resume = config.resume or ("auto" if restarts() else None)
-            checkpoint = find_checkpoint(config, self.output_dir, resume, but="quant.method")
+            checkpoint = find_checkpoint(config, self.output_dir, resume)
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
             self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model, config.adapter))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
-            stored = stored_base(checkpoint or config.adapter, source)
-            fell_back = settle_method(config, stored or source, rows)
-            if resume is not None:  # now that the method is known
-                checkpoint = find_checkpoint(config, self.output_dir, resume)
+            stored = stored_base(checkpoint.folder if checkpoint else config.adapter, source)
+            config, fell_back = resolve(config, checkpoint, rows, stored or source, self.model)
+            self.resolved = config
             self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
@@ -198,9 +198,9 @@ class Trainer:
         state = TrainState(scale=LossScale(LARGEST_SCALE if options.dtype == "float16" else 1.0))
         seed_all(options.seed + ranks.rank)  # dropout differs from rank to rank
         if checkpoint is not None:
-            load_adapter(model, checkpoint)
-            with reading(checkpoint, BEFORE):
-                state = TypeAdapter(TrainState).validate_python(load_checkpoint(checkpoint, optimizer, ranks))
+            load_adapter(model, checkpoint.folder)
+            with reading(checkpoint.folder, BEFORE):
+                state = TypeAdapter(TrainState).validate_python(load_checkpoint(checkpoint.folder, optimizer, ranks))
                 sampler.load_state_dict(state.data)
 
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
@@ -216,7 +216,7 @@ class Trainer:
         for line in [*findings, *([fell_back] if fell_back is not None else [])]:
             page.note(line)
         if checkpoint is not None:
-            page.note(f"continuing from {checkpoint} after step {state.step}")
+            page.note(f"continuing from {checkpoint.folder} after step {state.step}")
         if getattr(model, "streamed_layers", None) is not None:
             page.note(f"the model is larger than the device: {model.streamed_layers}")
         if reason := why_eager(config, model, ranks.world):
@@ -414,12 +414,12 @@ class Trainer:
 
                 with as_write_error(folder), atomic_folder(folder) as partial:
                     self._write_adapter(partial)
-                    (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
-                    if self.config.lora.trainable_tokens:
+                    (partial / CONFIG).write_text(self.resolved.to_yaml(), encoding="utf-8")
+                    if self.resolved.lora.trainable_tokens:
                         self.tokenizer.save_pretrained(partial)
-                    if self.config.data.chat_template is not None:  # where transformers looks for it
+                    if self.resolved.data.chat_template is not None:  # where transformers looks for it
                         (partial / TEMPLATE).write_text(self.tokenizer.chat_template, encoding="utf-8")
-                    write_card(partial, self.config, {**asdict(state), "retention": retention}, self.hashes)
+                    write_card(partial, self.resolved, {**asdict(state), "retention": retention}, self.hashes)
         return folder
 
     def _finish(

@@ -26,6 +26,7 @@ from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lo
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
+from qlora_native.train.checkpoint import Checkpoint
 from qlora_native.train.graphs import why_eager
 from qlora_native.weight import CALIBRATED
 
@@ -84,7 +85,8 @@ def prepare_model(
         if adapter is not None:
             load_adapter(model, adapter)
             for _, layer in lora_layers(model):
-                layer.dropout = model.lora_config.dropout = lora.dropout
+                layer.dropout = lora.dropout
+            model.lora_config = replace(model.lora_config, dropout=lora.dropout)
         elif not _has_adapters(model):
             statistics = None
             if config.lora.init != ZERO:
@@ -107,9 +109,6 @@ def prepare_model(
             if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
                 options_of_it["preserve_rng_state"] = False
             enable(options_of_it)
-    if config.quant.type == AUTO:  # a resumed run, and what reads the adapter, must find what it was
-        report = getattr(model, "load_report", None)
-        config.quant.type = "keep" if report is not None and report.is_kept else "nf4"
     return model.train()
 
 
@@ -131,21 +130,36 @@ def check_data(
     return [*template, *(f"data check: {finding}" for finding in findings)]
 
 
-def settle_method(config: TrainConfig, source: Source | None, rows: TokenizedDataset) -> str | None:
-    """Set ``quant.method`` to rtn where the training rows are too few to calibrate with; then the line to print."""
-    quant = config.quant
-    if source is None or quant.method not in CALIBRATED or quant.calibration is not None or _is_made(config, source):
-        return None
-    from qlora_native.calibration.data import LEAST_TOKENS
+def resolve(
+    config: TrainConfig, checkpoint: Checkpoint | None, rows: TokenizedDataset, source: Source | None, model: Any
+) -> tuple[TrainConfig, str | None]:
+    """The config of a run with nothing left open, and a line to print if that is not what was asked for.
 
-    method, least = quant.method, LEAST_TOKENS[quant.method]
-    if rows.stats.tokens >= least:
-        return None
-    quant.method = "rtn"
-    return (
-        f"quant.method is rtn in place of {method}, which calibrates on {least:,} tokens and more: the training rows "
-        f"have {rows.stats.tokens:,}; quant.calibration names a file with more"
-    )
+    ``quant.method`` becomes rtn where the training rows are too few to calibrate with, and ``quant.type`` auto what it
+    means for the weights: those of the checkpoint to continue from, of ``source``, or of the ``model`` given. What
+    reads the adapter, and a resumed run, must find in its config what it was trained on.
+
+    UserError if the method is not that of the checkpoint.
+    """
+    quant, line = config.quant, None
+    if source is not None and quant.falls_back and not _is_made(config, source):
+        from qlora_native.calibration.data import LEAST_TOKENS
+
+        least = LEAST_TOKENS[quant.method]
+        if rows.stats.tokens < least:
+            line = (
+                f"quant.method is rtn in place of {quant.method}, which calibrates on {least:,} tokens and more: the "
+                f"training rows have {rows.stats.tokens:,}; quant.calibration names a file with more"
+            )
+            quant = quant.model_copy(update={"method": "rtn"})
+    if checkpoint is not None and checkpoint.method != quant.method:
+        checkpoint.refuse(f"quant.method {checkpoint.method} -> {quant.method}")
+    if quant.type == AUTO:
+        report = getattr(model, "load_report", None)
+        is_kept = source.keeps(quant.options["quant_type"]) if source is not None else report and report.is_kept
+        found = "keep" if is_kept else "nf4"
+        quant = quant.model_copy(update={"type": found if checkpoint is None else checkpoint.quant_type})
+    return config.model_copy(update={"quant": quant}), line
 
 
 def _is_made(config: TrainConfig, source: Source) -> bool:
