@@ -131,7 +131,7 @@ def test_llama_cpp_over_the_kept_file(tmp_path: Path, record_property: Callable[
     trainer.train()
     export(tmp_path / "run" / "adapter", "--to", "gguf-adapter")
     model = trainer.model.eval()
-    rows = load_dataset(config.data.eval, load_tokenizer(path), max_length=256, format=None, train_on="all")
+    rows = load_dataset(config.data.eval or "", load_tokenizer(path), max_length=256, format=None, train_on="all")
     adapter = tmp_path / "run" / "adapter.gguf"
     ours, theirs, base = mean_losses(
         [row["input_ids"].tolist() for row in rows],

@@ -151,7 +151,7 @@ def test_llama_cpp_has_the_same_loss(
     config = demo_config(base, tmp_path / "run", 10, 5e-4, 0, keep=True)
     config = config.model_copy(update={"lora": replace(config.lora, ship="gguf")})
     summary = Trainer(config, quiet=True).train()
-    rows = load_dataset(config.data.eval, load_tokenizer(out), max_length=256, format=None, train_on="all")
+    rows = load_dataset(config.data.eval or "", load_tokenizer(out), max_length=256, format=None, train_on="all")
     model = load_model(out).eval()
     ours, theirs = mean_losses(
         [row["input_ids"].tolist() for row in rows],

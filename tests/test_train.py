@@ -3,6 +3,7 @@ finite."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -30,10 +31,14 @@ from qlora_native.hf.load import load_model
 from qlora_native.hf.source import SafetensorsSource, load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train import graphs, setup
-from qlora_native.train import loop as loop_module
-from qlora_native.train.loop import Trainer
+from qlora_native.train import loop, passes, setup
+from qlora_native.train.checkpoint import LARGEST_SCALE, LossScale
+from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.train.passes import Learner
+from qlora_native.train.progress import Observer, Recorder
+from qlora_native.train.samples import Samples
 from qlora_native.train.setup import learning_rate, make_optimizer
+from qlora_native.train.shipping import Shipping
 
 Record = dict[str, Any]
 Make = Callable[..., TrainConfig]
@@ -62,7 +67,7 @@ def make(model_folder: Path, tmp_path: Path) -> Make:
     return config
 
 
-def run(config: TrainConfig, **options: Any) -> tuple[loop_module.TrainSummary, list[Record], dict[str, torch.Tensor]]:
+def run(config: TrainConfig, **options: Any) -> tuple[TrainSummary, list[Record], dict[str, torch.Tensor]]:
     records: list[Record] = []
     summary = Trainer(config, quiet=True, on_step=records.append, **options).train()
     return summary, records, load_file(summary.adapter_dir / "adapter_model.safetensors")
@@ -84,8 +89,8 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
         return result
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda trainer, rows: takes(300, 1.0))
-    monkeypatch.setattr(Trainer, "_learn", lambda trainer, rows, items, scale: takes(2, (1.0, 64, 64)))
+    monkeypatch.setattr(Learner, "evaluate", lambda learner, rows: takes(300, 1.0))
+    monkeypatch.setattr(Learner, "learn", lambda learner, rows, items, scale: takes(2, (1.0, 64, 64)))
     for every, left in ((0, ["5:06", "5:04", "5:02", "5:00"]), (3, ["10:06", "10:04", "10:02", "5:00"])):
         config = make(eval_fraction=0.25, eval_every=every, log_every=1)
         Trainer(config).train()
@@ -156,7 +161,7 @@ def test_what_a_run_leaves_behind(make: Make) -> None:
 
 def test_best_is_the_adapter_of_the_lowest_held_out_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 3.0, 2.0, 4.0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, rows: next(losses))
+    monkeypatch.setattr(Learner, "evaluate", lambda self, rows: next(losses))
     config = make(eval_fraction=0.25, steps=6, eval_every=2, save_every=2, keep=9)
     summary, _, last = run(config)
     assert (summary.best_loss, summary.best_step) == (2.0, 4)
@@ -195,13 +200,13 @@ def test_epochs_become_steps(make: Make) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned = {3}  # calls of the loss, from 1; with two micro-batches a step this is the first of step 2
-    plain, calls = loop_module.causal_lm_loss, [0]
+    plain, calls = passes.causal_lm_loss, [0]
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         calls[0] += 1
         return plain(model, batch) * (float("nan") if calls[0] in poisoned else 1.0)
 
-    monkeypatch.setattr(loop_module, "causal_lm_loss", loss)
+    monkeypatch.setattr(passes, "causal_lm_loss", loss)
     config = make(steps=3, save_every=1, keep=9)
     summary, records, _ = run(config)
     assert summary.skipped_steps == 1
@@ -215,8 +220,8 @@ def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.Mo
 
 
 def test_many_steps_that_are_not_finite_stop_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = loop_module.causal_lm_loss
-    monkeypatch.setattr(loop_module, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
+    plain = passes.causal_lm_loss
+    monkeypatch.setattr(passes, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
     with pytest.raises(UserError, match=r"not finite 5 times .*lower train.lr \(now 0.005\).*data check"):
         run(make(steps=20))
 
@@ -232,7 +237,7 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
     got = losses["float16"]
     assert got == pytest.approx(losses["float32"], rel=2e-2) and got[-1] < got[0]
 
-    monkeypatch.setattr(loop_module, "LARGEST_SCALE", 2.0**24)
+    monkeypatch.setattr(loop, "LARGEST_SCALE", 2.0**24)
     config = make("large", steps=16, dtype="float16", save_every=16)
     assert Trainer(config, quiet=True).train().skipped_steps == 0
     state = json.loads(Path(config.output_dir, "step-000016", "trainer.json").read_text())
@@ -241,10 +246,10 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
 
 
 def test_without_the_scale_gradients_are_lost_in_float16() -> None:
-    for scale, expected in ((1.0, 0.0), (graphs.LARGEST_SCALE, 1e-9)):
+    for scale, expected in ((1.0, 0.0), (LARGEST_SCALE, 1e-9)):
         parameter = torch.nn.Parameter(torch.ones(1))
         (parameter.half() * (1e-9 * scale)).float().sum().backward()
-        graphs.LossScale(scale).unscale([parameter])
+        LossScale(scale).unscale([parameter])
         assert parameter.grad is not None and float(parameter.grad) == pytest.approx(expected, rel=2e-2)
 
 
@@ -342,6 +347,14 @@ def test_one_process_imports_few_files() -> None:
     assert not units & {"calibration", "cli", "estimate", "evaluate", "export"}
     assert "qlora_native.distributed.ranks" not in ours
     assert len(ours) <= 70, ours
+
+
+def test_the_loop_is_short_and_knows_no_observer_by_name() -> None:
+    source = "".join(map(inspect.getsource, (loop.loop, loop.evaluate, loop.take_step)))
+    assert len([line for line in source.splitlines() if line.strip()]) <= 80
+    kinds = [Recorder, *Observer.__subclasses__(), *Recorder.__subclasses__(), Samples, Shipping]
+    assert not {kind.__name__ for kind in kinds} & {*re.findall(r"\w+", source)}
+    assert not {"page", "progress", "shipping", "weights", "memory"} & {*re.findall(r"run\.(\w+)", source)}
 
 
 def test_one_row_cannot_be_split(make: Make) -> None:

@@ -7,7 +7,7 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
@@ -129,7 +129,6 @@ class QuantConfig(_Section):
         "gptq calibrate with text, lose less, and take seconds or minutes longer to load",
     )
     calibration: str | None = _key(None, "file of that text for wmse and gptq; without it the training rows are used")
-
     save: bool = _key(
         True,
         "store weights that another method than rtn made in output_dir/base-4bit, where --resume and every command on "
@@ -168,6 +167,11 @@ class LoraSection(LoraSettings):
         default_factory=list,
         description="tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it "
         "lacks",
+    )
+    init: Literal["zero", "h_svd", "loftq"] = _key(
+        "zero",
+        "what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+        "text in the model; lower the learning rate; merge with base dequantized)",
     )
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
@@ -211,7 +215,7 @@ class LoraSection(LoraSettings):
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
         shared = {field.name: getattr(self, field.name) for field in fields(LoraSettings)}
-        return LoraConfig(**shared, trainable_tokens=list(tokens), seed=seed)
+        return LoraConfig(**shared, trainable_tokens=list(tokens), init=self.init, seed=seed)
 
 
 class LoopSection(_Section):
@@ -351,22 +355,16 @@ class TrainConfig(_Section):
         config = check(given)
         if not isinstance(given, Mapping):
             return config
-        decided: dict[str, Any] = {}
-        if (
-            config.data.eval is None
-            and config.data.eval_fraction == 0
-            and "samples" not in config.train.model_fields_set
-        ):
-            decided["train"] = config.train.model_copy(update={"samples": 0})
-        record = None if config.adapter is None else config.adapter / "config.yaml"
-        if record is not None and "quant" not in given and record.is_file():
-            decided["quant"] = quant = QuantConfig.model_validate(read_yaml(record)[0].get("quant") or {})
+        sections = {name: getattr(config, name) for name in given}
+        data, train, adapter = config.data, config.train, config.adapter
+        if data.eval is None and data.eval_fraction == 0 and "samples" not in train.model_fields_set:
+            sections["train"] = train.model_copy(update={"samples": 0})
+        if adapter is not None and "quant" not in given and (record := adapter / "config.yaml").is_file():
+            sections["quant"] = quant = QuantConfig.model_validate(read_yaml(record)[0].get("quant") or {})
             if quant.method != "rtn" and not quant.save:
-                raise ValueError(
-                    f"{config.adapter} was trained on weights made by {quant.method}, which its run did not store: set "
-                    "quant"
-                )
-        return check({**{name: getattr(config, name) for name in given}, **decided}) if decided else config
+                made = f"weights made by {quant.method}, which its run did not store"
+                raise ValueError(f"{adapter} was trained on {made}: set quant")
+        return check(sections)
 
     @property
     def adapter(self) -> Path | None:
@@ -431,17 +429,13 @@ class TrainConfig(_Section):
         return f"# Resolved by qlora_native {__version__}: full config, defaults filled in.\n{values}"
 
 
-def _fields(section: Any) -> dict[str, Any]:
-    """pydantic's fields of a section, which is a model or a dataclass; none of any other type."""
-    return getattr(section, "model_fields", None) or getattr(section, "__pydantic_fields__", {})
-
-
 def keys(section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
-    """Every key by its dotted name, with pydantic's field (description, default, annotation)."""
+    """Every key by its dotted name, with pydantic's field (description, default, annotation); none if ``section``, a
+    pydantic model or dataclass, is the type of a value."""
     found: dict[str, Any] = {}
-    for name, field in _fields(section).items():
-        inner = keys(field.annotation, f"{prefix}{name}.")
-        found |= inner or {prefix + name: field}
+    own = getattr(section, "model_fields", None) or getattr(section, "__pydantic_fields__", {})
+    for name, field in own.items():
+        found |= keys(field.annotation, f"{prefix}{name}.") or {prefix + name: field}
     return found
 
 
@@ -452,15 +446,30 @@ def _key_of(item: Mapping[str, Any]) -> str:
     return next((key for key in prefixes if key in keys()), ".".join(parts))
 
 
+MAX_BYTES = 1 << 18  # of a config; PyYAML reads a megabyte in some 10 s
+MOST_NODES, MOST_DEPTH = 20_000, 32  # a node counts as often as it is used by an alias
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values and the line of each dotted key (counted from 1); UserError if it is no YAML of safe types."""
+    """The file's values and the line of each dotted key (counted from 1); UserError if it is no YAML of safe types.
+
+    The file may be one that came with an adapter or a checkpoint, and so from anyone: its size is bounded.
+    """
     if not path.exists():
         raise UserError(
             f"{path} does not exist; `qlora config init --out {path}` writes a commented config to start from"
         )
+    lines: dict[str, int] = {}
     with reading(path, "expected YAML as `qlora config init` writes it"):
+        text = regular(path, MAX_BYTES).read_text(encoding="utf-8")
         try:
-            values, root = _parsed(regular(path, MAX_BYTES).read_text(encoding="utf-8"))
+            for name, line in _iter_lines(yaml.compose(text, Loader=yaml.SafeLoader)):
+                if name in lines:
+                    raise UserError(f"{path}:{line}: {name} was already set on line {lines[name]}; remove one of them")
+                lines[name] = line
+                if len(lines) > MOST_NODES:
+                    raise ValueError(f"it has more than {MOST_NODES:,} values")
+            values = yaml.safe_load(text)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -469,38 +478,23 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
-    return values, dict(_lines(root, "", str(path)))
+    return values, lines
 
 
-MAX_BYTES = 1 << 18  # of a config; PyYAML reads a megabyte in some 10 s
-MOST_NODES, MOST_DEPTH = 20_000, 32  # a node counts as often as it is used by an alias
-
-
-def _parsed(text: str) -> tuple[Any, Any]:
-    """The values and the nodes of YAML of bounded size. ValueError for more, and for an anchor that holds itself."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    level, count, depth = [root], 0, 0
-    while inner := [node.value for node in level if isinstance(node, yaml.CollectionNode)]:
-        count, depth = count + sum(map(len, inner)), depth + 1
-        if count > MOST_NODES or depth > MOST_DEPTH:
-            raise ValueError(f"it has more than {MOST_NODES:,} values, or more than {MOST_DEPTH} inside one another")
-        level = [node for value in inner for entry in value for node in (entry if type(entry) is tuple else (entry,))]
-    return yaml.safe_load(text), root
-
-
-def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = prefix + str(key.value), key.start_mark.line + 1
-        if name in seen:
-            raise UserError(f"{source}:{line}: {name} was already set on line {seen[name]}; remove one of them")
-        seen[name] = line
-        yield name, line
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, f"{name}.", source)
+def _iter_lines(node: yaml.Node | None, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Every value inside a node, as often as aliases use it: its dotted key, or number in a list, and its line."""
+    if depth > MOST_DEPTH:
+        raise ValueError(f"it has more than {MOST_DEPTH} values inside one another")
+    for number, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
+        pair = entry if isinstance(entry, tuple) else ()  # a key and its value
+        has_name = bool(pair) and isinstance(pair[0], yaml.ScalarNode)
+        name = f"{prefix}{pair[0].value if has_name else number}"
+        yield name, (pair or [entry])[0].start_mark.line + 1
+        for inner in pair or [entry]:
+            yield from _iter_lines(inner, f"{name}.", depth + 1)
 
 
 def _value_of(text: str) -> Any:
     with suppress(Exception):  # the check reports the text
-        return _parsed(text)[0]
+        return yaml.safe_load(text)
     return text

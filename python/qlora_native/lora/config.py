@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 ALL_LINEAR = "all-linear"
 # How an adapter begins: changing nothing, or with what 4 bits lost of each weight.
@@ -80,13 +80,6 @@ class LoraSettings:
         },
     )
     rslora: bool = field(default=False, metadata={"description": "scale by alpha / sqrt(r): steadier for large r"})
-    init: Literal["zero", "h_svd", "loftq"] = field(
-        default="zero",
-        metadata={
-            "description": "what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs "
-            "it by text in the model; lower the learning rate; merge with base dequantized)"
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,7 @@ class LoraConfig(LoraSettings):
 
     seed: int | None = None
     trainable_tokens: Any = ()
+    init: str = ZERO
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():

@@ -10,6 +10,7 @@ not, continues from either.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -17,8 +18,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ from qlora_native._io import (
     remove_folder,
     user_path,
 )
-from qlora_native.config import TrainConfig, keys, read_yaml
+from qlora_native.config import NonNegative, TrainConfig, keys, read_yaml
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import Brief, UserError
 
@@ -53,6 +55,66 @@ _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"} | {
     key: field.get_default(call_default_factory=True) for key, field in keys().items() if key.startswith("lora.")
 }
+
+
+LARGEST_SCALE = 65536.0  # of a loss in float16
+SCALE_STEPS = 200  # without an overflow, after which it is doubled
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by in float16, in which small gradients would be zero (Micikevicius et al., "Mixed
+    precision training", 2018): a power of two, 1 where nothing is scaled, and the number of steps since it changed."""
+
+    value: float = 1.0
+    steps: int = 0
+
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divide the gradients by it."""
+        for parameter in parameters if self.value != 1 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / self.value)
+
+    def has_overflowed(self, loss: float, norm: float) -> bool:
+        """Whether a step's gradient, whose norm is given, is not finite because of the scale: its loss is finite."""
+        return self.value != 1 and math.isfinite(loss) and not math.isfinite(norm)
+
+    def update(self, loss: float, norm: float) -> None:
+        """Count a step: halve the scale after an overflow, double it after SCALE_STEPS without one."""
+        self.steps += 1
+        if self.has_overflowed(loss, norm):
+            self.value, self.steps = self.value / 2, 0
+        elif self.steps >= SCALE_STEPS and 1 < self.value < LARGEST_SCALE and math.isfinite(loss):
+            self.value, self.steps = self.value * 2, 0
+
+
+@dataclass
+class TrainState:
+    """The loop's own part of a checkpoint; losses are held-out ones in nats per token, None without held-out rows."""
+
+    step: NonNegative = 0
+    tokens: NonNegative = 0
+    skipped: NonNegative = 0
+    skipped_in_a_row: NonNegative = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    best_loss: float | None = None
+    best_step: NonNegative | None = None
+    since_best: NonNegative = 0  # evaluations
+    samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
+    scale: LossScale = field(default_factory=LossScale)
+    data: dict[str, Any] = field(default_factory=dict)  # of the sampler
+
+    def count_evaluation(self, loss: float) -> bool:
+        """Count a held-out loss; returns whether training has brought it below every earlier one."""
+        self.loss_after, self.since_best = loss, self.since_best + 1
+        if self.step == 0:
+            self.loss_before, self.best_loss, self.since_best = loss, loss, 0
+            return False
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step, self.since_best = loss, self.step, 0
+        return is_best
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.checkpoint import Checkpoint
-from qlora_native.train.graphs import why_eager
+from qlora_native.train.passes import why_eager
 from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def prepare_model(
             # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
             # whose input needs none, as the first one's here.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            options_of_it = {"use_reentrant": False}
+            checkpointing = {"use_reentrant": False}
             if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
-                options_of_it["preserve_rng_state"] = False
-            enable(options_of_it)
+                checkpointing["preserve_rng_state"] = False
+            enable(checkpointing)
     return model.train()
 
 
@@ -132,8 +132,8 @@ def check_data(
 
 def resolve(
     config: TrainConfig, checkpoint: Checkpoint | None, rows: TokenizedDataset, source: Source | None, model: Any
-) -> tuple[TrainConfig, str | None]:
-    """The config of a run with nothing left open, and a line to print if that is not what was asked for.
+) -> tuple[TrainConfig, list[str]]:
+    """The config of a run with nothing left open, and lines to print where that is not what was asked for.
 
     ``quant.method`` becomes rtn where the training rows are too few to calibrate with, and ``quant.type`` auto what it
     means for the weights: those of the checkpoint to continue from, of ``source``, or of the ``model`` given. What
@@ -141,25 +141,26 @@ def resolve(
 
     UserError if the method is not that of the checkpoint.
     """
-    quant, line = config.quant, None
+    quant, notes = config.quant, []
     if source is not None and quant.falls_back and not _is_made(config, source):
         from qlora_native.calibration.data import LEAST_TOKENS
 
         least = LEAST_TOKENS[quant.method]
         if rows.stats.tokens < least:
-            line = (
+            notes.append(
                 f"quant.method is rtn in place of {quant.method}, which calibrates on {least:,} tokens and more: the "
                 f"training rows have {rows.stats.tokens:,}; quant.calibration names a file with more"
             )
             quant = quant.model_copy(update={"method": "rtn"})
     if checkpoint is not None and checkpoint.method != quant.method:
         checkpoint.refuse(f"quant.method {checkpoint.method} -> {quant.method}")
+    if quant.type == AUTO and checkpoint is not None:
+        quant = quant.model_copy(update={"type": checkpoint.quant_type})
     if quant.type == AUTO:
         report = getattr(model, "load_report", None)
         is_kept = source.keeps(quant.options["quant_type"]) if source is not None else report and report.is_kept
-        found = "keep" if is_kept else "nf4"
-        quant = quant.model_copy(update={"type": found if checkpoint is None else checkpoint.quant_type})
-    return config.model_copy(update={"quant": quant}), line
+        quant = quant.model_copy(update={"type": "keep" if is_kept else "nf4"})
+    return config.model_copy(update={"quant": quant}), notes
 
 
 def _is_made(config: TrainConfig, source: Source) -> bool:
@@ -172,33 +173,34 @@ def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: 
     """The first line of a run: what its weights are, what is trained beside them, for how long."""
     report = getattr(model, "load_report", None)
     frozen = [layer.quantized for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    parts = []
+    weights = ""
     if frozen:
         made = "kept as" if report is not None and report.is_kept else "converted to" if is_converted else "in"
         kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
         method = f" by {report.method}" if report is not None and report.method in CALIBRATED else ""
-        parts.append(f"{len(frozen)} layers {made} {kinds}{method}")
-    adapted = [layer for _, layer in lora_layers(model)]
-    ranks = sorted({layer.r for layer in adapted})
+        weights = f"{len(frozen)} layers {made} {kinds}{method}, "
+    ranks = sorted(layer.r for _, layer in lora_layers(model))
+    between = " to ".join(dict.fromkeys((str(ranks[0]), str(ranks[-1]))))
     start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
-    parts.append(f"rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} on {len(adapted)} layers{start}")
     four_bit = four_bit_parts(model)
     dense = {name: tensor for name, tensor in model.named_parameters() if name not in four_bit}
     trained = sum(tensor.numel() for tensor in dense.values() if tensor.requires_grad)
     everything = sum(part.numel() for part in (*dense.values(), *four_bit.values()))
-    parts.append(f"{_in_words(trained)} of {_in_words(everything)} parameters trained")
-    options, items = config.train, "sequences" if config.data.packing else "rows"
-    parts.append(f"{total:,} steps of {options.batch_size * options.grad_accum} {items}")
-    return f"{Path(config.model).name}: {', '.join(parts)}"
+    step_rows = config.train.batch_size * config.train.grad_accum
+    items = "sequences" if config.data.packing else "rows"
+    return (
+        f"{Path(config.model).name}: {weights}rank {between} on {len(ranks)} layers{start}, {_in_words(trained)} of "
+        f"{_in_words(everything)} parameters trained, {total:,} steps of {step_rows} {items}"
+    )
 
 
 def _in_words(count: float) -> str:
     """8.8 M, 494 M, 1.54 B."""
-    units = iter(("", " k", " M", " B"))
-    unit = next(units)
-    while count >= 999.5 and unit != " B":
-        count, unit = count / 1000, next(units)
-    return f"{count:.3g}{unit}"
+    for unit in ("", " k", " M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
 
 
 def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
@@ -288,7 +290,7 @@ def seed_all(seed: int) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
-    """The trainable parameters; with a ratio other than 1 in two groups, of which that of B has it as ``lr_ratio``."""
+    """The trainable parameters; with a ratio other than 1 in two groups: the second, of B, has it as ``lr_ratio``."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if lora_plus_ratio == 1:
         return list(trained.values())
