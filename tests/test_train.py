@@ -350,9 +350,9 @@ def test_one_process_imports_few_files() -> None:
 
 
 def test_the_loop_is_short_and_knows_no_observer_by_name() -> None:
-    source = "".join(map(inspect.getsource, (loop.loop, loop.evaluate, loop.take_step)))
+    source = "".join(inspect.getsource(function) for function in (loop.loop, loop.evaluate, loop.take_step))
     assert len([line for line in source.splitlines() if line.strip()]) <= 80
-    kinds = [Recorder, *Observer.__subclasses__(), *Recorder.__subclasses__(), Samples, Shipping]
+    kinds: list[type] = [*Observer.__subclasses__(), *Recorder.__subclasses__(), Samples, Shipping]
     assert not {kind.__name__ for kind in kinds} & {*re.findall(r"\w+", source)}
     assert not {"page", "progress", "shipping", "weights", "memory"} & {*re.findall(r"run\.(\w+)", source)}
 

@@ -299,7 +299,7 @@ def prepare(
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
     folder = output_dir if ranks.is_first else None
-    page = RunPage(folder, facts, progress, state, lambda: memory and memory.as_dict())
+    page = RunPage(folder, facts, progress, state, memory.as_dict if memory is not None else lambda: None)
     reason = why_eager(config, model, ranks.world)
     streamed = getattr(model, "streamed_layers", None)
     notes += changes

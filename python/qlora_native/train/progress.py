@@ -299,7 +299,8 @@ class RunPage(Observer):
     def write(self) -> None:
         """Write the page, unless all writes, this one and the last, would take more than their share of the time."""
         began = time.monotonic()
-        if self._all + 2 * self._last <= PAGE_SHARE * (began - self._began):
+        is_early = self._all + 2 * self._last > PAGE_SHARE * (began - self._began)
+        if not is_early:
             self._write(began)
 
     def close(self) -> None:
