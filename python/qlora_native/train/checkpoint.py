@@ -83,9 +83,11 @@ class LossScale:
         """Count a step: halve the scale after an overflow, double it after SCALE_STEPS without one."""
         self.steps += 1
         if self.has_overflowed(loss, norm):
-            self.value, self.steps = self.value / 2, 0
+            self.value /= 2
+            self.steps = 0
         elif self.steps >= SCALE_STEPS and 1 < self.value < LARGEST_SCALE and math.isfinite(loss):
-            self.value, self.steps = self.value * 2, 0
+            self.value *= 2
+            self.steps = 0
 
 
 @dataclass
@@ -107,7 +109,8 @@ class TrainState:
 
     def count_evaluation(self, loss: float) -> bool:
         """Count a held-out loss; returns whether training has brought it below every earlier one."""
-        self.loss_after, self.since_best = loss, self.since_best + 1
+        self.loss_after = loss
+        self.since_best += 1
         if self.step == 0:
             self.loss_before, self.best_loss, self.since_best = loss, loss, 0
             return False
@@ -189,7 +192,8 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
     ranks = ranks or OneProcess()
     with reading(folder, BEFORE):
         check_folder(folder)
-        tensors, state = load_file(folder / TENSORS), read_json(folder / STATE, BEFORE)
+        tensors = load_file(folder / TENSORS)
+        state = read_json(folder / STATE, BEFORE)
         states: dict[int, dict[str, Any]] = {int(number): values for number, values in state.pop("optimizer").items()}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -205,7 +209,8 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
             states = shard_states(states, optimizer)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         # A rank that did not exist when the checkpoint was made keeps its own state.
-        prefix, plain = f"rank.{ranks.rank}." if ranks.rank else "", state.pop("random")
+        prefix = f"rank.{ranks.rank}." if ranks.rank else ""
+        plain = state.pop("random")
         own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(f"{prefix}random")}
         if own:
             set_random_state(own, plain)
@@ -294,7 +299,8 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
             block, _, name = key.partition(".")
             if key in skipped or not (block in ("quant", "lora") or (block == "train" and name in _FIXED_KEYS)):
                 continue
-            was, value = before[block].get(name, _BEFORE_THE_KEY.get(key)), now[block][name]
+            was = before[block].get(name, _BEFORE_THE_KEY.get(key))
+            value = now[block][name]
             if was != value:
                 changed.append(f"{key} {was} -> {value}")
         checkpoint = Checkpoint(folder, before["quant"]["type"], before["quant"]["method"])

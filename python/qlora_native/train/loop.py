@@ -371,7 +371,8 @@ def loop(run: Run, stop: StopRequest) -> None:
         record = take_step(run)
         for observer in run.observers:
             observer.stepped(record)
-        state.step, state.tokens = record["step"], state.tokens + record["tokens"]
+        state.step = record["step"]
+        state.tokens += record["tokens"]
         state.data = run.sampler.state_dict()
         is_last = run.ranks.any(stop.requested)  # a signal may reach one process alone; all stop after the same step
         if is_last or (options.save_every and is_due(state.step, options.save_every, run.total)):
@@ -435,7 +436,8 @@ def count_skipped(run: Run, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
         return
-    state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+    state.skipped += 1
+    state.skipped_in_a_row += 1
     what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
     if state.skipped_in_a_row >= MAX_SKIPPED:
         advice = f"lower train.lr (now {options.lr:g}) or train.clip (now {options.clip:g})"

@@ -76,7 +76,8 @@ class MemoryReport:
     """The memory of a run, measured from here on, beside its forecast. Made before the model is loaded."""
 
     def __init__(self, forecast: Forecast) -> None:
-        self.predicted, self.reason = forecast.estimate, forecast.reason
+        self.predicted = forecast.estimate
+        self.reason = forecast.reason
         self.is_on_card = torch.cuda.is_available()
         self.mapped = self.streamed = 0  # bytes of mapped weights: in memory at once, and those left in the files
         gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
@@ -149,7 +150,8 @@ class MappedWeights(Observer):
     def __init__(
         self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int
     ) -> None:
-        self._model, self._where = model, config.model
+        self._model = model
+        self._where = config.model
         self._files: list[_C.MappedFile] = []
         self.stream: _C.WeightStream | None = None
         if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
@@ -166,12 +168,14 @@ class MappedWeights(Observer):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         beside = 0 if report is None else here * report.beside_weights()
         streaming = stream_if_needed(model, config.weight_budget, beside, note)
-        mapped, streamed = num_bytes(parts), 0
+        mapped = num_bytes(parts)
+        streamed = 0
         if streaming is not None:
             self.stream = streaming.stream
             streamed = max(0, mapped - streaming.plan.num_bytes)
         if report is not None:
-            report.mapped, report.streamed = mapped - streamed, streamed
+            report.mapped = mapped - streamed
+            report.streamed = streamed
 
     def computed(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
@@ -217,7 +221,8 @@ class OOMRetry(Observer):
         same. UserError, which begins with ``what``, if memory runs out again."""
         if not self._can_retry:
             return self.run_once(passes, what)
-        before, began = random_state(), time.monotonic()
+        before = random_state()
+        began = time.monotonic()
         try:
             return passes()
         except (MemoryError, RuntimeError) as error:
@@ -263,7 +268,8 @@ class OOMRetry(Observer):
     def _error(self, what: str, message: str) -> UserError:
         found = _ASKED.search(message)
         asked = f"it asked for {found[1]}" if found else "an allocation failed"
-        options, data = self.config.train, self.config.data
+        options = self.config.train
+        data = self.config.data
         device: torch.device = self.optimizer.param_groups[0]["params"][0].device
         free = free_device_memory(device) if device.type == "cuda" else free_memory()
         advice = [f"lower data.max_length (now {data.max_length})"]

@@ -127,16 +127,19 @@ class Passes:
             if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
                 raise RuntimeError("which parameters have a gradient depends on the batch")
         except RuntimeError as error:  # all passes from here on are eager
-            self.is_captured, self.graphs = False, {}
+            self.is_captured = False
+            self.graphs = {}
             self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
         else:
-            self.last, self.graphs[shape] = graph, (inputs, graph.replay)
+            self.last = graph
+            self.graphs[shape] = (inputs, graph.replay)
 
 
 @contextmanager
 def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph]:
     """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
-    graph, pool = torch.cuda.CUDAGraph(), None if last is None else last.pool()
+    graph = torch.cuda.CUDAGraph()
+    pool = None if last is None else last.pool()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
         yield graph
 
@@ -168,7 +171,8 @@ class Learner:
         Each micro-batch weighs as much as its share of the step's trained tokens, on all processes together. So the
         gradient is that of the mean over these tokens, however the rows are divided.
         """
-        ranks, passes = self.ranks, self._passes
+        ranks = self.ranks
+        passes = self._passes
         batches = list(self._micro_batches(rows, items))
         trained = int(ranks.sum(sum(count for _, count in batches))[0])
         passes.begin()
@@ -200,7 +204,8 @@ class Learner:
     def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
         """This process's micro-batches, each with its number of trained tokens: 0 for a filler, which a sharded model
         computes with since its processes gather weights together."""
-        size, device = self.config.train.batch_size, self.model.device
+        size = self.config.train.batch_size
+        device = self.model.device
         for batch in micro_batches(rows, self.ranks.mine(items), size, self._pad_id, device):
             yield batch, trained_tokens(batch)
         for filler in self.ranks.filler(items, size):

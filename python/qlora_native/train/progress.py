@@ -147,7 +147,8 @@ class Logger(Recorder):
     """A run in another program, which ``log`` gives figures by name, and the number of their step."""
 
     def __init__(self, log: Callable[..., object], close: Callable[[], object]) -> None:
-        self._log, self._close = log, close
+        self._log = log
+        self._close = close
 
     def write(self, record: Record) -> None:
         """Log the finite numbers of a line but its step, held-out ones under ``eval/``, the others under ``train/``."""

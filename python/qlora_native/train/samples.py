@@ -32,7 +32,8 @@ class Samples(Observer):
     ) -> None:
         self._model, self._tokenizer, self._is_sharded = model, tokenizer, is_sharded
         self._answers: list[Sample] = []
-        self._stop, self._prompts = stop_tokens(model, tokenizer), list[tuple[list[int], Sample]]()
+        self._stop = stop_tokens(model, tokenizer)
+        self._prompts = list[tuple[list[int], Sample]]()
         if isinstance(asked, int):
             for row in held_out[:asked]:
                 prompt, expected = split_row(row)
@@ -41,7 +42,8 @@ class Samples(Observer):
             return
         encoder = ChatEncoder(tokenizer)
         for text in asked:
-            message, is_text = {"role": "user", "content": text}, rows.stats.template == "none"
+            message = {"role": "user", "content": text}
+            is_text = rows.stats.template == "none"
             prompt = encoder.text_ids(text) if is_text else encoder.prompt_ids([message])
             check_vocabulary(max(prompt, default=0), tokenizer, model, "train.samples")
             self._prompts.append((prompt, {"prompt": text}))

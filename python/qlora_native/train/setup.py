@@ -58,7 +58,8 @@ def prepare_model(
         adapter: the folder of the adapter to start from.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
-    options, ranks = config.train, ranks or OneProcess()
+    options = config.train
+    ranks = ranks or OneProcess()
     if ranks.world > 1 and config.lora.init != ZERO and adapter is None and not _has_adapters(model):
         raise UserError(
             f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
@@ -141,7 +142,8 @@ def resolve(
 
     UserError if the method is not that of the checkpoint.
     """
-    quant, notes = config.quant, []
+    quant = config.quant
+    notes = []
     if source is not None and quant.falls_back and not _is_made(config, source):
         from qlora_native.calibration.data import LEAST_TOKENS
 
@@ -207,7 +209,8 @@ def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, 
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
     from qlora_native.hf.trained import STORED, can_round_again, source_of, store_base
 
-    source, folder = source_of(model, source), output_dir / STORED
+    source = source_of(model, source)
+    folder = output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
         store_base(model, folder, tokenizer)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -258,7 +261,8 @@ def _load(
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
-    method, path = config.quant.method, config.quant.calibration
+    method = config.quant.method
+    path = config.quant.calibration
     if method not in CALIBRATED:
         if path is not None and config.lora.init != H_SVD:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")

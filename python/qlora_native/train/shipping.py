@@ -68,7 +68,9 @@ class Shipping(Observer):
 
     def recode(self) -> None:
         """Let the layers compute with the codes of a merge that is calibrated on training rows."""
-        model, rows, found = self.model, self._rows, dict[str, torch.Tensor]()
+        model = self.model
+        rows = self._rows
+        found = dict[str, torch.Tensor]()
         length = self._length
         taken = (rows[int(row)]["input_ids"] for row in permutation(len(rows), 0)[:MOST_ROWS])
         ids = torch.from_numpy(np.concatenate([*taken])[:TOKENS].astype(np.int64))
@@ -95,7 +97,8 @@ class Shipping(Observer):
             nats, tokens = torch.tensor(parts, dtype=torch.float64).t()
             return Scores(tokens, nats)
 
-        shipped, weights = scores(), [layer.shipped for layer in self.layers.values()]
+        shipped = scores()
+        weights = [layer.shipped for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
                 layer.shipped = None
