@@ -120,7 +120,7 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)
-    own = memory.MemoryReport(config, open_source(folder), length)  # brings what is imported late
+    own = memory.MemoryReport(memory.forecast(config, open_source(folder), length))  # brings what is imported late
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=channel, flush=True)

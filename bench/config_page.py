@@ -33,7 +33,7 @@ def page() -> str:
             block = here
             lines += ["", f"## {BLOCKS.get(block, block)}{f' (`{block}:`)' if block else ''}", ""]
             lines += ["| key | values | default | |", "|---|---|---|---|"]
-        default = "required" if field.is_required() else f"`{as_text(field.default)}`"
+        default = "required" if field.is_required() else f"`{as_text(field.get_default(call_default_factory=True))}`"
         lines.append(f"| `{key}` | {values_of(field.annotation, '`')} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 

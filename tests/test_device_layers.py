@@ -36,9 +36,9 @@ from qlora_native.models.build import four_bit_parts
 from qlora_native.models.device_layers import StreamedLayers, stream_layers
 from qlora_native.models.loss import causal_lm_loss, check_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
-from qlora_native.train import memory
-from qlora_native.train.graphs import why_eager
+from qlora_native.train import loop, memory
 from qlora_native.train.loop import Trainer
+from qlora_native.train.passes import why_eager
 from qlora_native.weights.open import open_source
 
 LAYERS, STEPS, PROMPT = 5, 2, 4
@@ -285,19 +285,17 @@ def test_a_run_that_does_not_fit_streams_by_itself(
     monkeypatch.setattr(device_layers, "stream_layers", lambda model, _, budget: stream_layers(model, "cpu", budget))
 
     def train_on(fits: bool, out: str) -> list[dict[str, Any]]:
-        config = TrainConfig.from_values(runs.settings(files, tmp_path / out, steps=2, batch_size=2, seed=0))
+        train = {"steps": 2, "batch_size": 2, "seed": 0, "cuda_graph": "off"}
+        config = TrainConfig.from_values(runs.settings(files, tmp_path / out, **train))
         with monkeypatch.context() as patch, emulated_torch.streams(emulator):
-            make_report = memory.MemoryReport.__init__
 
-            def small(report: Any, config: TrainConfig, source: Any, *sizes: int) -> None:
-                make_report(report, config, source, *sizes)
+            def small(config: TrainConfig, source: Any, *_: int) -> memory.Forecast:
                 estimator = Estimator(source, Setting.from_config(config, "cuda", 1 << 20, 8))
-                estimate = estimator.at(cuda_graph=False)
+                estimate = estimator.at()
                 layers = sum(unit.num_bytes for unit in device_layers.layer_units(estimator.modules))
-                report.predicted = estimate
-                report._fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5))
+                return memory.fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5))
 
-            patch.setattr(memory.MemoryReport, "__init__", small)
+            patch.setattr(loop, "forecast", small)
             Trainer(config).train()
         return runs.metrics(tmp_path / out)
 
@@ -354,7 +352,7 @@ def test_chat_and_eval_stream_by_themselves(
     assert len(streamed) == 3 and all(each.bytes_copied for each in streamed)  # chat, the 4-bit form, with an adapter
 
 
-def test_a_report_asks_what_the_card_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forecast_asks_what_the_card_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its number, which torch wants; what is free decides."""
     files = runs.write_files(tmp_path, num_hidden_layers=LAYERS)
     config, free = TrainConfig.from_values(runs.settings(files, tmp_path / "out")), [1 << 40]
@@ -364,15 +362,14 @@ def test_a_report_asks_what_the_card_has(tmp_path: Path, monkeypatch: pytest.Mon
         return SimpleNamespace(bytes=free[0])
 
     monkeypatch.setattr(memory, "free_device_memory", free_memory)
-    fakes = {"is_available": True, "current_device": 0, "memory_allocated": 0, "max_memory_allocated": 0}
-    for name, value in {**fakes, "reset_peak_memory_stats": None}.items():
+    for name, value in {"is_available": True, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     source = open_source(files / "model")
-    report = memory.MemoryReport(config, source, 8, 2)  # rows, fewer than batch_size
-    assert report.predicted is not None and report.predicted.setting.batch_size == 2
-    report = memory.MemoryReport(config, source, 8)
-    assert report.layers_budget is None and not report.reason and report.predicted is not None
-    free[0] = report.predicted.total + CUDA_CONTEXT - 1000  # without graphs
-    report = memory.MemoryReport(config, source, 8)
-    assert report.layers_budget is not None and not report.reason
-    assert report.predicted is not None and report.predicted.total + CUDA_CONTEXT <= free[0]
+    found = memory.forecast(config, source, 8, 2)  # rows, fewer than batch_size
+    assert found.estimate is not None and found.estimate.setting.batch_size == 2
+    found = memory.forecast(config, source, 8)
+    assert found.layers_budget is None and not found.reason and found.estimate is not None
+    free[0] = found.estimate.total + CUDA_CONTEXT - 1000  # without graphs
+    found = memory.forecast(config, source, 8)
+    assert found.layers_budget is not None and not found.reason
+    assert found.estimate is not None and found.estimate.total + CUDA_CONTEXT <= free[0]

@@ -125,14 +125,13 @@ def test_llama_cpp_runs_it(tmp_path: Path, kind: str, options: dict[str, Any]) -
 def test_llama_cpp_over_the_kept_file(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """The mean loss of held-out rows, of SmolLM2's own Q4_1 file with an adapter that was trained on it as it is."""
     path = model_file()
-    write_split(tmp_path / "data", 700, 12)
+    write_split(tmp_path / "run" / "data", 700, 12)
     config = demo_config(path, tmp_path / "run", 10, 5e-4, 0, keep=True)
-    config.data.train, config.data.eval = (str(tmp_path / "data" / f"{name}.jsonl") for name in ("train", "heldout"))
     trainer = Trainer(config)
     trainer.train()
     export(tmp_path / "run" / "adapter", "--to", "gguf-adapter")
     model = trainer.model.eval()
-    rows = load_dataset(config.data.eval, load_tokenizer(path), max_length=256, format=None, train_on="all")
+    rows = load_dataset(config.data.eval or "", load_tokenizer(path), max_length=256, format=None, train_on="all")
     adapter = tmp_path / "run" / "adapter.gguf"
     ours, theirs, base = mean_losses(
         [row["input_ids"].tolist() for row in rows],

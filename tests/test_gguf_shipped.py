@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,11 @@ def test_llama_cpp_has_the_same_loss(
         pytest.skip("--llama-cpp was not given; .ci/full gives it")
     base, out = tmp_path / "base.gguf", tmp_path / "run" / "shipped.gguf"
     export(model_file(), "--to", "gguf", "--type", quant_type, "--out", base)
-    write_split(tmp_path / "data", 700, 12)
+    write_split(tmp_path / "run" / "data", 700, 12)
     config = demo_config(base, tmp_path / "run", 10, 5e-4, 0, keep=True)
-    config.data.train, config.data.eval = (str(tmp_path / "data" / f"{name}.jsonl") for name in ("train", "heldout"))
-    config.lora.ship = "gguf"
+    config = config.model_copy(update={"lora": replace(config.lora, ship="gguf")})
     summary = Trainer(config, quiet=True).train()
-    rows = load_dataset(config.data.eval, load_tokenizer(out), max_length=256, format=None, train_on="all")
+    rows = load_dataset(config.data.eval or "", load_tokenizer(out), max_length=256, format=None, train_on="all")
     model = load_model(out).eval()
     ours, theirs = mean_losses(
         [row["input_ids"].tolist() for row in rows],

@@ -108,7 +108,7 @@ def test_what_is_wrapped_and_what_trains(folder: Path) -> None:
 
 def test_targets_by_name(folder: Path) -> None:
     def wrapped(*names: str) -> set[str]:
-        return set(dict(lora_layers(add_lora(load_model(folder), LoraConfig(target_modules=names)))))
+        return set(dict(lora_layers(add_lora(load_model(folder), LoraConfig(target_modules=[*names])))))
 
     assert wrapped("q_proj") == {f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)}
     assert wrapped("layers.1.mlp.up_proj") == {"model.layers.1.mlp.up_proj"}

@@ -24,6 +24,7 @@ from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.evaluate import page
 from qlora_native.train import progress
+from qlora_native.train.checkpoint import TrainState
 from qlora_native.train.loop import Trainer
 from qlora_native.train.progress import Progress, RunPage, read_metrics
 
@@ -262,7 +263,7 @@ def test_it_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(page, "write_page", takes_two_seconds)
     (tmp_path / "metrics.jsonl").touch()
-    shown = RunPage(tmp_path, {}, Progress(1, 0, 1, quiet=True), lambda: 0, None)
+    shown = RunPage(tmp_path, {}, Progress(1, 0, 1, quiet=True), TrainState())
     for _ in range(100):
         shown.write()
         clock[0] += 30

@@ -31,7 +31,8 @@ def test_a_real_model(
     _, held_out, _, _ = write_split(run / "data", 700, 8)
     config = demo_config(path, run, 10, 5e-4, 0, keep=about.keep, grad_checkpointing=about.grad_checkpointing)
     if not about.keep:
-        config.quant.method = "rtn"  # calibration takes a minute, and the demo has it
+        quant = config.quant.model_copy(update={"method": "rtn"})  # calibration takes a minute, and the demo has it
+        config = config.model_copy(update={"quant": quant})
     trainer = Trainer(config)
     summary = trainer.train()
     assert trainer.model.load_report.is_kept is about.keep

@@ -18,6 +18,7 @@ from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.evaluate.answers import LONGEST
 from qlora_native.train.loop import Trainer
+from qlora_native.train.passes import Learner
 from qlora_native.train.progress import read_metrics
 from qlora_native.train.samples import Samples
 from qlora_native.weights.open import load_tokenizer
@@ -129,7 +130,7 @@ def test_patience(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
             raise Crash
 
     crashed: list[bool] = []
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, rows: losses[step[0]])
+    monkeypatch.setattr(Learner, "evaluate", lambda self, rows: losses[step[0]])
     with pytest.raises(Crash):
         Trainer(config(files, "patient", **options), quiet=True, on_step=on_step).train()
     step[0] = 8

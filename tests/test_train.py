@@ -3,6 +3,7 @@ finite."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -29,10 +30,14 @@ from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train import graphs, setup
-from qlora_native.train import loop as loop_module
-from qlora_native.train.loop import Trainer
+from qlora_native.train import loop, passes, setup
+from qlora_native.train.checkpoint import LARGEST_SCALE, LossScale
+from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.train.passes import Learner
+from qlora_native.train.progress import Observer, Recorder
+from qlora_native.train.samples import Samples
 from qlora_native.train.setup import learning_rate, make_optimizer
+from qlora_native.train.shipping import Shipping
 from qlora_native.weights.open import load_tokenizer
 from qlora_native.weights.source import SafetensorsSource
 
@@ -51,9 +56,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # a second one costs more th
 @pytest.fixture
 def make(model_folder: Path, tmp_path: Path) -> Make:
     def config(name: str = "run", *, rows: int = 24, eval_fraction: float = 0.0, **options: Any) -> TrainConfig:
+        """With as many rows, all of which are held out too where ``eval_fraction`` is 1."""
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        data = {"train": str(tiny.write_rows(folder / "train.jsonl", rows)), "eval_fraction": eval_fraction}
+        train = str(tiny.write_rows(folder / "train.jsonl", rows))
+        data = {"train": train, **({"eval": train} if eval_fraction == 1 else {"eval_fraction": eval_fraction})}
         lora = {"r": 8, "alpha": 16, "dropout": options.pop("dropout", 0.0), "init": options.pop("init", "zero")}
         options = {"steps": 4, "batch_size": 4, "grad_accum": 2, "lr": 5e-3, **options}
         return TrainConfig.model_validate(settings(model_folder.parent, folder / "out", data, lora, **options))
@@ -61,7 +68,7 @@ def make(model_folder: Path, tmp_path: Path) -> Make:
     return config
 
 
-def run(config: TrainConfig, **options: Any) -> tuple[loop_module.TrainSummary, list[Record], dict[str, torch.Tensor]]:
+def run(config: TrainConfig, **options: Any) -> tuple[TrainSummary, list[Record], dict[str, torch.Tensor]]:
     records: list[Record] = []
     summary = Trainer(config, quiet=True, on_step=records.append, **options).train()
     return summary, records, load_file(summary.adapter_dir / "adapter_model.safetensors")
@@ -83,8 +90,8 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
         return result
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda trainer, rows: takes(300, 1.0))
-    monkeypatch.setattr(Trainer, "_learn", lambda trainer, rows, items, scale: takes(2, (1.0, 64, 64)))
+    monkeypatch.setattr(Learner, "evaluate", lambda learner, rows: takes(300, 1.0))
+    monkeypatch.setattr(Learner, "learn", lambda learner, rows, items, scale: takes(2, (1.0, 64, 64)))
     for every, left in ((0, ["5:06", "5:04", "5:02", "5:00"]), (3, ["10:06", "10:04", "10:02", "5:00"])):
         config = make(eval_fraction=0.25, eval_every=every, log_every=1)
         Trainer(config).train()
@@ -94,8 +101,7 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
 
 
 def test_learns_a_small_set_by_heart(make: Make) -> None:
-    config = make(rows=12, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
-    config.data.eval = config.data.files[0]
+    config = make(rows=12, eval_fraction=1, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
     summary, records, _ = run(config)
     assert summary.loss_before is not None and summary.loss_after is not None
     assert summary.loss_before > 3.0 and summary.loss_after < 0.2
@@ -135,7 +141,9 @@ def test_checkpointing_changes_memory_only(make: Make) -> None:
 
 def test_what_a_run_leaves_behind(make: Make) -> None:
     config = make(eval_fraction=0.25, steps=6, eval_every=2, save_every=3, keep=1)
+    before = config.model_copy(deep=True)
     summary, records, _ = run(config)
+    assert config == before, "a run changes no key of its config"
     out = Path(config.output_dir)
     lines = read_lines(config)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
@@ -147,12 +155,14 @@ def test_what_a_run_leaves_behind(make: Make) -> None:
     assert summary.best_dir == out / "best" and (out / "best" / "adapter_model.safetensors").is_file()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in out.iterdir() if path.name.startswith("step-")] == ["step-000006"]
-    assert TrainConfig.from_file(out / "adapter" / "config.yaml") == config
+    assert config.quant.type == "auto"
+    resolved = config.model_copy(update={"quant": config.quant.model_copy(update={"type": "nf4"})})
+    assert TrainConfig.from_file(out / "adapter" / "config.yaml") == resolved
 
 
 def test_best_is_the_adapter_of_the_lowest_held_out_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 3.0, 2.0, 4.0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, rows: next(losses))
+    monkeypatch.setattr(Learner, "evaluate", lambda self, rows: next(losses))
     config = make(eval_fraction=0.25, steps=6, eval_every=2, save_every=2, keep=9)
     summary, _, last = run(config)
     assert (summary.best_loss, summary.best_step) == (2.0, 4)
@@ -191,13 +201,13 @@ def test_epochs_become_steps(make: Make) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned = {3}  # calls of the loss, from 1; with two micro-batches a step this is the first of step 2
-    plain, calls = loop_module.causal_lm_loss, [0]
+    plain, calls = passes.causal_lm_loss, [0]
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         calls[0] += 1
         return plain(model, batch) * (float("nan") if calls[0] in poisoned else 1.0)
 
-    monkeypatch.setattr(loop_module, "causal_lm_loss", loss)
+    monkeypatch.setattr(passes, "causal_lm_loss", loss)
     config = make(steps=3, save_every=1, keep=9)
     summary, records, _ = run(config)
     assert summary.skipped_steps == 1
@@ -211,8 +221,8 @@ def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.Mo
 
 
 def test_many_steps_that_are_not_finite_stop_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = loop_module.causal_lm_loss
-    monkeypatch.setattr(loop_module, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
+    plain = passes.causal_lm_loss
+    monkeypatch.setattr(passes, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
     with pytest.raises(UserError, match=r"not finite 5 times .*lower train.lr \(now 0.005\).*data check"):
         run(make(steps=20))
 
@@ -228,7 +238,7 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
     got = losses["float16"]
     assert got == pytest.approx(losses["float32"], rel=2e-2) and got[-1] < got[0]
 
-    monkeypatch.setattr(loop_module, "LARGEST_SCALE", 2.0**24)
+    monkeypatch.setattr(loop, "LARGEST_SCALE", 2.0**24)
     config = make("large", steps=16, dtype="float16", save_every=16)
     assert Trainer(config, quiet=True).train().skipped_steps == 0
     state = json.loads(Path(config.output_dir, "step-000016", "trainer.json").read_text())
@@ -237,10 +247,10 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
 
 
 def test_without_the_scale_gradients_are_lost_in_float16() -> None:
-    for scale, expected in ((1.0, 0.0), (graphs.LARGEST_SCALE, 1e-9)):
+    for scale, expected in ((1.0, 0.0), (LARGEST_SCALE, 1e-9)):
         parameter = torch.nn.Parameter(torch.ones(1))
         (parameter.half() * (1e-9 * scale)).float().sum().backward()
-        graphs.LossScale(scale).unscale([parameter])
+        LossScale(scale).unscale([parameter])
         assert parameter.grad is not None and float(parameter.grad) == pytest.approx(expected, rel=2e-2)
 
 
@@ -337,6 +347,14 @@ def test_one_process_imports_few_files() -> None:
     assert not units & {"calibration", "cli", "estimate", "evaluate", "export"}
     assert "qlora_native.distributed.ranks" not in ours
     assert len(ours) <= 70, ours
+
+
+def test_the_loop_is_short_and_knows_no_observer_by_name() -> None:
+    source = "".join(inspect.getsource(function) for function in (loop.loop, loop.evaluate, loop.take_step))
+    assert len([line for line in source.splitlines() if line.strip()]) <= 80
+    kinds: list[type] = [*Observer.__subclasses__(), *Recorder.__subclasses__(), Samples, Shipping]
+    assert not {kind.__name__ for kind in kinds} & {*re.findall(r"\w+", source)}
+    assert not {"page", "progress", "shipping", "weights", "memory"} & {*re.findall(r"run\.(\w+)", source)}
 
 
 def test_one_row_cannot_be_split(make: Make) -> None:

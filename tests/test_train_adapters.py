@@ -257,13 +257,14 @@ def test_an_embeddings_gradient_is_there_twice_only_when_it_is_added() -> None:
 def test_whole_modules_of_a_gguf_file(tmp_path: Path) -> None:
     """Its embeddings stay quantized unless they are trained."""
     file = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1)
-    config = config_of(tmp_path, tmp_path / "out", {"modules_to_save": ["embed_tokens"]}, dtype="bfloat16")
-    config.model = str(file)
+    values = runs.settings(tmp_path, tmp_path / "out", lora={"r": 4, "alpha": 8}, dtype="bfloat16")
+    values["model"] = str(file)
+    config = TrainConfig.model_validate(values | {"lora": {**values["lora"], "modules_to_save": ["embed_tokens"]}})
     model = prepare_model(config, quiet=True)
     assert model.model.embed_tokens.weight.dtype == torch.float32 and model.model.embed_tokens.weight.requires_grad
     assert model.lm_head.quantized.quant_type == "q6_k" and model.load_report.is_kept
     assert Estimator(file, Setting.from_config(config, "cpu")).whole == model.model.embed_tokens.weight.nbytes
-    config.lora = config.lora.model_copy(update={"modules_to_save": [], "trainable_tokens": [2, 4]})
+    config = TrainConfig.model_validate(values | {"lora": {**values["lora"], "trainable_tokens": [2, 4]}})
     model = prepare_model(config, tokenizer=load_tokenizer(file), quiet=True)
     assert list(token_rows(model)) == ["model.embed_tokens", "lm_head"]
     assert Estimator(file, Setting.from_config(config, "cpu")).trained == [

@@ -23,6 +23,7 @@ import yaml
 from runs import Crash, crash_at, metrics, steps_made, wait_until, write_files
 
 from qlora_native import _io as disk
+from qlora_native.calibration.data import LEAST_TOKENS
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig
 from qlora_native.distributed import OneProcess
@@ -416,6 +417,24 @@ def test_a_clock_that_jumps_changes_nothing(run: Run, undisturbed: Path, monkeyp
     run.assert_as(undisturbed)
     timed = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["seconds"] < 1e6 for line in timed if "seconds" in line)
+
+
+@pytest.mark.parametrize("is_enough", [False, True])
+def test_a_method_that_falls_back(
+    run: Run, undisturbed: Path, is_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are too few to calibrate with, a run is one of rtn, and so is its other half; else it is another."""
+    monkeypatch.setitem(LEAST_TOKENS, "wmse", 1 if is_enough else 1 << 30)
+    run.crash(5)
+    values = {**run.settings(), "quant": {"method": "wmse"}, "resume": "auto"}
+    trainer = Trainer(TrainConfig.model_validate(values), quiet=True)
+    if is_enough:
+        with pytest.raises(UserError, match=r"other settings: quant.method rtn -> wmse;"):
+            trainer.train()
+    else:
+        trainer.train()
+        run.assert_as(undisturbed)
+        assert TrainConfig.from_file(run.out / "adapter" / checkpoint.CONFIG).quant.method == "rtn"
 
 
 def test_an_earlier_run_is_not_overwritten_nor_a_folder_resumed(run: Run, undisturbed: Path, sentence: Any) -> None:

@@ -23,8 +23,8 @@ from qlora_native.config import TrainConfig
 from qlora_native.models import fuse
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
-from qlora_native.train import graphs
-from qlora_native.train.graphs import Passes, is_random, why_eager
+from qlora_native.train import passes
+from qlora_native.train.passes import Passes, is_random, why_eager
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def capturing(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
             patches.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
             yield graph
 
-    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(passes, "captured", captured)
     monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)  # attention is torch's
     monkeypatch.setattr(linear_cross_entropy, "CPU", linear_cross_entropy.ANY)  # and so is a dense head's product
 

@@ -90,7 +90,7 @@ def test_the_codes_are_those_of_a_merge(shipped: tuple[Trainer, TrainSummary], m
     monkeypatch.setattr(shipping, "recode", recode)
     model = beside()
     rows = run.config.data.load(run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[0]
-    Shipping(run.config, model).recode(rows, run.config.data.max_length)
+    Shipping(run.config, model, rows, 6, print).recode()
     merged: dict[str, torch.Tensor] = {}
     with side_by_side(torch.device("cpu")) as (pool, _):
         module.recode(beside(), given[0], pool, merged.__setitem__)

@@ -14,7 +14,7 @@ from runs import metrics, settings, write_files
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import loop, memory
+from qlora_native.train import memory, passes
 from qlora_native.train.loop import Trainer
 
 STEPS = 5
@@ -51,7 +51,7 @@ def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Result
 
 def failing(monkeypatch: pytest.MonkeyPatch, *calls: int, allocate: Callable[[], Any]) -> list[int]:
     """Has the losses of these numbers fail once they are computed; returns the list that counts all."""
-    plain, count = loop.causal_lm_loss, [0]
+    plain, count = passes.causal_lm_loss, [0]
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         count[0] += 1
@@ -60,7 +60,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *calls: int, allocate: Callable[[],
             allocate()
         return value
 
-    monkeypatch.setattr(loop, "causal_lm_loss", loss)
+    monkeypatch.setattr(passes, "causal_lm_loss", loss)
     return count
 
 

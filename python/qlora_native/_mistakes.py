@@ -56,7 +56,7 @@ def explain(
     kind, got = item["type"], item["input"]
     where = flags.get(path) or (f"{source}:{lines[path]}: {path}" if path in lines else f"{source}: {path}")
 
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where} is not a key; {_suggest(path, known)}"
     if kind == "missing" and len(item["loc"]) > path.count(".") + 1:  # a list that is too short
         return f"{where} is {got!r}: expected another number behind it"
@@ -67,7 +67,7 @@ def explain(
             under = f" under {block}" if block else ""
             what = f"`{leaf}: ...`{under} ({known[path].description}), or --{path} on the command line"
         return f"{source}: {path} is not set; add {what}"
-    if kind in ("model_type", "model_attributes_type"):
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
         return f"{where} is {got!r}: expected a block of keys, one per line"
     message = item["msg"].removeprefix("Value error, ")
     if kind in ("too_long", "too_short"):

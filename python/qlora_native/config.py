@@ -7,8 +7,9 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
@@ -23,20 +25,22 @@ from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapter_settings
-from qlora_native.lora.config import ALL_LINEAR
+from qlora_native.lora.config import ALL_LINEAR, LoraSettings
+from qlora_native.weight import CALIBRATED
 
 # Limits of numbers, beyond which sums and products of them do not fit what computes with them.
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 62)]
 Bytes = Annotated[int, Field(gt=0, lt=1 << 62)]
 Rows = Annotated[int, Field(gt=0, le=1 << 20)]
-Rank = Annotated[int, Field(gt=0, le=1 << 16)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
-Alpha = Annotated[float, Field(gt=-1e30, lt=1e30)]
+
+# Frozen: what a run decides makes another config (train/setup.py: resolve), so that each value has one time and place.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(**_STRICT, frozen=True)
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
@@ -125,7 +129,6 @@ class QuantConfig(_Section):
         "seconds or minutes longer to load",
     )
     calibration: str | None = _key(None, "file of that text for wmse and gptq; without it the training rows are used")
-
     save: bool = _key(
         True,
         "store weights that another method than rtn made in output_dir/base-4bit, where --resume and every command on "
@@ -139,41 +142,32 @@ class QuantConfig(_Section):
         return self
 
     @property
+    def falls_back(self) -> bool:
+        """Whether rtn takes the method's place if the training rows turn out to be too few to calibrate with."""
+        return self.method in CALIBRATED and self.calibration is None
+
+    @property
     def options(self) -> dict[str, Any]:
         """Arguments of :func:`qlora_native.load_model`."""
         quant_type = "nf4" if self.type == "auto" and self.method != "rtn" else self.type
         return {"quant_type": quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
-class LoraSection(_Section):
-    """The small matrices that are trained."""
+@dataclass(frozen=True, config=_STRICT)
+class LoraSection(LoraSettings):
+    """The small matrices that are trained: the fields of :class:`qlora_native.LoraConfig`, and what a run adds."""
 
     adapter: str | None = _key(
         None, "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own"
     )
-    r: Rank = _key(16, "rank; parameters and memory of the adapter grow with it")
-    alpha: float = _key(
-        32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0, lt=1e30
-    )
-    dropout: float = _key(0.0, "share of the adapter's inputs dropped in training; helps on small data", ge=0, lt=1)
-    target_modules: str | list[str] = _key("all-linear", "names of the layers that get an adapter, or all-linear")
-    layers_to_transform: list[NonNegative] | None = _key(
-        None, "numbers of the decoder layers that get an adapter, counted from 0; null = all"
-    )
-    rank_pattern: dict[str, Rank] = _key(
-        {}, "other ranks, by the end of a layer's path or a regular expression for it: {down_proj: 32}"
-    )
-    alpha_pattern: dict[str, Alpha] = _key({}, "other values of alpha, likewise")
     lora_plus_ratio: PositiveFloat = _key(
         1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)"
     )
-    modules_to_save: list[str] = _key(
-        [], "modules that are trained whole, as fp32 copies, and saved with the adapter: [embed_tokens, lm_head]"
+    trainable_tokens: list[NonNegative | str] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it "
+        "lacks",
     )
-    trainable_tokens: list[NonNegative | str] = _key(
-        [], "tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it lacks"
-    )
-    rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
         "also write a 4-bit model without an adapter, the one that the last evaluation is of, merged with rows of "
@@ -187,23 +181,29 @@ class LoraSection(_Section):
         is_old = isinstance(values, dict) and values.get("init") == "zero"
         return {name: value for name, value in values.items() if name != "init"} if is_old else values
 
-    @model_validator(mode="after")
-    def _as_the_adapter(self) -> LoraSection:
-        given = set(self.model_fields_set)
-        folder = self.adapter and user_path(self.adapter)
-        for name, value in adapter_settings(folder).items() if folder else ():
-            mine = getattr(self, name)
-            if name in given and mine not in (value, ALL_LINEAR) and name != "dropout":
-                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
-            if name not in given or name != "dropout":
-                setattr(self, name, value)
-        return self
-
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         LoraConfig(rank_pattern=dict.fromkeys(value, 1))
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_the_adapter(cls, given: Any, check: Callable[[Any], LoraSection]) -> LoraSection:
+        """The section with what the adapter to start from has decided: all but dropout, which may be given anew."""
+        section = check(given)
+        if not section.adapter or isinstance(given, LoraSection):
+            return section
+        named = given if isinstance(given, Mapping) else given.kwargs or {}
+        folder, decided = user_path(section.adapter), dict(named)
+        for name, value in adapter_settings(folder).items():
+            if name == "dropout" and name in named:
+                continue
+            mine = getattr(section, name)
+            if name in named and mine not in (value, ALL_LINEAR):
+                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
+            decided[name] = value
+        return check(decided)
 
     def as_config(self, seed: int, tokenizer: Any = None) -> LoraConfig:
         """The adapter as :func:`qlora_native.add_lora` takes it; without the tokenizer, which gets what it lacks of
@@ -216,8 +216,8 @@ class LoraSection(_Section):
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
-        others = self.model_dump(exclude={"adapter", "lora_plus_ratio", "ship", "trainable_tokens"})
-        return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
+        shared = {field.name: getattr(self, field.name) for field in fields(LoraSettings)}
+        return LoraConfig(**shared, trainable_tokens=list(tokens), seed=seed)
 
 
 class LoopSection(_Section):
@@ -338,8 +338,6 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.data.eval is None and self.data.eval_fraction == 0 and "samples" not in self.train.model_fields_set:
-            self.train.samples = 0
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError(
                 "train.patience and lora.ship are set: expected one, as what ships is made after the last step"
@@ -351,17 +349,24 @@ class TrainConfig(_Section):
                 raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
 
-    @model_validator(mode="after")
-    def _on_the_weights_of_the_adapter(self) -> TrainConfig:
-        file = None if self.adapter is None else self.adapter / "config.yaml"
-        if file is None or "quant" in self.model_fields_set or not file.is_file():
-            return self
-        self.quant = quant = QuantConfig.model_validate(read_yaml(file)[0].get("quant") or {})
-        if quant.method != "rtn" and not quant.save:
-            raise ValueError(
-                f"{self.adapter} was trained on weights made by {quant.method}, which its run did not store: set quant"
-            )
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_what_follows(cls, given: Any, check: Callable[[Any], TrainConfig]) -> TrainConfig:
+        """The config with what one section decides for another: no samples where no rows are held out, and the weights
+        that the adapter to start from was trained on."""
+        config = check(given)
+        if not isinstance(given, Mapping):
+            return config
+        sections = {name: getattr(config, name) for name in given}
+        data, train, adapter = config.data, config.train, config.adapter
+        if data.eval is None and data.eval_fraction == 0 and "samples" not in train.model_fields_set:
+            sections["train"] = train.model_copy(update={"samples": 0})
+        if adapter is not None and "quant" not in given and (record := adapter / "config.yaml").is_file():
+            sections["quant"] = quant = QuantConfig.model_validate(read_yaml(record)[0].get("quant") or {})
+            if quant.method != "rtn" and not quant.save:
+                made = f"weights made by {quant.method}, which its run did not store"
+                raise ValueError(f"{adapter} was trained on {made}: set quant")
+        return check(sections)
 
     @property
     def adapter(self) -> Path | None:
@@ -426,14 +431,13 @@ class TrainConfig(_Section):
         return f"# Resolved by qlora_native {__version__}: full config, defaults filled in.\n{values}"
 
 
-def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
-    """Every key by its dotted name, with pydantic's field (description, default, annotation)."""
+def keys(section: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Every key by its dotted name, with pydantic's field (description, default, annotation); none if ``section``, a
+    pydantic model or dataclass, is the type of a value."""
     found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.update(keys(field.annotation, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = field
+    own = getattr(section, "model_fields", None) or getattr(section, "__pydantic_fields__", {})
+    for name, field in own.items():
+        found |= keys(field.annotation, f"{prefix}{name}.") or {prefix + name: field}
     return found
 
 
@@ -444,15 +448,30 @@ def _key_of(item: Mapping[str, Any]) -> str:
     return next((key for key in prefixes if key in keys()), ".".join(parts))
 
 
+MAX_BYTES = 1 << 18  # of a config; PyYAML reads a megabyte in some 10 s
+MOST_NODES, MOST_DEPTH = 20_000, 32  # a node counts as often as it is used by an alias
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values and the line of each dotted key (counted from 1); UserError if it is no YAML of safe types."""
+    """The file's values and the line of each dotted key (counted from 1); UserError if it is no YAML of safe types.
+
+    The file may be one that came with an adapter or a checkpoint, and so from anyone: its size is bounded.
+    """
     if not path.exists():
         raise UserError(
             f"{path} does not exist; `qlora config init --out {path}` writes a commented config to start from"
         )
+    lines: dict[str, int] = {}
     with reading(path, "expected YAML as `qlora config init` writes it"):
+        text = regular(path, MAX_BYTES).read_text(encoding="utf-8")
         try:
-            values, root = _parsed(regular(path, MAX_BYTES).read_text(encoding="utf-8"))
+            for name, line in _iter_lines(yaml.compose(text, Loader=yaml.SafeLoader)):
+                if name in lines:
+                    raise UserError(f"{path}:{line}: {name} was already set on line {lines[name]}; remove one of them")
+                lines[name] = line
+                if len(lines) > MOST_NODES:
+                    raise ValueError(f"it has more than {MOST_NODES:,} values")
+            values = yaml.safe_load(text)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -461,38 +480,23 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
-    return values, dict(_lines(root, "", str(path)))
+    return values, lines
 
 
-MAX_BYTES = 1 << 18  # of a config; PyYAML reads a megabyte in some 10 s
-MOST_NODES, MOST_DEPTH = 20_000, 32  # a node counts as often as it is used by an alias
-
-
-def _parsed(text: str) -> tuple[Any, Any]:
-    """The values and the nodes of YAML of bounded size. ValueError for more, and for an anchor that holds itself."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    level, count, depth = [root], 0, 0
-    while inner := [node.value for node in level if isinstance(node, yaml.CollectionNode)]:
-        count, depth = count + sum(map(len, inner)), depth + 1
-        if count > MOST_NODES or depth > MOST_DEPTH:
-            raise ValueError(f"it has more than {MOST_NODES:,} values, or more than {MOST_DEPTH} inside one another")
-        level = [node for value in inner for entry in value for node in (entry if type(entry) is tuple else (entry,))]
-    return yaml.safe_load(text), root
-
-
-def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = prefix + str(key.value), key.start_mark.line + 1
-        if name in seen:
-            raise UserError(f"{source}:{line}: {name} was already set on line {seen[name]}; remove one of them")
-        seen[name] = line
-        yield name, line
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, f"{name}.", source)
+def _iter_lines(node: yaml.Node | None, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Every value inside a node, as often as aliases use it: its dotted key, or number in a list, and its line."""
+    if depth > MOST_DEPTH:
+        raise ValueError(f"it has more than {MOST_DEPTH} values inside one another")
+    for number, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
+        pair = entry if isinstance(entry, tuple) else ()  # a key and its value
+        has_name = bool(pair) and isinstance(pair[0], yaml.ScalarNode)
+        name = f"{prefix}{pair[0].value if has_name else number}"
+        yield name, (pair or [entry])[0].start_mark.line + 1
+        for inner in pair or [entry]:
+            yield from _iter_lines(inner, f"{name}.", depth + 1)
 
 
 def _value_of(text: str) -> Any:
     with suppress(Exception):  # the check reports the text
-        return _parsed(text)[0]
+        return yaml.safe_load(text)
     return text

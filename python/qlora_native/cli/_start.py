@@ -94,19 +94,17 @@ def completed(config: TrainConfig, device: str | None = None, limit: int | None 
         limit = free.bytes if free else 8 << 30
     with as_user_error():
         estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
-    chosen, given = start(estimator, limit, rows, longest), config.train.model_fields_set
-    options = config.train
-    for name in {"optimizer", "eval_every"} - given:
-        setattr(options, name, getattr(chosen, name))
-    if not given & {"epochs", "steps"}:
-        options.epochs = chosen.epochs
-    if "max_length" not in config.data.model_fields_set:
-        config.data.max_length = chosen.max_length
-    wide = chosen.batch_size * chosen.grad_accum
-    if not given & {"batch_size", "grad_accum"}:
-        options.batch_size, options.grad_accum = chosen.batch_size, chosen.grad_accum
-    elif "grad_accum" not in given:
-        options.grad_accum = max(1, wide // options.batch_size)
-    elif "batch_size" not in given:
-        options.batch_size = max(1, wide // options.grad_accum)
-    return config
+    chosen, options = start(estimator, limit, rows, longest), config.train
+    given = options.model_fields_set
+    names = {"optimizer", "eval_every", "epochs", "batch_size", "grad_accum"} - given
+    train = {name: getattr(chosen, name) for name in names}
+    if "steps" in given:
+        train.pop("epochs", None)
+    step_rows = chosen.batch_size * chosen.grad_accum
+    if "batch_size" in given and "grad_accum" in names:
+        train["grad_accum"] = max(1, step_rows // options.batch_size)
+    elif "grad_accum" in given and "batch_size" in names:
+        train["batch_size"] = max(1, step_rows // options.grad_accum)
+    data = {} if "max_length" in config.data.model_fields_set else {"max_length": chosen.max_length}
+    sections = {"train": options.model_copy(update=train), "data": config.data.model_copy(update=data)}
+    return config.model_copy(update=sections)

@@ -49,7 +49,9 @@ def _key_page() -> str:
 
     lines = []
     for name, field in keys().items():
-        default = "required" if field.is_required() else f"default {as_text(field.default)}"
+        default = (
+            "required" if field.is_required() else f"default {as_text(field.get_default(call_default_factory=True))}"
+        )
         lines.append(f"  --{name:<26} {values_of(field.annotation)} ({default}): {field.description}")
     return "\n".join(lines)
 

@@ -292,7 +292,7 @@ def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], saved: d
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
-            modules_to_save=list(dict.fromkeys(named)) if len(saved) > len(rows) else (),
+            modules_to_save=list(dict.fromkeys(named)) if len(saved) > len(rows) else [],
             trainable_tokens=tokens,
         )
 

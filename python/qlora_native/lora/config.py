@@ -4,44 +4,93 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 ALL_LINEAR = "all-linear"
 
 
-@dataclass
-class LoraConfig:
-    """A LoRA adapter, for :func:`qlora_native.add_lora`.
+class Limits:
+    """Limits of a number in an annotation, which pydantic checks; without pydantic they mean nothing."""
+
+    def __init__(self, **limits: float) -> None:
+        self.limits = limits
+
+    def __get_pydantic_core_schema__(self, annotation: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(annotation), **self.limits}
+
+
+Index = Annotated[int, Limits(ge=0, lt=1 << 62)]
+Rank = Annotated[int, Limits(gt=0, le=1 << 16)]
+Alpha = Annotated[float, Limits(gt=-1e30, lt=1e30)]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What :class:`LoraConfig` and the section ``lora`` of a training config have in common, each field defined once:
+    pydantic checks it there, by the limits given here.
+
+    A layer is adapted if its path is one of ``target_modules``, or ends with a dot and one of them. The patterns are
+    regular expressions for the end of a path, as in PEFT.
+    """
+
+    r: Rank = field(default=16, metadata={"description": "rank; parameters and memory of the adapter grow with it"})
+    alpha: float = field(
+        default=32.0,
+        metadata={
+            "description": "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)",
+            "gt": 0,
+            "lt": 1e30,
+        },
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={
+            "description": "share of the adapter's inputs dropped in training; helps on small data",
+            "ge": 0,
+            "lt": 1,
+        },
+    )
+    target_modules: str | list[str] = field(
+        default=ALL_LINEAR, metadata={"description": "names of the layers that get an adapter, or all-linear"}
+    )
+    layers_to_transform: list[Index] | None = field(
+        default=None,
+        metadata={"description": "numbers of the decoder layers that get an adapter, counted from 0; null = all"},
+    )
+    rank_pattern: dict[str, Rank] = field(
+        default_factory=dict,
+        metadata={
+            "description": "other ranks, by the end of a layer's path or a regular expression for it: {down_proj: 32}"
+        },
+    )
+    alpha_pattern: dict[str, Alpha] = field(
+        default_factory=dict, metadata={"description": "other values of alpha, likewise"}
+    )
+    modules_to_save: list[str] = field(
+        default_factory=list,
+        metadata={
+            "description": "modules that are trained whole, as fp32 copies, and saved with the adapter: "
+            "[embed_tokens, lm_head]"
+        },
+    )
+    rslora: bool = field(default=False, metadata={"description": "scale by alpha / sqrt(r): steadier for large r"})
+
+
+@dataclass(frozen=True)
+class LoraConfig(LoraSettings):
+    """A LoRA adapter, for :func:`qlora_native.add_lora`. It has the keys of section ``lora`` of docs/config.md, but for
+    ``adapter``, ``lora_plus_ratio`` and ``ship``, and with ids as ``trainable_tokens``.
 
     Attributes:
-        r: rank.
-        alpha: the adapter's output is scaled by alpha / r.
-        dropout: share of x's elements zeroed before the adapter sees it, in training only; 0 <= dropout < 1.
-        target_modules: "all-linear" (every linear layer but the output embedding), or names: a layer is adapted if its
-            path is one of them or ends with a dot and one of them.
-        rslora: scale by alpha / sqrt(r) instead (Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023).
         seed: the same seed gives the same adapter; None draws from torch's global generator.
-        rank_pattern: rank of the layers whose path ends in (or equals) the key, a regular expression as in PEFT.
-        alpha_pattern: alpha, likewise.
-        layers_to_transform: numbers of the decoder layers that get an adapter, counted from 0; None is all of them.
-        modules_to_save: names of dense modules that are trained whole and saved with the adapter, such as "lm_head".
         trainable_tokens: ids of tokens, also new ones, whose rows of embedding and output embedding are trained;
             or such lists by the names of modules, as in PEFT's ``trainable_token_indices``.
     """
 
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    rslora: bool = False
     seed: int | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: Sequence[int] | None = None
-    modules_to_save: Sequence[str] = ()
     trainable_tokens: Any = ()
 
     def __post_init__(self) -> None:
@@ -59,11 +108,11 @@ class LoraConfig:
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoraConfig: dropout is {self.dropout}: expected 0 or more and less than 1.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            self.target_modules = [self.target_modules]
+            object.__setattr__(self, "target_modules", [self.target_modules])
         if not self.target_modules:
             raise ValueError(f"LoraConfig: target_modules is empty: expected {ALL_LINEAR!r} or names of layers.")
         if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
+            object.__setattr__(self, "modules_to_save", [self.modules_to_save])
         tokens = self.trainable_tokens
         for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
             is_wrong = any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids)

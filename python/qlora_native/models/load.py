@@ -23,7 +23,7 @@ from qlora_native.models import fuse as fusion
 from qlora_native.models.build import MetaModel, four_bit_parts
 from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import without_stacks
-from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
+from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, quantize
 from qlora_native.weights.config import METADATA, bitsandbytes_config
 from qlora_native.weights.files import FileMap, mapped_part, some_of
 from qlora_native.weights.open import open_source

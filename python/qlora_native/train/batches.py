@@ -46,7 +46,8 @@ def describe_rows(rows: TokenizedDataset, held_out: TokenizedDataset | None) -> 
 
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
-    size, seed = config.train.batch_size * config.train.grad_accum, config.train.seed
+    size = config.train.batch_size * config.train.grad_accum
+    seed = config.train.seed
     sampler: Sampler[Any] = BatchSampler(rows.lengths, size, seed=seed)
     if config.data.packing:
         sampler = PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)

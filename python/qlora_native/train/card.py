@@ -23,11 +23,16 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     ``facts`` are the fields of the loop's ``TrainState``, ``hashes`` the SHA-256 of the data files by their paths. The
     front matter is PEFT's, from which the Hugging Face hub reads the adapter's base.
     """
-    model, quant, lora = config.model, config.quant, config.lora
-    record, is_kept = read_record(folder), quant.type == "keep"
-    is_stored, is_made = "folder" in record, bool(record)
+    model = config.model
+    quant = config.quant
+    lora = config.lora
+    record = read_record(folder)
+    is_kept = quant.type == "keep"
+    is_stored = "folder" in record
+    is_made = bool(record)
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
-    made, base = "", f"base in 4 bits ({quant.type} by {quant.method}, blocks of {quant.block_size}"
+    made = ""
+    base = f"base in 4 bits ({quant.type} by {quant.method}, blocks of {quant.block_size}"
     base += ", double quantization)" if quant.double_quant else ")"
     if is_made:
         base = "GGUF file whose weights stayed as they are" if is_kept else "base in 4 bits"
@@ -133,16 +138,22 @@ def _is_bitsandbytes(config: TrainConfig) -> bool:
 
 def peft_snippet(config: TrainConfig, record: Mapping[str, str], adapter: str) -> str:
     """The lines that load the adapter on its base with PEFT and without this package."""
-    quant, dtype, model = config.quant, config.train.dtype, Path(config.model)
+    quant = config.quant
+    dtype = config.train.dtype
+    model = Path(config.model)
     if "folder" in record:
-        place, names = repr(str(Path(config.output_dir) / record["folder"])), ""
+        place = repr(str(Path(config.output_dir) / record["folder"]))
+        names = ""
     elif quant.type == "keep":
-        place, names = f"{str(model.parent)!r}, gguf_file={model.name!r}", ", GgufConfig"
+        place = f"{str(model.parent)!r}, gguf_file={model.name!r}"
+        names = ", GgufConfig"
         place += ", quantization_config=GgufConfig(dequantize=True)"
     elif record:
-        place, names = repr(config.model), ""
+        place = repr(config.model)
+        names = ""
     elif _is_bitsandbytes(config):
-        place, names = f"{config.model!r}, quantization_config=four_bit", ", BitsAndBytesConfig"
+        place = f"{config.model!r}, quantization_config=four_bit"
+        names = ", BitsAndBytesConfig"
     else:
         place, names = "'base-4bit'", ""
     lines = ["from peft import PeftModel", f"from transformers import AutoModelForCausalLM{names}", ""]

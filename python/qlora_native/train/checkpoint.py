@@ -10,6 +10,7 @@ not, continues from either.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -17,11 +18,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ from qlora_native._io import (
     remove_folder,
     user_path,
 )
-from qlora_native.config import LoraSection, TrainConfig, read_yaml
+from qlora_native.config import NonNegative, TrainConfig, keys, read_yaml
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import Brief, UserError
 
@@ -51,8 +53,71 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 # What runs did whose config does not have the key yet.
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"} | {
-    f"lora.{key}": field.default for key, field in LoraSection.model_fields.items()
+    key: field.get_default(call_default_factory=True) for key, field in keys().items() if key.startswith("lora.")
 }
+
+
+LARGEST_SCALE = 65536.0  # of a loss in float16
+SCALE_STEPS = 200  # without an overflow, after which it is doubled
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by in float16, in which small gradients would be zero (Micikevicius et al., "Mixed
+    precision training", 2018): a power of two, 1 where nothing is scaled, and the number of steps since it changed."""
+
+    value: float = 1.0
+    steps: int = 0
+
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divide the gradients by it."""
+        for parameter in parameters if self.value != 1 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / self.value)
+
+    def has_overflowed(self, loss: float, norm: float) -> bool:
+        """Whether a step's gradient, whose norm is given, is not finite because of the scale: its loss is finite."""
+        return self.value != 1 and math.isfinite(loss) and not math.isfinite(norm)
+
+    def update(self, loss: float, norm: float) -> None:
+        """Count a step: halve the scale after an overflow, double it after SCALE_STEPS without one."""
+        self.steps += 1
+        if self.has_overflowed(loss, norm):
+            self.value /= 2
+            self.steps = 0
+        elif self.steps >= SCALE_STEPS and 1 < self.value < LARGEST_SCALE and math.isfinite(loss):
+            self.value *= 2
+            self.steps = 0
+
+
+@dataclass
+class TrainState:
+    """The loop's own part of a checkpoint; losses are held-out ones in nats per token, None without held-out rows."""
+
+    step: NonNegative = 0
+    tokens: NonNegative = 0
+    skipped: NonNegative = 0
+    skipped_in_a_row: NonNegative = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    best_loss: float | None = None
+    best_step: NonNegative | None = None
+    since_best: NonNegative = 0  # evaluations
+    samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
+    scale: LossScale = field(default_factory=LossScale)
+    data: dict[str, Any] = field(default_factory=dict)  # of the sampler
+
+    def count_evaluation(self, loss: float) -> bool:
+        """Count a held-out loss; returns whether training has brought it below every earlier one."""
+        self.loss_after = loss
+        self.since_best += 1
+        if self.step == 0:
+            self.loss_before, self.best_loss, self.since_best = loss, loss, 0
+            return False
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step, self.since_best = loss, self.step, 0
+        return is_best
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -127,7 +192,8 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
     ranks = ranks or OneProcess()
     with reading(folder, BEFORE):
         check_folder(folder)
-        tensors, state = load_file(folder / TENSORS), read_json(folder / STATE, BEFORE)
+        tensors = load_file(folder / TENSORS)
+        state = read_json(folder / STATE, BEFORE)
         states: dict[int, dict[str, Any]] = {int(number): values for number, values in state.pop("optimizer").items()}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -143,7 +209,8 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
             states = shard_states(states, optimizer)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         # A rank that did not exist when the checkpoint was made keeps its own state.
-        prefix, plain = f"rank.{ranks.rank}." if ranks.rank else "", state.pop("random")
+        prefix = f"rank.{ranks.rank}." if ranks.rank else ""
+        plain = state.pop("random")
         own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(f"{prefix}random")}
         if own:
             set_random_state(own, plain)
@@ -182,11 +249,28 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, but: str = "") -> Path | None:
-    """The checkpoint to continue from, or None to start anew; the key ``but`` may have another value there.
+class Checkpoint(NamedTuple):
+    """What a run continues from: the folder, and how the weights were quantized that it was trained on."""
+
+    folder: Path
+    quant_type: str
+    method: str
+
+    def refuse(self, *changed: str) -> None:
+        """UserError for settings that are not those of the checkpoint, each as ``key old -> new``."""
+        if changed:
+            raise UserError(
+                f"{self.folder} was made with other settings: {', '.join(changed)}; "
+                "set them back, or start anew with another --output_dir"
+            )
+
+
+def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to continue from, or None to start anew.
 
     UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
-    not set although ``output_dir`` holds checkpoints of an earlier run.
+    not set although ``output_dir`` holds checkpoints of an earlier run. What the config leaves open, as
+    ``quant.type: auto`` does, is not compared.
     """
     found = checkpoints(output_dir)
     if resume is None and found:
@@ -196,29 +280,31 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, b
         )
     if resume is None or (resume == "auto" and not found):
         return None
-    checkpoint = found[-1] if resume == "auto" else user_path(resume)
-    if not (checkpoint / STATE).is_file():
+    folder = found[-1] if resume == "auto" else user_path(resume)
+    if not (folder / STATE).is_file():
         near = f"; {found[-1]} is one" if found else ""
-        raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
-    with reading(checkpoint / CONFIG, BEFORE):
-        before = read_yaml(checkpoint / CONFIG)[0]
-        if config.quant.type == "auto":
-            config.quant.type = before["quant"]["type"]
-        now = config.model_dump(mode="json")
-        changed = [
-            f"{block}.{key} {was} -> {value}"
-            for block in ("quant", "lora", "train")
-            for key, value in now[block].items()
-            if (block != "train" or key in _FIXED_KEYS) and f"{block}.{key}" not in (but, "quant.save")
-            if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
-        ]
+        raise UserError(f"resume is {folder}, which is no checkpoint (it has no {STATE}){near}")
+    skipped = {"quant.save"}
+    if config.quant.type == "auto":
+        skipped.add("quant.type")
+    if config.quant.falls_back:
+        skipped.add("quant.method")
+    changed = []
+    with reading(folder / CONFIG, BEFORE):
+        before = read_yaml(folder / CONFIG)[0]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
-            changed.insert(0, f"model {before['model']} -> {config.model}")
-    if changed:
-        raise UserError(
-            f"{checkpoint} was made with other settings: {', '.join(changed)}; "
-            "set them back, or start anew with another --output_dir"
-        )
+            changed.append(f"model {before['model']} -> {config.model}")
+        now = config.model_dump(mode="json")
+        for key in keys():
+            block, _, name = key.partition(".")
+            if key in skipped or not (block in ("quant", "lora") or (block == "train" and name in _FIXED_KEYS)):
+                continue
+            was = before[block].get(name, _BEFORE_THE_KEY.get(key))
+            value = now[block][name]
+            if was != value:
+                changed.append(f"{key} {was} -> {value}")
+        checkpoint = Checkpoint(folder, before["quant"]["type"], before["quant"]["method"])
+    checkpoint.refuse(*changed)
     return checkpoint
 
 

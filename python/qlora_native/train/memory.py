@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.checkpoint import random_state, set_random_state
+from qlora_native.train.progress import Observer, Record, mib
 from qlora_native.weights.source import Source
 
 if TYPE_CHECKING:
@@ -35,41 +37,55 @@ def anonymous_bytes(status: str) -> tuple[int, int]:
     return sizes["RssAnon"] + sizes["RssShmem"], sizes["VmHWM"] - sizes["RssFile"]
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """The memory that a run is expected to take, and how its model is loaded for that."""
+
+    estimate: Estimate | None = None
+    layers_budget: int | None = None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
+    reason: str = ""  # why there is no estimate
+
+
+def forecast(config: TrainConfig, source: Source, longest: int, rows: int = 1 << 20) -> Forecast:
+    """The forecast for a run on ``rows`` rows of ``source``'s model, the longest of so many tokens."""
+    from qlora_native.estimate import Estimator, Setting
+
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        estimator = Estimator(source, Setting.from_config(config, device, rows, longest))
+        if device == "cpu":
+            return Forecast(estimator.at())
+        card = torch.device("cuda", torch.cuda.current_device())
+        return fit(estimator, free_device_memory(card).bytes)
+    except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
+        return Forecast(reason=f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+def fit(estimator: Estimator, free: int) -> Forecast:
+    """The forecast for a card with so many free bytes: layers stream if the model does not fit there."""
+    from qlora_native.estimate.cards import streamed_on
+
+    estimate = estimator.at()
+    run = None if estimate.fits(free) else streamed_on(estimator, free)
+    if run is None or not run.residency.streamed:
+        return Forecast(estimate)
+    return Forecast(run.estimate, run.residency.num_bytes)
+
+
 class MemoryReport:
-    """Made before the model is loaded; :meth:`line` is for the end of the run. ``longest`` of ``rows`` in tokens."""
+    """The memory of a run, measured from here on, beside its forecast. Made before the model is loaded."""
 
-    def __init__(self, config: TrainConfig, source: Source, longest: int, rows: int = 1 << 20) -> None:
-        from qlora_native.estimate import Estimator, Setting
-
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.predicted: Estimate | None = None
-        self.layers_budget: int | None = None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
-        self.reason = ""
+    def __init__(self, forecast: Forecast) -> None:
+        self.predicted = forecast.estimate
+        self.reason = forecast.reason
+        self.is_on_card = torch.cuda.is_available()
         self.mapped = self.streamed = 0  # bytes of mapped weights: in memory at once, and those left in the files
-        try:
-            estimator = Estimator(source, Setting.from_config(config, self.device, rows, longest))
-            self.predicted = estimator.at()
-            if self.device == "cuda":
-                card = torch.device("cuda", torch.cuda.current_device())
-                self._fit(estimator, free_device_memory(card).bytes)
-        except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
-            self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
         release_free_memory()
         self._start, self._earlier = self._reset()
 
-    def _fit(self, estimator: Estimator, free: int) -> None:
-        """Has layers stream where the run does not fit a card with so many free bytes."""
-        if self.predicted is None or self.predicted.fits(free):
-            return
-        from qlora_native.estimate.cards import streamed_on
-
-        run = streamed_on(estimator, free)
-        if run is not None and run.residency.streamed:
-            self.predicted, self.layers_budget = run.estimate, run.residency.num_bytes
-
     def _now(self) -> tuple[int, int]:
-        if self.device == "cuda":
+        if self.is_on_card:
             return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         try:
             return anonymous_bytes(Path("/proc/self/status").read_text(encoding="ascii"))
@@ -78,7 +94,7 @@ class MemoryReport:
 
     def _reset(self) -> tuple[int, int]:
         """As ``_now``, after the peak was set to what is held now; where Linux refuses that it is the process's."""
-        if self.device == "cuda":
+        if self.is_on_card:
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -101,17 +117,21 @@ class MemoryReport:
         """Predicted against measured, with the mapped weights in both, as far as they are in memory, and what is beside
         them: the libraries' memory is no part of either."""
         measured = self.measured() and self.measured() + self.mapped
-        result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which was not measured"
+        result = f"measured {mib(measured)}" if measured else "which was not measured"
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
         predicted = self.predicted.total - self.streamed
-        share = 100 * (predicted / measured - 1) if measured else 0.0
-        error = f" ({abs(share):.1f} % too {'much' if share > 0 else 'little'} predicted)" if measured else ""
-        mapped = f"; {self.mapped / 2**20:,.0f} MiB of it are mapped weights" if self.mapped else ""
-        mapped += f", of {(self.mapped + self.streamed) / 2**20:,.0f} MiB in the files" if self.streamed else ""
-        beside = max(0, peak_rss_bytes() - measured) if self.device == "cpu" and measured else 0
-        rest = f"; Python, libraries and rows take {beside / 2**20:,.0f} MiB beside it" if beside else ""
-        return f"memory of model and training: predicted {predicted / 2**20:,.0f} MiB, {result}{error}{mapped}{rest}"
+        text = f"memory of model and training: predicted {mib(predicted)}, {result}"
+        if measured:
+            error = predicted / measured - 1
+            text += f" ({100 * abs(error):.1f} % too {'much' if error > 0 else 'little'} predicted)"
+        if self.mapped:
+            text += f"; {mib(self.mapped)} of it are mapped weights"
+        if self.streamed:
+            text += f", of {mib(self.mapped + self.streamed)} in the files"
+        if measured and not self.is_on_card and (beside := peak_rss_bytes() - measured) > 0:
+            text += f"; Python, libraries and rows take {mib(beside)} beside it"
+        return text
 
     def beside_weights(self) -> int:
         """Bytes that the run is predicted to take beside frozen weights and the adapters, which are there already."""
@@ -121,16 +141,17 @@ class MemoryReport:
         return terms.total - terms.weights - terms.scales - terms.dense - terms.adapters
 
 
-class MappedWeights:
-    """The weights of a run that lie in mapped files: streamed where they do not fit, checked as the run goes on.
+class MappedWeights(Observer):
+    """The weights of a run that lie in mapped files: streamed where they do not fit, checked at each loss.
 
     ``stream`` is the native one, None where nothing streams. Of ``world`` processes those on one host share its memory.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int = 1
+        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int
     ) -> None:
-        self._model, self._where = model, config.model
+        self._model = model
+        self._where = config.model
         self._files: list[_C.MappedFile] = []
         self.stream: _C.WeightStream | None = None
         if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
@@ -144,17 +165,19 @@ class MappedWeights:
 
         parts = parts_of(model)
         self._files = list({id(part.file): part.file for part in parts}.values())
-        beside = 0
-        if report is not None:
-            report.mapped = num_bytes(parts)
-            beside = report.beside_weights() * int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        beside = 0 if report is None else here * report.beside_weights()
         streaming = stream_if_needed(model, config.weight_budget, beside, note)
-        self.stream = None if streaming is None else streaming.stream
-        if report is not None and streaming is not None:
-            report.streamed = max(0, report.mapped - streaming.plan.num_bytes)
-            report.mapped -= report.streamed
+        mapped = num_bytes(parts)
+        streamed = 0
+        if streaming is not None:
+            self.stream = streaming.stream
+            streamed = max(0, mapped - streaming.plan.num_bytes)
+        if report is not None:
+            report.mapped = mapped - streamed
+            report.streamed = streamed
 
-    def check(self, loss: float) -> None:
+    def computed(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
         if self._files:
             from qlora_native.models.mapped import check_files, check_mapped_finite
@@ -178,7 +201,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-class OOMRetry:
+class OOMRetry(Observer):
     """Runs the passes of a training step or an evaluation, and once more, with the optimizer's states paged out, if
     they run out of memory; not if ``train.paged`` is false, nor, without ``can_retry``, on one of several processes.
 
@@ -191,14 +214,15 @@ class OOMRetry:
     ) -> None:
         self.config, self.optimizer, self._note, self._can_retry = config, optimizer, note, can_retry
         self.retries, self.lost_seconds = 0, 0.0
-        self._is_reported = False
+        self._has_noted = False
 
     def run(self, passes: Callable[[], Result], what: str) -> Result:
         """``passes()``. A retry starts from the random state of the first attempt, without gradients: it computes the
         same. UserError, which begins with ``what``, if memory runs out again."""
         if not self._can_retry:
             return self.run_once(passes, what)
-        before, began = random_state(), time.monotonic()
+        before = random_state()
+        began = time.monotonic()
         try:
             return passes()
         except (MemoryError, RuntimeError) as error:
@@ -212,7 +236,7 @@ class OOMRetry:
             raise self._error(what, message)
         self.optimizer.page_out()
         release_free_memory()
-        self.report_paging(what)
+        self.note_paging(what)
         set_random_state(*before)
         self.retries += 1
         self.lost_seconds += time.monotonic() - began
@@ -230,18 +254,22 @@ class OOMRetry:
             message = str(error)
         raise self._error(what, message)
 
-    def report_paging(self, when: str) -> None:
+    def note_paging(self, when: str) -> None:
         """Note once that states are paged out, whatever the reason."""
-        num_bytes = 0 if self._is_reported else self.optimizer.states_paged_out()
+        num_bytes = 0 if self._has_noted else self.optimizer.states_paged_out()
         if num_bytes:
-            self._is_reported = True
+            self._has_noted = True
             cause = "as train.paged says" if self.config.train.paged is True else "memory is short"
-            self._note(f"{when}: {cause}, so {num_bytes / 2**20:,.0f} MiB of optimizer states are paged out")
+            self._note(f"{when}: {cause}, so {mib(num_bytes)} of optimizer states are paged out")
+
+    def stepped(self, record: Record) -> None:
+        self.note_paging(f"step {record['step']}")
 
     def _error(self, what: str, message: str) -> UserError:
         found = _ASKED.search(message)
         asked = f"it asked for {found[1]}" if found else "an allocation failed"
-        options, data = self.config.train, self.config.data
+        options = self.config.train
+        data = self.config.data
         device: torch.device = self.optimizer.param_groups[0]["params"][0].device
         free = free_device_memory(device) if device.type == "cuda" else free_memory()
         advice = [f"lower data.max_length (now {data.max_length})"]

@@ -12,11 +12,13 @@ from qlora_native.data.template import ChatEncoder, check_vocabulary
 from qlora_native.evaluate.answers import answer, as_text, split_row
 from qlora_native.models.fuse import modes_kept
 from qlora_native.models.generate import stop_tokens
+from qlora_native.train.checkpoint import TrainState
+from qlora_native.train.progress import Observer, Record
 
 Sample = dict[str, str]  # prompt, expected (of a held-out row), before (the first answer of the run), answer
 
 
-class Samples:
+class Samples(Observer):
     """``asked`` is ``train.samples``. A prompt is a user's message, or plain text if the training rows are."""
 
     def __init__(
@@ -29,7 +31,9 @@ class Samples:
         is_sharded: bool,
     ) -> None:
         self._model, self._tokenizer, self._is_sharded = model, tokenizer, is_sharded
-        self._stop, self._prompts = stop_tokens(model, tokenizer), list[tuple[list[int], Sample]]()
+        self._answers: list[Sample] = []
+        self._stop = stop_tokens(model, tokenizer)
+        self._prompts = list[tuple[list[int], Sample]]()
         if isinstance(asked, int):
             for row in held_out[:asked]:
                 prompt, expected = split_row(row)
@@ -38,10 +42,17 @@ class Samples:
             return
         encoder = ChatEncoder(tokenizer)
         for text in asked:
-            message, is_text = {"role": "user", "content": text}, rows.stats.template == "none"
+            message = {"role": "user", "content": text}
+            is_text = rows.stats.template == "none"
             prompt = encoder.text_ids(text) if is_text else encoder.prompt_ids([message])
             check_vocabulary(max(prompt, default=0), tokenizer, model, "train.samples")
             self._prompts.append((prompt, {"prompt": text}))
+
+    def evaluating(self, state: TrainState) -> None:
+        self._answers = state.samples = self.answers(state.samples)
+
+    def evaluated(self, record: Record) -> None:
+        record["samples"] = self._answers
 
     @torch.no_grad()
     def answers(self, earlier: Sequence[Sample]) -> list[Sample]:

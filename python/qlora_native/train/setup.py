@@ -24,7 +24,8 @@ from qlora_native.models.load import load_model
 from qlora_native.models.progress import Progress, layer_progress
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train.graphs import why_eager
+from qlora_native.train.checkpoint import Checkpoint
+from qlora_native.train.passes import why_eager
 from qlora_native.weight import CALIBRATED
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.open import notes_of, open_source
@@ -59,7 +60,8 @@ def prepare_model(
         adapter: the folder of the adapter to start from.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
-    options, ranks = config.train, ranks or OneProcess()
+    options = config.train
+    ranks = ranks or OneProcess()
     lora = config.lora.as_config(options.seed, tokenizer)
     with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
@@ -81,7 +83,8 @@ def prepare_model(
         if adapter is not None:
             load_adapter(model, adapter)
             for _, layer in lora_layers(model):
-                layer.dropout = model.lora_config.dropout = lora.dropout
+                layer.dropout = lora.dropout
+            model.lora_config = replace(model.lora_config, dropout=lora.dropout)
         elif not _has_adapters(model):
             add_lora(model, lora)
         if ranks.is_sharded:
@@ -94,13 +97,10 @@ def prepare_model(
             # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
             # whose input needs none, as the first one's here.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            options_of_it = {"use_reentrant": False}
+            checkpointing = {"use_reentrant": False}
             if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
-                options_of_it["preserve_rng_state"] = False
-            enable(options_of_it)
-    if config.quant.type == AUTO:  # a resumed run, and what reads the adapter, must find what it was
-        report = getattr(model, "load_report", None)
-        config.quant.type = "keep" if report is not None and report.is_kept else "nf4"
+                checkpointing["preserve_rng_state"] = False
+            enable(checkpointing)
     return model.train()
 
 
@@ -122,21 +122,38 @@ def check_data(
     return [*template, *(f"data check: {finding}" for finding in findings)]
 
 
-def settle_method(config: TrainConfig, source: Source | None, rows: TokenizedDataset) -> str | None:
-    """Set ``quant.method`` to rtn where the training rows are too few to calibrate with; then the line to print."""
-    quant = config.quant
-    if source is None or quant.method not in CALIBRATED or quant.calibration is not None or _is_made(config, source):
-        return None
-    from qlora_native.calibration.data import LEAST_TOKENS
+def resolve(
+    config: TrainConfig, checkpoint: Checkpoint | None, rows: TokenizedDataset, source: Source | None, model: Any
+) -> tuple[TrainConfig, list[str]]:
+    """The config of a run with nothing left open, and lines to print where that is not what was asked for.
 
-    method, least = quant.method, LEAST_TOKENS[quant.method]
-    if rows.stats.tokens >= least:
-        return None
-    quant.method = "rtn"
-    return (
-        f"quant.method is rtn in place of {method}, which calibrates on {least:,} tokens and more: the training rows "
-        f"have {rows.stats.tokens:,}; quant.calibration names a file with more"
-    )
+    ``quant.method`` becomes rtn where the training rows are too few to calibrate with, and ``quant.type`` auto what it
+    means for the weights: those of the checkpoint to continue from, of ``source``, or of the ``model`` given. What
+    reads the adapter, and a resumed run, must find in its config what it was trained on.
+
+    UserError if the method is not that of the checkpoint.
+    """
+    quant = config.quant
+    notes = []
+    if source is not None and quant.falls_back and not _is_made(config, source):
+        from qlora_native.calibration.data import LEAST_TOKENS
+
+        least = LEAST_TOKENS[quant.method]
+        if rows.stats.tokens < least:
+            notes.append(
+                f"quant.method is rtn in place of {quant.method}, which calibrates on {least:,} tokens and more: the "
+                f"training rows have {rows.stats.tokens:,}; quant.calibration names a file with more"
+            )
+            quant = quant.model_copy(update={"method": "rtn"})
+    if checkpoint is not None and checkpoint.method != quant.method:
+        checkpoint.refuse(f"quant.method {checkpoint.method} -> {quant.method}")
+    if quant.type == AUTO and checkpoint is not None:
+        quant = quant.model_copy(update={"type": checkpoint.quant_type})
+    if quant.type == AUTO:
+        report = getattr(model, "load_report", None)
+        is_kept = source.keeps(quant.options["quant_type"]) if source is not None else report and report.is_kept
+        quant = quant.model_copy(update={"type": "keep" if is_kept else "nf4"})
+    return config.model_copy(update={"quant": quant}), notes
 
 
 def _is_made(config: TrainConfig, source: Source) -> bool:
@@ -149,40 +166,42 @@ def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: 
     """The first line of a run: what its weights are, what is trained beside them, for how long."""
     report = getattr(model, "load_report", None)
     frozen = [layer.quantized for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    parts = []
+    weights = ""
     if frozen:
         made = "kept as" if report is not None and report.is_kept else "converted to" if is_converted else "in"
         kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
         method = f" by {report.method}" if report is not None and report.method in CALIBRATED else ""
-        parts.append(f"{len(frozen)} layers {made} {kinds}{method}")
-    adapted = [layer for _, layer in lora_layers(model)]
-    ranks = sorted({layer.r for layer in adapted})
+        weights = f"{len(frozen)} layers {made} {kinds}{method}, "
+    ranks = sorted(layer.r for _, layer in lora_layers(model))
+    between = " to ".join(dict.fromkeys((str(ranks[0]), str(ranks[-1]))))
     start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
-    parts.append(f"rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} on {len(adapted)} layers{start}")
     four_bit = four_bit_parts(model)
     dense = {name: tensor for name, tensor in model.named_parameters() if name not in four_bit}
     trained = sum(tensor.numel() for tensor in dense.values() if tensor.requires_grad)
     everything = sum(part.numel() for part in (*dense.values(), *four_bit.values()))
-    parts.append(f"{_in_words(trained)} of {_in_words(everything)} parameters trained")
-    options, items = config.train, "sequences" if config.data.packing else "rows"
-    parts.append(f"{total:,} steps of {options.batch_size * options.grad_accum} {items}")
-    return f"{Path(config.model).name}: {', '.join(parts)}"
+    step_rows = config.train.batch_size * config.train.grad_accum
+    items = "sequences" if config.data.packing else "rows"
+    return (
+        f"{Path(config.model).name}: {weights}rank {between} on {len(ranks)} layers{start}, {_in_words(trained)} of "
+        f"{_in_words(everything)} parameters trained, {total:,} steps of {step_rows} {items}"
+    )
 
 
 def _in_words(count: float) -> str:
     """8.8 M, 494 M, 1.54 B."""
-    units = iter(("", " k", " M", " B"))
-    unit = next(units)
-    while count >= 999.5 and unit != " B":
-        count, unit = count / 1000, next(units)
-    return f"{count:.3g}{unit}"
+    for unit in ("", " k", " M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
 
 
 def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
     from qlora_native.models.trained import STORED, can_round_again, source_of, store_base
 
-    source, folder = source_of(model, source), output_dir / STORED
+    source = source_of(model, source)
+    folder = output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
         store_base(model, folder, tokenizer)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -233,7 +252,8 @@ def _load(
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
-    method, path = config.quant.method, config.quant.calibration
+    method = config.quant.method
+    path = config.quant.calibration
     if method not in CALIBRATED:
         if path is not None:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
@@ -260,7 +280,7 @@ def seed_all(seed: int) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
-    """The trainable parameters; with a ratio other than 1 in two groups, of which that of B has it as ``lr_ratio``."""
+    """The trainable parameters; with a ratio other than 1 in two groups: the second, of B, has it as ``lr_ratio``."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if lora_plus_ratio == 1:
         return list(trained.values())

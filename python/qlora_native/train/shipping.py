@@ -23,6 +23,8 @@ from qlora_native.lora import adapters_off, lora_layers
 from qlora_native.models.calibrate import side_by_side
 from qlora_native.models.recode import recode
 from qlora_native.nn import QuantizedLinear
+from qlora_native.train.checkpoint import TrainState
+from qlora_native.train.progress import Observer
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.files import aligned_files
 from qlora_native.weights.gguf_source import GgufSource
@@ -31,16 +33,22 @@ MOST_ROWS = 1024  # that tokens for the calibration are taken from
 METHOD = "trained"  # how the 4-bit weights were made, in config.json
 
 
-class Shipping:
-    """Finds the codes that adapted layers ship as, lets them compute with those, and writes them.
+class Shipping(Observer):
+    """Finds the codes that adapted layers ship as after the last of ``total`` steps, lets them compute with those in
+    the last evaluation, and writes them.
 
     UserError for a model whose adapted layers cannot ship so.
     """
 
-    def __init__(self, config: TrainConfig, model: Any) -> None:
+    work = "calibrating what ships"
+
+    def __init__(
+        self, config: TrainConfig, model: Any, rows: TokenizedDataset, total: int, note: Callable[[str], object]
+    ) -> None:
         self.model: Any = model
+        self._rows, self._length, self._total, self._note = rows, config.data.max_length, total, note
         self.layers: dict[str, Any] = dict(lora_layers(model))
-        wanted = config.lora.ship
+        self._format = wanted = config.lora.ship
         self.name = "shipped.gguf" if wanted == "gguf" else "shipped"  # of what is written
         for path, layer in self.layers.items():
             base = layer.base_layer
@@ -53,9 +61,17 @@ class Shipping:
             if base.is_sharded:
                 raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
 
-    def recode(self, rows: TokenizedDataset, length: int) -> None:
+    def evaluating(self, state: TrainState) -> None:
+        if state.step >= self._total:
+            self.recode()
+            self._note(f"after step {state.step} the weights are those that ship, {self._format}")
+
+    def recode(self) -> None:
         """Let the layers compute with the codes of a merge that is calibrated on training rows."""
-        model, found = self.model, dict[str, torch.Tensor]()
+        model = self.model
+        rows = self._rows
+        found = dict[str, torch.Tensor]()
+        length = self._length
         taken = (rows[int(row)]["input_ids"] for row in permutation(len(rows), 0)[:MOST_ROWS])
         ids = torch.from_numpy(np.concatenate([*taken])[:TOKENS].astype(np.int64))
         ids = ids[: len(ids) // length * length].view(-1, length) if len(ids) > length else ids[None]
@@ -81,7 +97,8 @@ class Shipping:
             nats, tokens = torch.tensor(parts, dtype=torch.float64).t()
             return Scores(tokens, nats)
 
-        shipped, weights = scores(), [layer.shipped for layer in self.layers.values()]
+        shipped = scores()
+        weights = [layer.shipped for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
                 layer.shipped = None

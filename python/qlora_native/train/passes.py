@@ -1,4 +1,5 @@
-"""Forward and backward passes of micro-batches as CUDA graphs, one for each shape of them.
+"""Losses and gradients of rows: each process computes its share of a step's micro-batches, on a CUDA device by graphs,
+one for each shape of them.
 
 Eager, a layer-step of a small micro-batch waits for the host. The optimizer's step, two launches, stays outside, and so
 do the learning rate, clipping, paging and what decides whether to step at all.
@@ -6,10 +7,8 @@ do the learning rate, clipping, paging and what decides whether to step at all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ from torch import Tensor
 from transformers import masking_utils
 
 from qlora_native.config import TrainConfig
-from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.models.loss import has_plain_head, is_random, without_needless_mask
-from qlora_native.train.batches import Batch
+from qlora_native.data.batching import evaluation_order
+from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.template import IGNORE_INDEX, padding_id
+from qlora_native.distributed import Items, OneProcess
+from qlora_native.models.loss import causal_lm_loss, has_plain_head, is_random, trained_tokens, without_needless_mask
+from qlora_native.train.batches import Batch, micro_batches
+from qlora_native.train.checkpoint import LossScale
 from qlora_native.weights.files import replaced
 
 EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
 MOST_GRAPHS = 32  # their activations share memory, their launches do not
-LARGEST_SCALE = 65536.0  # of a loss in float16
-SCALE_STEPS = 200  # without an overflow, after which it is doubled
 
 Shape = tuple[tuple[str, torch.Size], ...]
 Replay = Callable[[], None]
@@ -52,7 +53,12 @@ class Passes:
     """
 
     def __init__(
-        self, model: Any, loss_of: Callable[[Batch], Tensor], note: Callable[[str], None], *, is_captured: bool = False
+        self,
+        model: Any,
+        loss_of: Callable[[Batch], Tensor],
+        note: Callable[[str], object],
+        *,
+        is_captured: bool = False,
     ) -> None:
         self.model, self.loss_of, self.note, self.is_captured = model, loss_of, note, is_captured
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,44 +127,87 @@ class Passes:
             if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
                 raise RuntimeError("which parameters have a gradient depends on the batch")
         except RuntimeError as error:  # all passes from here on are eager
-            self.is_captured, self.graphs = False, {}
+            self.is_captured = False
+            self.graphs = {}
             self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
         else:
-            self.last, self.graphs[shape] = graph, (inputs, graph.replay)
+            self.last = graph
+            self.graphs[shape] = (inputs, graph.replay)
 
 
 @contextmanager
 def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph]:
     """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
-    graph, pool = torch.cuda.CUDAGraph(), None if last is None else last.pool()
+    graph = torch.cuda.CUDAGraph()
+    pool = None if last is None else last.pool()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
         yield graph
 
 
-@dataclass
-class LossScale:
-    """What the loss is multiplied by in float16, in which small gradients would be zero (Micikevicius et al., "Mixed
-    precision training", 2018): a power of two, 1 where nothing is scaled, and the number of steps since it changed."""
+class Learner:
+    """Computes with ``model`` as the config says, through CUDA graphs if its passes are captured; ``note`` prints why
+    they are not any more. On one process ``ranks`` does nothing."""
 
-    value: float = 1.0
-    steps: int = 0
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        ranks: OneProcess,
+        note: Callable[[str], object] = print,
+        *,
+        is_captured: bool = False,
+    ) -> None:
+        self.config, self.model, self.ranks = config, model, ranks
+        self._pad_id = padding_id(tokenizer)
+        self._passes = Passes(model, self._loss, note, is_captured=is_captured)
 
-    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Divide the gradients by it."""
-        for parameter in parameters if self.value != 1 else ():
-            if parameter.grad is not None:
-                parameter.grad.mul_(1 / self.value)
+    def _loss(self, batch: Batch) -> Tensor:
+        return causal_lm_loss(self.model, batch)
 
-    def is_lowered(self, loss: float, norm: float, note: Callable[[str], None]) -> bool:
-        """Whether a step's gradient overflowed, its loss did not, and a lower scale is tried; ``norm`` is the
-        gradient's."""
-        self.steps += 1
-        if self.value == 1 or not math.isfinite(loss):
-            return False
-        if math.isfinite(norm):
-            if self.steps >= SCALE_STEPS and self.value < LARGEST_SCALE:
-                self.value, self.steps = 2 * self.value, 0
-            return False
-        self.value, self.steps = self.value / 2, 0
-        note(f"the gradient overflows in float16, step skipped; from here on the loss is scaled by {self.value:g}")
-        return True
+    def learn(self, rows: TokenizedDataset, items: Items, scale: LossScale) -> tuple[float, int, int]:
+        """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained.
+
+        Each micro-batch weighs as much as its share of the step's trained tokens, on all processes together. So the
+        gradient is that of the mean over these tokens, however the rows are divided.
+        """
+        ranks = self.ranks
+        passes = self._passes
+        batches = list(self._micro_batches(rows, items))
+        trained = int(ranks.sum(sum(count for _, count in batches))[0])
+        passes.begin()
+        for batch, count in batches:
+            passes.run(batch, scale.value * count / trained, ranks.averaged_over)
+        passes.end()
+        ranks.add_gradients(passes.parameters)
+        scale.unscale(passes.parameters)
+        tokens = int(sum(rows.lengths[item].sum() for item in items))
+        return ranks.sum(passes.loss.item() / scale.value)[0], tokens, trained
+
+    def evaluate(self, rows: TokenizedDataset) -> float:
+        """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
+        parts = self.losses(rows)
+        nats, trained = self.ranks.sum(sum(nats for nats, _ in parts), sum(count for _, count in parts))
+        return nats / trained
+
+    @torch.no_grad()
+    def losses(self, rows: TokenizedDataset) -> list[tuple[float, int]]:
+        """Nats and trained tokens of each of this process's micro-batches of ``rows``."""
+        data = self.config.data
+        items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
+        self.model.eval()
+        try:
+            return [(self._loss(batch).item() * count, count) for batch, count in self._micro_batches(rows, items)]
+        finally:
+            self.model.train()
+
+    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
+        """This process's micro-batches, each with its number of trained tokens: 0 for a filler, which a sharded model
+        computes with since its processes gather weights together."""
+        size = self.config.train.batch_size
+        device = self.model.device
+        for batch in micro_batches(rows, self.ranks.mine(items), size, self._pad_id, device):
+            yield batch, trained_tokens(batch)
+        for filler in self.ranks.filler(items, size):
+            for batch in micro_batches(rows, filler, size, self._pad_id, device):
+                yield batch, 0
