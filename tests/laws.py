@@ -145,7 +145,7 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version", "_C", "_cuda", "_import_hooks"},
-    {"_native", "_io", "_flags", "_mistakes", "_threads"},
+    {"_native", "_pages", "_io", "_flags", "_mistakes", "_threads"},
     {"reference", "cases", "gguf_blocks"},
     {"ops"},
     {"weight", "_memory"},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora_native.ops._direct import adapted_at_once, call, kernel_of, product, unobserved
-from qlora_native.ops._library import Weight
+from qlora_native.ops._operands import Weight
 from qlora_native.weight import QuantizedWeight
 
 

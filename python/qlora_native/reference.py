@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_native import _native, gguf_blocks
+from qlora_native import _native
 
 NESTED_BLOCK = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -124,6 +124,8 @@ def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
     packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
     numel = math.prod(shape)
     if quant_type in _native.GGUF_BLOCKS:
+        from qlora_native import gguf_blocks  # few models need it
+
         return gguf_blocks.values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
     table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)

@@ -20,12 +20,12 @@ from transformers.initialization import no_tie_weights
 from transformers.pytorch_utils import Conv1D
 
 from qlora_native._memory import trim_heap
+from qlora_native._pages import interleave
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import Scratch, StoredTensor, check_finite, first_sentence, mapped_part, some_of
 from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, Plain, Plan, Read, Step
 from qlora_native.nn.experts import put_stack, quantized_stacks, stacks_of
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
-from qlora_native.ops._library import interleave
 from qlora_native.ops.quantize_4bit import double_quantize
 from qlora_native.reference import NESTED_BLOCK
 from qlora_native.weight import QuantizedWeight, quantize

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.errors import UserError
+from qlora_native.errors import UserError, say_once
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import (
     LoRALinear,
@@ -37,7 +37,6 @@ from qlora_native.lora.layer import (
     trained_whole,
 )
 from qlora_native.lora.tokens import DELTA, token_rows
-from qlora_native.ops._library import say_once
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"

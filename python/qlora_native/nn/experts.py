@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
-from qlora_native.ops._library import part_of
+from qlora_native.ops._operands import part_of
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack

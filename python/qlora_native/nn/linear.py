@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_native import functional, weight
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
-from qlora_native.ops._library import Weight, part_of
+from qlora_native.ops._operands import Weight, part_of
 from qlora_native.weight import QuantizedWeight
 
 _SCALES = weight.TENSOR_FIELDS[1:]

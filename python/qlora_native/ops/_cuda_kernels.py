@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_native import _C
-from qlora_native.ops._library import say_once
+from qlora_native.errors import say_once
 
 SLOWER = "its tensors go through torch's own operations, which is slower."
 

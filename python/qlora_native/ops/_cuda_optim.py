@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._native import EXP_AVG, EXP_AVG_SQ_ABSMAX, GROUP
 from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._optim import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
 
 ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
 
@@ -74,8 +74,9 @@ class DeviceTable:
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
 
     def _chunks(self, rows: array[int], address: int, room: int) -> int:
-        groups = 1 + max(rows[9 :: len(rows) // self.num_tensors], default=0) if self.num_tensors else 1
-        found: int = self.module.optim_chunks(address_of(rows), self.num_tensors, *self.uses, groups, address, room)
+        groups = 1 + max(rows[GROUP :: _C.optim_row_length], default=0)
+        table = rows.buffer_info()[0], self.num_tensors
+        found: int = self.module.optim_chunks(*table, *self.uses, groups, address, room)
         return found
 
     def _pinned(self, count: int) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
-from qlora_native.ops._library import Weight
-from qlora_native.ops.dequantize_4bit import Panel
-from qlora_native.ops.linear_4bit import Adapter, Engine, address
+from qlora_native.ops._engine import Adapter, Engine, address
+from qlora_native.ops._operands import Weight
 
+Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
 TWO_STEP = 3
 ALIGNMENT = 16  # bytes, of what the fused kernels read and write

@@ -16,16 +16,9 @@ from torch.compiler import is_dynamo_compiling as is_compiling  # all else that 
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import (
-    AUTOGRAD_NODES,
-    FROZEN,
-    IMPLEMENTATIONS,
-    TENSORS,
-    Weight,
-    buffer,
-    gather_pages,
-    recording,
-)
+from qlora_native._pages import buffer, gather_pages
+from qlora_native.ops._library import AUTOGRAD_NODES, FROZEN, IMPLEMENTATIONS, TENSORS, recording
+from qlora_native.ops._operands import Weight
 
 _CPU = torch.device("cpu")
 _is_grad_enabled = torch.is_grad_enabled

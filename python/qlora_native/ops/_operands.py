@@ -124,6 +124,12 @@ class Weight(NamedTuple):
         )
 
 
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, the very tensor; any other tensor itself."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 # The tensors of a weight in nf4 or fp4, with dtype and number of elements as expressions.
 PARTS = {
     "packed": ("uint8", "(numel + 1) // 2"),

@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from qlora_native import _C, _native
-from qlora_native.ops._library import fake, implement, part_of
+from qlora_native._native import GRAD, PARAM
+from qlora_native.ops._library import fake, implement
+from qlora_native.ops._operands import part_of
 
 if TYPE_CHECKING:
     from qlora_native.ops._cuda_optim import DeviceTable
 
 Tensors = list[Tensor]
 
-# Columns of a row, as in cpp/python/tensor_rows.h.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_ABSMAX, EXP_AVG_SQ_ABSMAX, STEP, NUMEL, DTYPE, GROUP = range(
-    _C.optim_row_length
-)
 STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")  # of a parameter, by name
 
 

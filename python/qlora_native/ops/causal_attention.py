@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, empty_like, fake, implement
+from qlora_native.ops._library import autograd, fake, implement
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, cuda_modules, fake, implement
-
-Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
+from qlora_native.ops._library import cuda_kernels, fake, implement
+from qlora_native.ops._operands import Weight
 
 
 def check(dtype: torch.dtype) -> None:
@@ -39,12 +38,12 @@ def decode_all(weight: Weight, out: Tensor) -> None:
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
-    kernels, products = cuda_modules()
-    module = kernels.native(out.device)
+    module = cuda_kernels().native(out.device)
     if module is None:
-        decode_anywhere(weight, out)
-    else:
-        products.decode(module, weight, out)
+        return decode_anywhere(weight, out)
+    from qlora_native.ops import _cuda_products
+
+    _cuda_products.decode(module, weight, out)
 
 
 def decode_anywhere(weight: Weight, out: Tensor) -> None:

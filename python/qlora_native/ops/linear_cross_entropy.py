@@ -18,8 +18,11 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, autograd, cuda_modules, empty_like, fake, implement
-from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native._pages import empty_like
+from qlora_native.ops._engine import NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native.ops._library import autograd, cuda_kernels, fake, implement
+from qlora_native.ops._operands import Weight
+from qlora_native.ops.linear_4bit import ANY, CPU
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk
 # Of a chunk, at least: the head is read and decoded twice a chunk, which so many tokens hide behind their products. On
@@ -126,7 +129,7 @@ def anywhere(*arguments: Any) -> Outputs:
 
 @implement("linear_cross_entropy", "CUDA")
 def cuda(*arguments: Any) -> Outputs:
-    kernels, call = cuda_modules()[0], read(*arguments)
+    kernels, call = cuda_kernels(), read(*arguments)
     h, _, ignore_index, *_ = call
     module = kernels.native(h.device)
     if module is None or h.dtype not in DTYPE_NUMBER:

@@ -15,19 +15,19 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
-from qlora_native.ops._library import Weight, autograd, fake, implement
-from qlora_native.ops.linear_4bit import (
-    CPU,
+from qlora_native.ops._engine import (
     NO_WEIGHT_GRADIENT,
     Adapter,
     Engine,
     as_rows,
-    cuda_engine,
     save_weight,
     saved_weight,
     sum_to_bias,
     without_autocast,
 )
+from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._operands import Weight
+from qlora_native.ops.linear_4bit import CPU, cuda_engine
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import expect_pages, fake, implement, scratch
+from qlora_native._pages import expect_pages, scratch
+from qlora_native.ops._library import fake, implement
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qlora_native import reference
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, empty_like, fake, implement, implement_natively
+from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively
 
 
 @fake("rotary")

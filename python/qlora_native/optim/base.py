@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,15 +18,28 @@ from torch import Tensor
 
 from qlora_native import _C, _native, reference
 from qlora_native.ops import _library
-from qlora_native.ops._library import part_of
+from qlora_native.ops._operands import part_of
 from qlora_native.ops._optim import Plan, address_of
-from qlora_native.optim.paging import PAGING_DEFAULTS, HostPages, Paged, PagedStates, new_states
+from qlora_native.optim import paging
+from qlora_native.optim.paging import (
+    PAGING_DEFAULTS,
+    HostPages,
+    Paged,
+    Pages,
+    Paging,
+    PagingStatistics,
+    Wanted,
+    is_coded,
+    new_states,
+)
 
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 
 
-class Optimizer(PagedStates, torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
     """Base class of AdamW, Adam and Lion, which name their op and the arguments that it takes from a group."""
+
+    _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
 
     # GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -50,6 +64,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if paged is True:  # fail here, not in the first step, if there is no room for the page file
             self._reserve_all()
 
+    def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
+        name, folder = type(self).__name__, None if page_dir is None else Path(page_dir)
+        self.paged, self.page_dir, self.page_budget = paged, folder, page_budget
+        make = partial(new_pages, name, self._moments, paged, folder, page_budget)
+        self._paging = Paging(name, paged, page_budget, make)
+
     def _reset(self) -> None:
         self._plan: Plan | None = None
         self._grad_norm: float | Tensor | None = None
@@ -70,7 +90,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if self.paged is True and self._pages:
+            if self.paged is True and self._paging.pages:
                 self._reserve_all()
         except (ValueError, OSError):
             self.param_groups.pop()
@@ -98,7 +118,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._alone():
+        with self._paging.alone():
             self._step()
         # Kernels write parameters as autograd does not see.
         torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
@@ -183,7 +203,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         module = _library.module_for(device)
         pages = self._device_pages(device)
         if pages is not None and pages.could_pin and pages.is_short():
-            self._pin(pages)
+            self._paging.pin(pages, self.state)
         if module is None:
             return False
         plan = self._plan_for(params, groups)
@@ -209,22 +229,26 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             self._skipped = plan.on_device.skipped
         return True
 
+    def _device_pages(self, device: torch.device) -> Any:
+        pages = self._paging.pages.get(device)
+        return None if isinstance(pages, HostPages) else pages
+
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group in the order of the op's arguments."""
         raise NotImplementedError
 
     def _step_natively(self, plan: Plan, grad_factor: float) -> None:
-        paging: tuple[_C.Pager | None, int, int] = (None, 0, 0)
-        if isinstance(pages := self._pages.get(torch.device("cpu")), HostPages):
-            paging = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
+        pager: tuple[_C.Pager | None, int, int] = (None, 0, 0)
+        if isinstance(pages := self._paging.pages.get(torch.device("cpu")), HostPages):
+            pager = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
         options = [self._options(group) for group in self.param_groups]
-        getattr(_C, self._op)(address_of(plan.table), len(plan.params), options, grad_factor, *paging)
+        getattr(_C, self._op)(address_of(plan.table), len(plan.params), options, grad_factor, *pager)
 
     def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
         calls: dict[tuple[int, torch.device, bool], list[int]] = {}
         for i, (param, number, state) in enumerate(zip(plan.params, plan.groups, plan.states, strict=True)):
-            calls.setdefault((number, param.device, "exp_avg_absmax" in state), []).append(i)
+            calls.setdefault((number, param.device, is_coded(state)), []).append(i)
         names = [*self._moments, *(f"{name}_absmax" for name in self._moments)]
         names += ["step"] if self._counts_steps else []
         for (number, _, _), chosen in calls.items():
@@ -233,7 +257,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             params, chosen_grads = [plan.parts[i] for i in chosen], [grads[i] for i in chosen]
             options = self._options(self.param_groups[number])
             getattr(torch.ops.qlora_native, self._op)(params, chosen_grads, *lists, *options, grad_factor)
-            for pages in self._pages.values():
+            for pages in self._paging.pages.values():
                 pages.keep_within_budget()
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -244,23 +268,55 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             [(param, self._is_coded(param, group)) for group in self.param_groups for param in group["params"]]
         )
 
+    def _reserve(self, wanted: Wanted) -> None:
+        """Make places for the states of these parameters, if they may leave memory."""
+        if self._paging.reserve(wanted):
+            from qlora_native.optim.pressure import watch
+
+            watch(self, paging.free_memory)
+
     def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
         """The states of a parameter, zeros if ``blank``; where they have a place reserved, there."""
         state: dict[str, Any] = {}
         if self._counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        if self._has_place(param, coded):
-            return state | self._pages[param.device].take(param, blank)
-        device = param.device
-        return state | new_states(
-            self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
-        )
+        place = self._paging.take(param, coded, blank)
+        if place is None:
+            device = param.device
+            place = new_states(
+                self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+            )
+        return state | place
+
+    def page_out(self) -> None:
+        """Sends all states out of memory, into the page file. Nothing happens with ``paged=False``; with "auto", if the
+        file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
+        with self._paging.alone():
+            self._paging.page_out(self.state)
+
+    def page_in(self) -> None:
+        """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
+        with self._paging.alone():
+            self._paging.page_in()
+
+    def states_in_memory(self) -> int:
+        """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
+        return self._paging.states_in_memory(self.state)
+
+    def states_paged_out(self) -> int:
+        """Bytes of states in the page file; some may be resident."""
+        return self._paging.states_paged_out()
+
+    def paging_statistics(self) -> PagingStatistics:
+        """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
+        step runs."""
+        return self._paging.statistics()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Its tensors are the states themselves: copy them to keep them from the next step. Those of
         sharded parameters are fp32 DTensors, which any number of ranks can load."""
-        with self._alone():
-            self._wait_until_readable()
+        with self._paging.alone():
+            self._paging.wait_until_readable()
             result = super().state_dict()
             for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
                 if is_sharded(param) and self.state.get(param):
@@ -288,14 +344,14 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 if number in given["state"]
             ]
             self._reserve_all()
-            self._copy_displaced(loaded)
+            self._paging.copy_displaced((param, state) for param, _, state in loaded)
             for param, group, state in loaded:
                 self.state[param] = self._fitted(param, state, group)
 
         with (
             self.register_load_state_dict_pre_hook(hold),
             self.register_load_state_dict_post_hook(fit, prepend=True),
-            self._alone(),
+            self._paging.alone(),
         ):
             super().load_state_dict(state_dict)
 
@@ -352,7 +408,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        self._wait_until_readable()
+        self._paging.wait_until_readable()
         options = {name: getattr(self, name) for name in ("max_norm", *PAGING_DEFAULTS)}
         return {**super().__getstate__(), **options}
 
@@ -373,6 +429,30 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 for param in group["params"]:
                     if self.state.get(param):
                         self.state[param] = self._fitted(param, self.state[param], group)
+
+
+def new_pages(
+    owner: str,
+    moments: dict[str, torch.dtype],
+    paged: Paged,
+    page_dir: Path | None,
+    page_budget: int | None,
+    device: torch.device,
+) -> Pages | None:
+    """None for devices that have no page store: their states are ordinary tensors."""
+    module = _library.module_for(device)
+    if module is not None:
+        from qlora_native.optim.device_pages import DevicePages
+
+        return DevicePages(owner, moments, paged, page_budget, device, module)
+    if device.type == "cpu":
+        return HostPages(owner, moments, paged, page_dir, page_budget)
+    if paged is True:
+        raise ValueError(
+            f"{owner}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
+            "or move the parameters to the CPU."
+        )
+    return None
 
 
 def is_sharded(tensor: Tensor) -> bool:

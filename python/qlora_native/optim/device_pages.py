@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qlora_native._memory import device_memory, free_device_memory
+from qlora_native.errors import say_once
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
-from qlora_native.ops._library import say_once
 from qlora_native.ops._optim import Plan
 from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State, Wanted
 from qlora_native.optim.pressure import PagingPolicy
@@ -68,7 +68,7 @@ class DevicePages(Pages):
         return free.bytes < free.margin and not _cuda_kernels.is_capturing(self.device)
 
     def reserve(self, wanted: Wanted) -> None:
-        """Make room for the states of these parameters, all 0, in one arena more; not where they ``could_pin``."""
+        """Nothing where the states ``could_pin``."""
         if self.could_pin:
             return
         forms = self._forms(wanted)

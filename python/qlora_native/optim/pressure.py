@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from qlora_native._memory import Free
-from qlora_native.ops._library import say_once
+from qlora_native.errors import say_once
 
 INTERVAL = 0.05  # seconds between two checks; one takes about 0.1 ms
 CALM, LONGEST_CALM = 10.0, 640.0  # seconds

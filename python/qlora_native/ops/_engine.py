@@ -1,0 +1,115 @@
+"""What the ops of products share: an :class:`Engine` a device, rows, autocast, and what backward keeps of a weight."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_native.ops._direct import call, may_autocast
+from qlora_native.ops._operands import Weight
+
+
+class Adapter(NamedTuple):
+    """What a low-rank adapter adds to a product, ``low @ up`` in the product's own sums.
+
+    ``low`` is [M, r]; ``up`` is [N, r] (used transposed) for a forward product and [r, K] for an input gradient. With
+    ``down`` ([r, K], or [N, r]) the product fills ``low`` itself: ``down_scale`` times x down^T or x down.
+    """
+
+    low: Tensor
+    up: Tensor
+    down: Tensor | None = None
+    down_scale: float = 1.0
+
+
+class Engine:
+    """Products composed of ops that have a kernel for each device and derivatives of their own."""
+
+    makes_low = False  # whether an adapter may carry ``down``
+
+    def __init__(self, low_memory: bool = False) -> None:
+        self.low_memory = low_memory
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
+        """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
+        y: Tensor = call("linear_4bit", x, bias, self.low_memory, *weight)
+        return y if adapter is None else torch.addmm(y, adapter.low, adapter.up.t())
+
+    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
+        """grad_y W + low up for grad_y [M, N]. Returns [M, K] in grad_y's dtype."""
+        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, self.low_memory, *weight)
+        return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
+
+    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N], without a bias in ``out``."""
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K], in a given ``out``."""
+        product = torch.mm(grad_y, weight, out=out)
+        return product if scale == 1.0 else torch.mul(product, scale, out=out)
+
+    def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
+        return self.narrow(matrix, dtype, scale)
+
+    def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
+        """scale * grad_y B for grad_y [M, N] and an adapter's B [N, r]. Returns [M, r] in grad_y's dtype."""
+        return self.dense_grad_input(grad_y, self.narrow(b, grad_y.dtype), scale)
+
+    def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """scale * tensor, rounded once to ``dtype``, contiguous."""
+        if scale != 1.0:
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+        return tensor.to(dtype).contiguous()
+
+    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        """scale * left^T right, for left [M, r] and right [M, C]: [r, C] in ``dtype``, or ``transposed`` [C, r]."""
+        wide = torch.promote_types(left.dtype, dtype)
+        if transposed:
+            left, right = right, left
+        return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+_UNCHANGED = nullcontext()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
+    if not may_autocast():  # to ask for one device takes longer
+        return _UNCHANGED
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+
+
+def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: Tensor | None) -> None:
+    """Keep the packed weight and ``tensors`` for backward: never anything dequantized."""
+    ctx.save_for_backward(*arguments[:6], *tensors)
+    ctx.weight_rest = arguments[6:]
+
+
+def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The weight arguments and the other saved tensors."""
+    saved = ctx.saved_tensors
+    return (*saved[:6], *ctx.weight_rest), saved[6:]
+
+
+NO_WEIGHT_GRADIENT = (None,) * len(Weight._fields)
+
+
+def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
+    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    return as_rows(grad_y).sum(0, dtype=wide).to(dtype)
