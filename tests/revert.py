@@ -73,7 +73,7 @@ MENDS = (
         for first in range(0, width if is_forward else 0, max(1, columns)):
 """, "test_products_emulated.py rounded_once"),
     Mend("adapters are copied in every pass", f"{OPS}/_cuda_products.py",
-         "if self.low_memory:\n            return self.narrow", "if True:\n            return self.narrow",
+         "return copy_of(matrix, dtype, scale, self.narrow)", "return self.narrow(matrix, dtype, scale)",
          "test_products_emulated.py launches_of"),
     Mend("the device is set for every launch", f"{OPS}/_cuda_kernels.py", "if device.index in (None, current):",
          "if False:", "test_cuda_copies.py made_current"),

@@ -143,7 +143,7 @@ def test_a_device_without_an_image_says_so_once_and_the_others_stay(monkeypatch:
             assert _library.module_for(device) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert _library.module_for(device) is None and cuda_engine(False, device) is None
+            assert _library.module_for(device) is None and cuda_engine(device) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")

@@ -34,7 +34,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return result
 
 
-def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
+def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with a 4-bit weight.
 
     The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums, never all of a large
@@ -46,8 +46,6 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory
         x: [..., K], float32, bfloat16, float16 or float64.
         w: [N, K].
         bias: [N] or None.
-        low_memory: on CUDA, take the fused kernels at any M, and where there is none decode at most 32 MiB at a time in
-            place of 256; slower at large M.
 
     Returns:
         [..., N] in x's dtype.
@@ -56,16 +54,16 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory
         ValueError: shapes, dtypes or devices that do not fit, with the numbers.
     """
     y = product(w._matrix(), x, bias) if unobserved(x, bias) else None
-    return linear_op(x, w.op_args(), bias, low_memory) if y is None else y
+    return linear_op(x, w.op_args(), bias) if y is None else y
 
 
-def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
+def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, bias, low_memory, *weight
+    arguments = x, bias, *weight
     kernel = kernel_of("linear_4bit", arguments)
     if kernel is None:
         x, bias = autocast(x, bias)  # type: ignore[assignment]
-        return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *weight)
+        return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
     result: Tensor = kernel(*arguments)
     return result
 
@@ -103,7 +101,6 @@ def lora_linear(
     scale: float,
     bias: Tensor | None = None,
     x_lora: Tensor | None = None,
-    low_memory: bool = False,
 ) -> Tensor:
     """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
@@ -118,7 +115,6 @@ def lora_linear(
         scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
         bias: [N] or None.
         x_lora: what the adapter sees in place of x (x after dropout), [..., K] in x's dtype.
-        low_memory: as in :func:`linear`.
 
     Returns:
         [..., N] in x's dtype. Gradients flow to x, x_lora, a, b and bias.
@@ -129,7 +125,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
     y = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
-    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora, low_memory) if y is None else y
+    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora) if y is None else y
 
 
 def lora_linear_op(
@@ -140,14 +136,13 @@ def lora_linear_op(
     scale: float,
     bias: Tensor | None = None,
     x_lora: Tensor | None = None,
-    low_memory: bool = False,
 ) -> Tensor:
     """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, x_lora, a, b, scale, bias, low_memory, *weight
+    arguments = x, x_lora, a, b, scale, bias, *weight
     kernel = kernel_of("lora_linear_4bit", arguments)
     if kernel is None:
         x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *weight)[0]
+        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
     result: Tensor = kernel(*arguments)[0]
     return result
 

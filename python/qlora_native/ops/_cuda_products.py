@@ -24,7 +24,6 @@ TWO_STEP = 3
 ALIGNMENT = 16  # bytes, of what the fused kernels read and write
 # Of a decoded weight at a time: every layer of an 8B model is one panel, only heads and the largest of a 70B are more.
 PANEL_BYTES = 256 << 20
-LOW_MEMORY_PANEL_BYTES = 32 << 20
 PANEL_GRAINS = (1024, 256)  # columns: a tile of the decoder, one of torch's GEMM
 
 
@@ -50,7 +49,7 @@ TWO_STEPS = Plan(TWO_STEP, 0, 0, 1, 0, 0, 0)
 
 
 class Sizes(NamedTuple):
-    """What a plan depends on beside the device, in the order of the native function."""
+    """What a plan depends on beside the device and the type, in the order of the native function."""
 
     m: int
     n: int
@@ -59,19 +58,21 @@ class Sizes(NamedTuple):
     block_size: int
     dtype: int
     forward: bool
-    low_memory: bool
 
 
 @lru_cache(maxsize=4096)
-def plan_of(module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0) -> Plan:
+def plan_of(
+    module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0, always_fused: bool = False
+) -> Plan:
+    """The plan of a product. ``always_fused``, with which the checks on a card reach every kernel, is for any m."""
     facts = _cuda_kernels.facts(device)
-    return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count, quant_type)))
+    return Plan(*module.plan_matmul((*sizes, always_fused, facts.compute_capability, facts.sm_count, quant_type)))
 
 
 @lru_cache(maxsize=4096)
-def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = False) -> int:
+def panel_columns(width: int, depth: int, itemsize: int) -> int:
     """Columns of y [M, width] whose weights, ``depth`` elements each, are decoded at once."""
-    most = max(1, (LOW_MEMORY_PANEL_BYTES if low_memory else PANEL_BYTES) // max(1, depth * itemsize))
+    most = max(1, PANEL_BYTES // max(1, depth * itemsize))
     return width if width <= most else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
 
 
@@ -97,8 +98,7 @@ def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
 class Cuda(Engine):
     """The kernels of a native module; products of dense operands are torch's."""
 
-    def __init__(self, module: ModuleType, low_memory: bool) -> None:
-        super().__init__(low_memory)
+    def __init__(self, module: ModuleType) -> None:
         self.module = module
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
@@ -116,7 +116,7 @@ class Cuda(Engine):
         m, (n, k), device = x.shape[0], weight.shape, x.device
         low, up = (None, None) if adapter is None else adapter[:2]
         rank = 0 if low is None else low.shape[1]
-        sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
+        sizes = m, n, k, rank, weight.block_size, number, is_forward  # as Sizes has them
         plan = plan_of(self.module, sizes, device, weight.quant_type) if m and n and k else TWO_STEPS
         if plan.kind == TWO_STEP:
             return self._two_step(is_forward, x, weight, bias, adapter)
@@ -144,7 +144,7 @@ class Cuda(Engine):
         n, k = weight.shape
         width, depth = (n, k) if is_forward else (k, n)
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
-        columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
+        columns = panel_columns(width, depth, stored.itemsize)
         if columns >= width:  # the same with fewer operations of the host
             decoded = x.new_empty(n, k, dtype=stored)
             decode(self.module, weight, decoded)
@@ -181,8 +181,6 @@ class Cuda(Engine):
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 and matrix.dtype == dtype:
             return matrix
-        if self.low_memory:
-            return self.narrow(matrix, dtype, scale)
         return copy_of(matrix, dtype, scale, self.narrow)
 
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -30,17 +30,14 @@ class Engine:
 
     makes_low = False  # whether an adapter may carry ``down``
 
-    def __init__(self, low_memory: bool = False) -> None:
-        self.low_memory = low_memory
-
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
         """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
-        y: Tensor = call("linear_4bit", x, bias, self.low_memory, *weight)
+        y: Tensor = call("linear_4bit", x, bias, *weight)
         return y if adapter is None else torch.addmm(y, adapter.low, adapter.up.t())
 
     def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
         """grad_y W + low up for grad_y [M, N]. Returns [M, K] in grad_y's dtype."""
-        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, self.low_memory, *weight)
+        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, *weight)
         return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
 
     def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -36,15 +36,14 @@ SCHEMAS = {
     "gptq_4bit": "(Tensor t, Tensor factor, Tensor order, Tensor scales, int quant_type, int block_size) -> Tensor",
     "dequantize_4bit": f"(ScalarType dtype, {WEIGHT}) -> Tensor",
     "dequantize_4bit.out": f"(Tensor(a!) out, {WEIGHT}) -> ()",
-    "linear_4bit": f"(Tensor x, Tensor? bias, bool low_memory, {WEIGHT}) -> Tensor",
-    "linear_4bit_grad_input": f"(Tensor grad_y, bool low_memory, {WEIGHT}) -> Tensor",
+    "linear_4bit": f"(Tensor x, Tensor? bias, {WEIGHT}) -> Tensor",
+    "linear_4bit_grad_input": f"(Tensor grad_y, {WEIGHT}) -> Tensor",
     "lora_linear_4bit": (
-        "(Tensor x, Tensor? x_lora, Tensor a, Tensor b, float scale, Tensor? bias, bool low_memory, "
-        f"{WEIGHT}) -> (Tensor, Tensor)"
+        f"(Tensor x, Tensor? x_lora, Tensor a, Tensor b, float scale, Tensor? bias, {WEIGHT}) -> (Tensor, Tensor)"
     ),
     "lora_linear_4bit_backward": (
         "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, "
-        f"bool low_memory, {WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "dense_linear_grad_input": "(Tensor grad_y, Tensor weight) -> Tensor",

@@ -129,14 +129,14 @@ def _dense(
     return y
 
 
-def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
+def cuda_engine(device: torch.device) -> Engine | None:
     """The kernels of a CUDA device; None, after a warning, for one on which they cannot run."""
     module = cuda_kernels().native(device)
     if module is None:
         return None
     from qlora_native.ops import _cuda_products
 
-    return _cuda_products.engine(module, low_memory)
+    return _cuda_products.engine(module)
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -149,12 +149,12 @@ def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
-def _register(device: str, engine_of: Callable[[bool, torch.device], Engine | None]) -> None:
+def _register(device: str, engine_of: Callable[[torch.device], Engine | None]) -> None:
     """The kernels for a dispatch key, by the products of an engine; without one, of the dense weight."""
 
     @implement("linear_4bit", device)
-    def forward(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-        weight, engine = Weight(*arguments), engine_of(low_memory, x.device)
+    def forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+        weight, engine = Weight(*arguments), engine_of(x.device)
         with without_autocast(x):
             if engine is None:
                 cast_bias = None if bias is None else bias.to(x.dtype)
@@ -163,8 +163,8 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine | No
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @implement("linear_4bit_grad_input", device)
-    def grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-        weight, engine = Weight(*arguments), engine_of(low_memory, grad_y.device)
+    def grad_input(grad_y: Tensor, *arguments: Any) -> Tensor:
+        weight, engine = Weight(*arguments), engine_of(grad_y.device)
         with without_autocast(grad_y):
             if engine is None:
                 return grad_y @ _dense_weight(weight, grad_y.dtype)
@@ -178,39 +178,37 @@ _register("CompositeExplicitAutograd", lambda *_: None)
 
 
 @fake("linear_4bit")
-def shapes(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+def shapes(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     weight = Weight(*arguments)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @fake("linear_4bit_grad_input")
-def grad_input_shapes(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+def grad_input_shapes(grad_y: Tensor, *arguments: Any) -> Tensor:
     weight = Weight(*arguments)
     return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, low_memory, *arguments = inputs
+    _, bias, *arguments = inputs
     save_weight(ctx, tuple(arguments))
-    ctx.low_memory = low_memory
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     (arguments, _), (needs_x, needs_bias, *_) = saved_weight(ctx), ctx.needs_input_grad
-    grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments) if needs_x else None
-    return grad_x, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None, None, *NO_WEIGHT_GRADIENT
+    grad_x = call("linear_4bit_grad_input", grad_y, *arguments) if needs_x else None
+    return grad_x, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None, *NO_WEIGHT_GRADIENT
 
 
 def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, low_memory, *arguments = inputs
+    _, *arguments = inputs
     save_weight(ctx, tuple(arguments))
-    ctx.low_memory = low_memory
 
 
 def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
     arguments, _ = saved_weight(ctx)
-    return torch.ops.qlora_native.linear_4bit(grad_grad_x, None, ctx.low_memory, *arguments), None, *NO_WEIGHT_GRADIENT
+    return torch.ops.qlora_native.linear_4bit(grad_grad_x, None, *arguments), *NO_WEIGHT_GRADIENT
 
 
 autograd("linear_4bit", _backward, _setup)

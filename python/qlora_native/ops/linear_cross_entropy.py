@@ -64,7 +64,7 @@ def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
     """h W^T, [M, V]; in ``out`` where the product can be put there."""
     if is_dense(weight):
         return (CPU if h.device.type == "cpu" else ANY).dense_forward(h, weight.packed, out=out)
-    logits: Tensor = torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
+    logits: Tensor = torch.ops.qlora_native.linear_4bit(h, None, *weight)
     return logits
 
 
@@ -72,7 +72,7 @@ def _grad_h(grad_logits: Tensor, weight: Weight, out: Tensor | None = None) -> T
     """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
     if is_dense(weight):
         return (CPU if grad_logits.device.type == "cpu" else ANY).dense_grad_input(grad_logits, weight.packed, out=out)
-    grad_h: Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
+    grad_h: Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, *weight)
     return grad_h
 
 

@@ -27,7 +27,7 @@ from qlora_native.ops._engine import (
 )
 from qlora_native.ops._library import autograd, fake, implement
 from qlora_native.ops._operands import Weight
-from qlora_native.ops.linear_4bit import CPU, cuda_engine
+from qlora_native.ops.linear_4bit import ANY, CPU, cuda_engine
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
@@ -35,8 +35,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty i
 
 def forward_by(engine: Engine, arguments: tuple[Any, ...]) -> Pair:
     """The op by the products of an engine."""
-    x, x_lora, a, b, scale, bias, _ = arguments[:7]
-    weight: Weight = tuple.__new__(Weight, arguments[7:])
+    x, x_lora, a, b, scale, bias = arguments[:6]
+    weight: Weight = tuple.__new__(Weight, arguments[6:])
     rows, dtype = as_rows(x), x.dtype
     with without_autocast(x):
         down, up = engine.adapter(a, dtype), engine.adapter(b, dtype, scale)
@@ -54,10 +54,10 @@ def forward_by(engine: Engine, arguments: tuple[Any, ...]) -> Pair:
 
 @implement("lora_linear_4bit", "CPU")
 def cpu(*arguments: Any) -> Pair:
-    x, x_lora, a, b, scale, bias, _ = arguments[:7]
+    x, x_lora, a, b, scale, bias = arguments[:6]
     few = None
     if x_lora is None and is_few(x):
-        weight = Weight(*arguments[7:])
+        weight = Weight(*arguments[6:])
         n, k = weight.shape
         few = adapted_product((n, k, _C.matrix(n, k, weight.pointers())), x, bias, a, b, scale)
     return forward_by(CPU, arguments) if few is None else few
@@ -66,15 +66,15 @@ def cpu(*arguments: Any) -> Pair:
 @fake("lora_linear_4bit")
 def shapes(*arguments: Any) -> Pair:
     x, _, a = arguments[:3]
-    return x.new_empty(*x.shape[:-1], Weight(*arguments[7:]).shape[0]), x.new_empty(*x.shape[:-1], a.shape[0])
+    return x.new_empty(*x.shape[:-1], Weight(*arguments[6:]).shape[0]), x.new_empty(*x.shape[:-1], a.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    x, x_lora, a, b, scale, bias, low_memory, *arguments = inputs
+    x, x_lora, a, b, scale, bias, *arguments = inputs
     # x itself is needed only as the adapter's input; with a dropped-out copy in its place it is not kept.
     save_weight(ctx, tuple(arguments), x if x_lora is None else x_lora, a, b, output[1])
     ctx.set_materialize_grads(False)
-    ctx.options = scale, x_lora is not None, low_memory, None if bias is None else bias.dtype
+    ctx.options = scale, x_lora is not None, None if bias is None else bias.dtype
 
 
 @lru_cache
@@ -85,7 +85,7 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | None = None) -> Gradients:
     """The gradients by the products of an engine."""
     grad_y, x, xa, a, b, scale, separate, needed = arguments[:8]
-    weight: Weight = tuple.__new__(Weight, arguments[9:])
+    weight: Weight = tuple.__new__(Weight, arguments[8:])
     rows, tokens, dtype = as_rows(grad_y), as_rows(x), grad_y.dtype
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = _nothing(x.dtype, x.device)
@@ -116,20 +116,20 @@ def cpu_backward(*arguments: Any) -> Gradients:
     return backward_by(CPU, arguments)
 
 
-def _register(device: str, engine_of: Callable[[bool, torch.device], Engine]) -> None:
+def _register(device: str, engine_of: Callable[[torch.device], Engine]) -> None:
     """The kernels for another dispatch key."""
 
     @implement("lora_linear_4bit", device)
     def forward(*arguments: Any) -> Pair:
-        return forward_by(engine_of(arguments[6], arguments[0].device), arguments)
+        return forward_by(engine_of(arguments[0].device), arguments)
 
     @implement("lora_linear_4bit_backward", device)
     def backward(*arguments: Any) -> Gradients:
-        return backward_by(engine_of(arguments[8], arguments[0].device), arguments)
+        return backward_by(engine_of(arguments[0].device), arguments)
 
 
-_register("CUDA", lambda low_memory, device: cuda_engine(low_memory, device) or Engine(low_memory))
-_register("CompositeExplicitAutograd", lambda low_memory, _: Engine(low_memory))
+_register("CUDA", lambda device: cuda_engine(device) or ANY)
+_register("CompositeExplicitAutograd", lambda _: ANY)
 
 
 @fake("lora_linear_4bit_backward")
@@ -146,18 +146,18 @@ def backward_shapes(*arguments: Any) -> Gradients:
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[Any, ...]:
     arguments, (adapted, a, b, xa) = saved_weight(ctx)
-    scale, separate, low_memory, bias_dtype = ctx.options
+    scale, separate, bias_dtype = ctx.options
     *needed, _, need_bias = ctx.needs_input_grad[:6]
     if grad_y is None:
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
-    options = (grad_y, adapted, xa, a, b, scale, separate, needed, low_memory)
+    options = (grad_y, adapted, xa, a, b, scale, separate, needed)
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
-        grads = backward_by(Engine(low_memory), (*options, *arguments), grad_xa)
+        grads = backward_by(ANY, (*options, *arguments), grad_xa)
     else:
         grads = call_in_derivative("lora_linear_4bit_backward", *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     grad_bias = sum_to_bias(grad_y, bias_dtype) if need_bias else None
-    return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
+    return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, *NO_WEIGHT_GRADIENT
 
 
 autograd("lora_linear_4bit", _backward, _setup)
