@@ -16,6 +16,7 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import IMPLEMENTATIONS, SCHEMAS
+from qlora_native.ops._operands import TABLE
 
 M, N, K, R = 3, 48, 64, 4
 
@@ -91,6 +92,14 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
 
 def test_every_op_is_called() -> None:
     assert {name.split()[0] for name in CALLS} == {*SCHEMAS}
+
+
+def test_what_may_be_none_is_what_the_schema_has_so() -> None:
+    for op, schema in SCHEMAS.items():
+        kinds = {words.split()[-1]: words.split()[0] for words in schema[1 : schema.index(") ->")].split(", ")}
+        for operand in TABLE[op]:
+            may_be_none = operand.name == "packed" or kinds[operand.name] == "Tensor?"  # packed: where it is dense
+            assert operand.is_optional == may_be_none, (op, operand.name)
 
 
 def test_every_native_function_is_called() -> None:

@@ -123,7 +123,9 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the op's shape propagation for tracing, behind the same check."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(f"qlora_native::{name}", checked(name, SCHEMAS[name], function), lib=LIBRARY)
+        torch.library.register_fake(
+            f"qlora_native::{name}", checked(name, SCHEMAS[name], function, is_traced=True), lib=LIBRARY
+        )
         return function
 
     return register

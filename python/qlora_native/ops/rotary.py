@@ -17,10 +17,10 @@ from qlora_native.ops._library import Run, autograd, fake, implement, implement_
 @fake("rotary")
 def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """The output, uninitialized in x's layout."""
-    if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape != sin.shape:
+    if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape[0] not in (1, x.shape[0]):
         raise ValueError(
             f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
-            "expected x [B, H, T, D] with an even D, cos and sin of one shape."
+            "expected x [B, H, T, D] with an even D, cos and sin [B, T, D] or [1, T, D]."
         )
     heads_inside = x.transpose(1, 2)
     if heads_inside.is_contiguous():  # as products make them and take them, without a copy
