@@ -23,6 +23,7 @@ from qlora_native.cases import TOLERANCE
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import _direct
 from qlora_native.ops._direct import unobserved
+from qlora_native.ops._operands import Weight
 
 K, N = 128, 48
 
@@ -260,10 +261,10 @@ def test_a_weight_of_a_subclass_goes_through_the_dispatcher() -> None:
         pass
 
     w = layer().quantized.op_args()
-    assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, *w)) is not None
+    assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, w)) is not None
     for i in range(4):
         given = [part.as_subclass(Own) if j == i else part for j, part in enumerate(w)]  # type: ignore[union-attr]
-        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, *given)) is None
+        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, Weight(*given))) is None
 
 
 @pytest.fixture
@@ -326,7 +327,7 @@ class TestOnCuda:
 
     @pytest.mark.parametrize("state", OBSERVED)
     def test_steps_aside(self, state: str) -> None:
-        arguments = (torch.randn(3, K), None, *layer().quantized.op_args())
+        arguments = (torch.randn(3, K), None, layer().quantized.op_args())
         assert _direct.kernel_of("linear_4bit", arguments) is not None
         with OBSERVED[state]():
             assert _direct.kernel_of("linear_4bit", arguments) is None

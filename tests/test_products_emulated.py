@@ -52,13 +52,13 @@ def test_panels_of_any_width(
     for adapter in (None, _cuda_products.Adapter(low, up)):
         for b in (None, bias):
             emulator.launches()
-            y = engine.forward(x, w.op_args(), b, adapter)
+            y = engine.product(True, x, w.op_args(), b, adapter)
             assert len(emulator.launches()) == -(-n // columns)
             truth = x.double() @ dense.t() + (0 if b is None else b) + (0 if adapter is None else low @ up.t())
             assert relative_error(y, truth) < TOLERANCE[torch.float32]
     for adapter in (None, _cuda_products.Adapter(low, down)):
         emulator.launches()
-        got = engine.grad_input(grad, w.op_args(), adapter)
+        got = engine.product(False, grad, w.op_args(), None, adapter)
         assert len(emulator.launches()) == -(-k // columns)
         truth = grad.double() @ dense + (0 if adapter is None else low @ down)
         assert relative_error(got, truth) < TOLERANCE[torch.float32]
@@ -73,8 +73,8 @@ def test_panels_of_gguf(
     w = gguf_weight(quant_type, (n, k))
     dense, x, grad = gguf_truth(w).double(), torch.randn(20, k), torch.randn(20, n)
     engine = _cuda_products.Cuda(emulator.module)
-    assert relative_error(engine.forward(x, w.op_args(), None), x.double() @ dense.t()) < TOLERANCE[torch.float32]
-    assert relative_error(engine.grad_input(grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
+    assert relative_error(engine.product(True, x, w.op_args()), x.double() @ dense.t()) < TOLERANCE[torch.float32]
+    assert relative_error(engine.product(False, grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
@@ -233,11 +233,11 @@ def test_launches_of_an_adapted_layer(
         copies = {0: 2 if adapter == torch.float32 else 1, 1: 0}[number]  # of A and scale * B
         run.launches.names.clear()
         with run.launches:
-            _, xa = lora_linear_4bit.forward_by(run.engine, (x, None, a, b, 0.5, bias, *w.op_args()))
+            _, xa = lora_linear_4bit.forward_by(run.engine, x, None, a, b, 0.5, bias, w.op_args())
         assert len(run.launches.names) == copies + forward_products, run.launches.names
         run.launches.names.clear()
         with run.launches:
-            lora_linear_4bit.backward_by(run.engine, (grad, x, xa, a, b, 0.5, False, needed, *w.op_args()))
+            lora_linear_4bit.backward_by(run.engine, grad, x, xa, a, b, 0.5, False, needed, w.op_args())
         assert len(run.launches.names) == backward_products, run.launches.names
 
 

@@ -59,12 +59,11 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
 
 def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, bias, *weight
-    kernel = kernel_of("linear_4bit", arguments)
+    kernel = kernel_of("linear_4bit", (x, bias, weight))
     if kernel is None:
         x, bias = autocast(x, bias)  # type: ignore[assignment]
         return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
-    result: Tensor = kernel(*arguments)
+    result: Tensor = kernel(x, bias, weight)
     return result
 
 
@@ -89,7 +88,7 @@ def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None =
             "rows of whole blocks."
         )
     rows = torch.nn.functional.embedding(ids, w.packed.view(w.shape[0], -1))
-    found = w._with(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
+    found = w.with_arguments(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
     return found.dequantize(dtype).view(*ids.shape, w.shape[1])
 
 
@@ -138,12 +137,11 @@ def lora_linear_op(
     x_lora: Tensor | None = None,
 ) -> Tensor:
     """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, x_lora, a, b, scale, bias, *weight
-    kernel = kernel_of("lora_linear_4bit", arguments)
+    kernel = kernel_of("lora_linear_4bit", (x, x_lora, a, b, scale, bias, weight))
     if kernel is None:
         x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
         return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
-    result: Tensor = kernel(*arguments)[0]
+    result: Tensor = kernel(x, x_lora, a, b, scale, bias, weight)[0]
     return result
 
 

@@ -203,7 +203,7 @@ class QuantizedWeight:
         count = self.shape[0] if self.shape else 0
         if not 0 <= start <= stop <= count:
             raise IndexError(f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}.")
-        return self._with(self.op_args().slice(start, stop))
+        return self.with_arguments(self.op_args().slice(start, stop))
 
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One slice along the first dimension, without that dimension (stacked experts); see :meth:`slice`."""
@@ -211,14 +211,18 @@ class QuantizedWeight:
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
         part = self.op_args().slice(index % count, index % count + 1)
-        return self._with(part._replace(shape=part.shape[1:]))
+        return self.with_arguments(part._replace(shape=part.shape[1:]))
 
     def flatten(self) -> QuantizedWeight:
         """The same weight in one dimension, over the same tensors."""
-        return self._with(self.op_args()._replace(shape=[self.numel()]))
+        return self.with_arguments(self.op_args()._replace(shape=[self.numel()]))
 
-    def _with(self, arguments: Weight) -> QuantizedWeight:
-        """A weight of other tensors and another shape, alike in all else."""
+    def with_packed(self, packed: Tensor) -> QuantizedWeight:
+        """The same scales with other codes, uint8 [ceil(n/2)] (of a GGUF format, other blocks)."""
+        return self.with_arguments(self.op_args()._replace(packed=packed))
+
+    def with_arguments(self, arguments: Weight) -> QuantizedWeight:
+        """A weight of these tensors and this shape, alike in all else."""
         other = object.__new__(QuantizedWeight)
         other.__dict__.update(self.__getstate__())
         for name in TENSOR_FIELDS:
@@ -226,14 +230,15 @@ class QuantizedWeight:
         other.shape = torch.Size(arguments.shape)
         return other
 
-    def _map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
+    def map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
+        """A weight of what ``function`` returns for each tensor."""
         arguments = self.op_args()
         mapped: Any = [None if tensor is None else function(tensor) for tensor in arguments[:6]]
-        return self._with(Weight._make((*mapped, *arguments[6:])))
+        return self.with_arguments(Weight(*mapped, *arguments[6:]))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __repr__(self) -> str:
         nested = ", double-quantized" if self.double_quant else ""

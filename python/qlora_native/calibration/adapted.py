@@ -83,7 +83,7 @@ def adapted_codes(
 
     def is_reached(gain: float) -> bool:
         packed = _fed_back(base + gain * change, sample, factor, order)
-        got = sample._with(sample.op_args()._replace(packed=packed))
+        got = sample.with_packed(packed)
         return float(((got.dequantize(torch.float32) - base) * pull).sum(dtype=torch.float64)) >= wanted
 
     gain, done = least_gain(is_reached), 0
@@ -124,7 +124,7 @@ def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     packed, scales = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed, weight.absmax
     if not weight.is_gguf:
         scales = weight.scales() if len(rows) == n else weight.scales().view(n, -1)[rows].flatten()
-    return weight._with(
+    return weight.with_arguments(
         arguments._replace(
             packed=packed.reshape(-1), absmax=scales, nested_absmax=None, nested_offset=None, shape=[len(rows), k]
         )

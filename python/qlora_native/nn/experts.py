@@ -86,7 +86,7 @@ class QuantizedExperts(Substitute, KeepsBits):
         if stored is not None:
             scales["absmax"] = scales_in(stored, scales["nested_absmax"] is not None)
         packed: Any = self._parameters[name]
-        return about._with(about.op_args()._replace(packed=packed.view(-1), **scales))
+        return about.with_arguments(about.op_args()._replace(packed=packed.view(-1), **scales))
 
     def lay_out_for_sharding(self) -> None:
         """As that of :class:`qlora_native.nn.QuantizedLinear`, for every stack."""
@@ -199,7 +199,7 @@ def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     setattr(module, name, nn.Parameter(weight.packed.view(-1, 1), requires_grad=False))
     for field in _SCALES:
         module.register_buffer(f"{name}_{field}", getattr(weight, field))
-    module._stacks[name] = weight._map(lambda tensor: None)
+    module._stacks[name] = weight.map(lambda tensor: None)
     module._slices.clear()
 
 
@@ -223,7 +223,7 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
             for name in list(module._stacks):
                 weight = module.stack(name)
                 assert weight is not None
-                yield path, module, name, weight if module.at_home is None else weight._map(module.at_home)
+                yield path, module, name, weight if module.at_home is None else weight.map(module.at_home)
 
 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:

@@ -101,15 +101,11 @@ class Cuda(Engine):
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
-        return self._product(True, x, weight, None if bias is None else bias.to(x.dtype), adapter)
-
-    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
-        return self._product(False, grad_y, weight, None, adapter)
-
-    def _product(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
+    def product(
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
     ) -> Tensor:
+        if bias is not None:
+            bias = bias.to(x.dtype)
         number = DTYPE_NUMBER.get(x.dtype)
         if not number or weight.packed.data_ptr() % ALIGNMENT:  # 0 is fp32, in which none is fused
             return self._two_step(is_forward, x, weight, bias, adapter)

@@ -6,7 +6,7 @@ and profilers, the native function is called at once, with the same bits; under 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling as is_compiling  # all else that 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import buffer, gather_pages
-from qlora_native.ops._library import AUTOGRAD_NODES, FROZEN, IMPLEMENTATIONS, TENSORS, recording
+from qlora_native.ops._library import FROZEN, KERNELS, NODES, TENSORS, recording
 from qlora_native.ops._operands import Weight
 
 _CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def call(name: str, *arguments: Any) -> Any:
     For a layer in training, the way through ``torch.library``'s derivative takes longer than all of our own Python.
     """
     kernel = kernel_of(name, arguments)
-    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+    return by_dispatcher(name, *arguments) if kernel is None else kernel(*arguments)
 
 
 def call_in_derivative(name: str, *arguments: Any) -> Any:
@@ -93,32 +93,38 @@ def call_in_derivative(name: str, *arguments: Any) -> Any:
     In the derivative of one of our nodes the saved tensors were looked at when it was recorded.
     """
     kernel = kernel_of(name, arguments, (0,) if recording.on else None)
-    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+    return by_dispatcher(name, *arguments) if kernel is None else kernel(*arguments)
+
+
+def by_dispatcher(name: str, *arguments: Any) -> Any:
+    """The op by its schema, which has a frozen weight in parts."""
+    op = getattr(torch.ops.qlora_native, name)
+    return op(*arguments[:-1], *arguments[-1]) if name in FROZEN else op(*arguments)
 
 
 def kernel_of(
-    name: str, arguments: tuple[Any, ...], looked_at: tuple[int, ...] | None = None
+    name: str, arguments: tuple[Any, ...], looked_at: Sequence[int] | None = None
 ) -> Callable[..., Any] | None:
     """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device.
 
-    Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a quantized weight's the
-    type is enough, beside what the check of the operands refuses: no transform makes such bytes.
+    Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a frozen weight's the type
+    is enough, beside what the check of the operands refuses: no transform makes such bytes.
     """
     if is_compiling() or not _thread_is_plain():  # a mode would see what is read of a tensor
         return None
     device, needs_grad = "", False
-    for i in TENSORS[name] if looked_at is None else looked_at:
-        value = arguments[i]
-        if value is not None:
-            found = _DEVICES.get(_keys(value).raw_repr()) if type(value) in _PLAIN else None
+    for place in TENSORS[name] if looked_at is None else looked_at:
+        tensor = arguments[place]
+        if tensor is not None:
+            found = _DEVICES.get(_keys(tensor).raw_repr()) if type(tensor) in _PLAIN else None
             if found is None or device not in ("", found):
                 return None
-            device, needs_grad = found, needs_grad or value.requires_grad
-    if looked_at is None and FROZEN[name]:
-        for value in arguments[-FROZEN[name] : -3]:
-            if type(value) not in _PLAIN_OR_NONE:
+            device, needs_grad = found, needs_grad or tensor.requires_grad
+    if looked_at is None and name in FROZEN:
+        for part in arguments[-1][:6]:
+            if type(part) not in _PLAIN_OR_NONE:
                 return None
-    return (AUTOGRAD_NODES if needs_grad and _is_grad_enabled() else IMPLEMENTATIONS).get((name, device))
+    return (NODES if needs_grad and _is_grad_enabled() else KERNELS).get((name, device))
 
 
 class Prepared:

@@ -30,15 +30,25 @@ class Engine:
 
     makes_low = False  # whether an adapter may carry ``down``
 
-    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
-        """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
-        y: Tensor = call("linear_4bit", x, bias, *weight)
-        return y if adapter is None else torch.addmm(y, adapter.low, adapter.up.t())
+    def product(
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+    ) -> Tensor:
+        """With a frozen weight W [N, K], in x's dtype.
 
-    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
-        """grad_y W + low up for grad_y [M, N]. Returns [M, K] in grad_y's dtype."""
-        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, *weight)
-        return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
+        Forward x W^T + bias + low up^T for x [M, K], which is [M, N]; else, as its input gradient, x W + low up for
+        x [M, N], which is [M, K].
+        """
+        name, operands = ("linear_4bit", (x, bias)) if is_forward else ("linear_4bit_grad_input", (x,))
+        y: Tensor = call(name, *operands, weight)
+        if adapter is None:
+            return y
+        return torch.addmm(y, adapter.low, adapter.up.t() if is_forward else adapter.up)
+
+    def few_tokens(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """x W^T + bias + scale * low B^T and low = x A^T in one pass over W; None where no kernel has that."""
+        return None
 
     def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N], without a bias in ``out``."""
@@ -71,7 +81,11 @@ class Engine:
         return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
 
 
+ANY = Engine()
+
+
 def address(tensor: Tensor | None) -> int:
+    """For a native function; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -91,19 +105,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
 
 
-def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: Tensor | None) -> None:
+def save_weight(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
     """Keep the packed weight and ``tensors`` for backward: never anything dequantized."""
-    ctx.save_for_backward(*arguments[:6], *tensors)
-    ctx.weight_rest = arguments[6:]
+    ctx.save_for_backward(*weight[:6], *tensors)
+    ctx.numbers_of_weight = weight[6:]
 
 
-def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The weight arguments and the other saved tensors."""
+def saved_weight(ctx: Any) -> tuple[Weight, tuple[Tensor, ...]]:
+    """The weight and the other saved tensors."""
     saved = ctx.saved_tensors
-    return (*saved[:6], *ctx.weight_rest), saved[6:]
-
-
-NO_WEIGHT_GRADIENT = (None,) * len(Weight._fields)
+    return Weight(*saved[:6], *ctx.numbers_of_weight), saved[6:]
 
 
 def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,13 @@
-"""The one table of op schemas, and how ops are registered."""
+"""The one table of op schemas, and how ops are registered.
+
+A frozen weight is nine arguments of a schema. The functions registered here get them as one, a :class:`Weight`, last.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -13,9 +16,9 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._operands import Weight, checked
+from qlora_native.ops._operands import Weight, check_of
 
-# A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
+# A frozen weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.
 WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? code, Tensor? nested_code, "
@@ -77,24 +80,37 @@ SCHEMAS = {
 
 # Ops that wait for the device, or copy from memory of the host that is gone at a replay: not for CUDA graphs.
 # torch.compile leaves them out of its own.
-NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit")}
-NOT_IN_GRAPHS |= {"adamw_step", "lion_step", "gradient_norm"}
+NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit"), *("adamw_step", "lion_step", "gradient_norm")}
 
 LIBRARY = torch.library.Library("qlora_native", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ())
 
+Function = Callable[..., Any]
 
-IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and key
-AUTOGRAD_NODES: dict[tuple[str, str], Callable[..., Any]] = {}  # the kernel with its derivative, by op and key
-FROZEN = {name: len(Weight._fields) if WEIGHT in schema else 0 for name, schema in SCHEMAS.items()}  # last arguments
-# Where the other tensors among an op's arguments stand.
+FROZEN = {name for name, schema in SCHEMAS.items() if WEIGHT in schema}
+NUM_PARTS = len(Weight._fields)
+
+
+def _arguments(schema: str) -> list[list[str]]:
+    """Type and name of each argument but a frozen weight."""
+    listed = schema[1 : schema.index(") ->")].split(WEIGHT)[0]
+    return [argument.split() for argument in listed.split(", ") if argument]
+
+
+PARAMETERS = {name: [parameter for _, parameter in _arguments(schema)] for name, schema in SCHEMAS.items()}
+# Where the tensors among these stand.
 TENSORS = {
-    name: tuple(
-        i for i, argument in enumerate(schema.split(") ->")[0].split(WEIGHT)[0].split(", ")) if "Tensor" in argument
-    )
+    name: [place for place, (kind, _) in enumerate(_arguments(schema)) if kind.startswith("Tensor")]
     for name, schema in SCHEMAS.items()
 }
+
+# By op and dispatch key:
+FUNCTIONS: dict[tuple[str, str], Function] = {}  # what :func:`implement` was given, which trusts its operands
+KERNELS: dict[tuple[str, str], Function] = {}  # the same behind the check of the operands
+NODES: dict[tuple[str, str], Function] = {}  # and with the derivative
+IMPLEMENTATIONS: dict[tuple[str, str], Function] = {}  # kernels as the dispatcher calls them, by the schema
+CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCHEMAS}
 
 
 class _Recording(threading.local):
@@ -104,54 +120,91 @@ class _Recording(threading.local):
 recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
 
-def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _with_weight(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a schema with a frozen weight, which becomes one."""
+    weight = tuple.__new__(Weight, arguments[-NUM_PARTS:])
+    return (*arguments[:-NUM_PARTS], weight)
+
+
+def _by_schema(name: str, kernel: Function) -> Function:
+    """A kernel as the dispatcher calls it."""
+    if name not in FROZEN:
+        return kernel
+
+    @wraps(kernel)
+    def by_schema(*arguments: Any) -> Any:
+        return kernel(*_with_weight(arguments))
+
+    return by_schema
+
+
+def _behind(check: Function, function: Function) -> Function:
+    @wraps(function)
+    def kernel(*arguments: Any) -> Any:
+        check(arguments)
+        return function(*arguments)
+
+    return kernel
+
+
+def implement(name: str, device: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...).
 
     What is called is the function behind the check of the operands; called by its own name, it trusts them.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        kernel = checked(name, SCHEMAS[name], function)
-        LIBRARY.impl(name, kernel, device)
-        IMPLEMENTATIONS[name, device] = kernel
+    def register(function: Function) -> Function:
+        kernel = _behind(CHECKS[name], function)
+        by_schema = _by_schema(name, kernel)
+        LIBRARY.impl(name, by_schema, device)
+        FUNCTIONS[name, device], KERNELS[name, device], IMPLEMENTATIONS[name, device] = function, kernel, by_schema
         return function
 
     return register
 
 
-def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fake(name: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the op's shape propagation for tracing, behind the same check."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(
-            f"qlora_native::{name}", checked(name, SCHEMAS[name], function, is_traced=True), lib=LIBRARY
-        )
+    def register(function: Function) -> Function:
+        check = check_of(name, PARAMETERS[name], name in FROZEN, is_traced=True)
+        by_schema = _by_schema(name, _behind(check, function))
+        torch.library.register_fake(f"qlora_native::{name}", by_schema, lib=LIBRARY)
         return function
 
     return register
 
 
-def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Registers the op's derivative: with the dispatcher, and as a node over the CPU or the CUDA kernel alone."""
-    torch.library.register_autograd(f"qlora_native::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+def autograd(name: str, backward: Function, setup_context: Function) -> None:
+    """Registers the op's derivative: with the dispatcher, and as a node over the CPU or the CUDA kernel alone.
+
+    ``backward`` returns a gradient or None for each argument but a frozen weight.
+    """
+
+    def setup_by_schema(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, _with_weight(inputs) if name in FROZEN else inputs, output)
+
+    def backward_by_schema(ctx: Any, *grads: Any) -> Any:
+        found = backward(ctx, *grads)
+        return (*found, *[None] * NUM_PARTS) if name in FROZEN else found
+
+    torch.library.register_autograd(
+        f"qlora_native::{name}", backward_by_schema, setup_context=setup_by_schema, lib=LIBRARY
+    )
     for device in ("CPU", "CUDA"):
-        if (name, device) in IMPLEMENTATIONS:  # else the same for all devices, of other ops
-            AUTOGRAD_NODES[name, device] = _node(
-                f"{name}_{device.lower()}", IMPLEMENTATIONS[name, device], backward, setup_context, FROZEN[name]
-            )
+        if (name, device) in FUNCTIONS:  # else the same for all devices, of other ops
+            NODES[name, device] = _node(name, device, backward, setup_context)
 
 
-def _node(
-    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None], frozen: int
-) -> Callable[..., Any]:
-    """The last ``frozen`` inputs have no gradient: autograd, which looks at each input, is given them as one."""
+def _node(name: str, device: str, backward: Function, setup_context: Function) -> Function:
+    """The kernel with its derivative. Autograd, which looks at each input, sees a frozen weight as one."""
+    check, function = CHECKS[name], FUNCTIONS[name, device]
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        if frozen:
-            inputs = (*inputs[:-1], *inputs[-1])
+        check(inputs)
         before, recording.on = recording.on, True
         try:
-            output = kernel(*inputs)
+            output = function(*inputs)
         finally:
             recording.on = before
         setup_context(ctx, inputs, output)
@@ -163,13 +216,13 @@ def _node(
             found = backward(ctx, *grads)
         finally:
             recording.on = before
-        return (*found[:-frozen], None) if frozen else found
+        return (*found, None) if name in FROZEN else found
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    node = type(name, (torch.autograd.Function,), members)
-    apply: Callable[..., Any] = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    node = type(f"{name}_{device.lower()}", (torch.autograd.Function,), members)
     # Past a check for functorch's transforms, without which alone nodes are taken.
-    return (lambda *inputs: apply(*inputs[:-frozen], inputs[-frozen:])) if frozen else apply
+    apply: Function = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    return apply
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -277,31 +277,26 @@ def _misfit(op: str, facts: Sequence[Facts | None], weight: WeightFacts | None) 
     return None
 
 
-def checked(op: str, schema: str, function: Callable[..., Any], is_traced: bool = False) -> Callable[..., Any]:
-    """The op's function behind a check of its operands, which raises ValueError unless they are as ``OPERANDS`` has it.
+def check_of(
+    op: str, parameters: Sequence[str], is_frozen: bool, is_traced: bool = False
+) -> Callable[[Sequence[Any]], None]:
+    """The check of an op's arguments, which raises ValueError unless its operands are as ``OPERANDS`` has them.
 
-    ``is_traced``: sizes may be symbols.
+    ``is_frozen``: behind the parameters comes a :class:`Weight`. ``is_traced``: sizes may be symbols.
     """
-    parameters = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
-    places = [parameters.index(operand.name) for operand in TABLE[op]]
-    first_of_weight = parameters.index("packed") if "packed" in parameters else None
     misfit = _misfit.__wrapped__ if is_traced else _misfit
-    if not places and first_of_weight is None:
-        return function
+    places = [parameters.index(operand.name) for operand in TABLE[op]]
+    may_be_dense = "packed" in parameters
 
-    def check(given: tuple[Any, ...]) -> None:
+    def check(given: Sequence[Any]) -> None:
         tensors = [given[place] for place in places]
+        weight: Weight | None = given[-1] if is_frozen else None
+        if may_be_dense:
+            packed = parameters.index("packed")
+            weight = tuple.__new__(Weight, given[packed:])
+            if weight.absmax is not None:
+                tensors[places.index(packed)] = None  # packed bytes, no dense weight
         facts = [None if t is None else (t.dtype, t.shape, t.device, t.layout) for t in tensors]
-        if first_of_weight is None:
-            return refuse(misfit(op, tuple(facts), None))
-        weight: Weight = tuple.__new__(Weight, given[first_of_weight:])
-        if weight.absmax is not None and first_of_weight in places:
-            facts[places.index(first_of_weight)] = None  # packed bytes, no dense weight
-        refuse(misfit(op, tuple(facts), weight.facts()))
+        refuse(misfit(op, tuple(facts), None if weight is None else weight.facts()))
 
-    @wraps(function)
-    def kernel(*given: Any) -> Any:
-        check(given)
-        return function(*given)
-
-    return kernel
+    return check

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qlora_native.ops._direct import call
-from qlora_native.ops._engine import Engine, as_rows, sum_to_bias, without_autocast
+from qlora_native.ops._engine import ANY, Engine, as_rows, sum_to_bias, without_autocast
 from qlora_native.ops._library import autograd, fake, implement, save_inputs
-from qlora_native.ops.linear_4bit import ANY, CPU
+from qlora_native.ops.linear_4bit import CPU
 
 
 def _register(device: str, engine: Engine) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,19 +54,18 @@ def _register(device: str, decode: Callable[[Weight, Tensor], None]) -> None:
     """The kernels for a dispatch key; ``decode`` fills a contiguous tensor."""
 
     @implement("dequantize_4bit", device)
-    def whole(dtype: torch.dtype, *arguments: Any) -> Tensor:
+    def whole(dtype: torch.dtype, weight: Weight) -> Tensor:
         check(dtype)
-        weight = Weight(*arguments)
         out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
         decode(weight, out)
         return out
 
     @implement("dequantize_4bit.out", device)
-    def into(out: Tensor, *arguments: Any) -> None:
+    def into(out: Tensor, weight: Weight) -> None:
         if out.is_contiguous():
-            decode(Weight(*arguments), out)
+            decode(weight, out)
         else:
-            out.copy_(whole(out.dtype, *arguments))
+            out.copy_(whole(out.dtype, weight))
 
 
 _register("CPU", decode_all)
@@ -76,12 +74,11 @@ _register("CompositeExplicitAutograd", decode_anywhere)
 
 
 @fake("dequantize_4bit")
-def shapes(dtype: torch.dtype, *arguments: Any) -> Tensor:
+def shapes(dtype: torch.dtype, weight: Weight) -> Tensor:
     check(dtype)
-    weight = Weight(*arguments)
     return weight.packed.new_empty(weight.shape, dtype=dtype)
 
 
 @fake("dequantize_4bit.out")
-def out_shapes(out: Tensor, *arguments: Any) -> None:
+def out_shapes(out: Tensor, weight: Weight) -> None:
     """Nothing is returned."""

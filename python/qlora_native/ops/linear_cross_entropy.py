@@ -19,10 +19,10 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import empty_like
-from qlora_native.ops._engine import NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native.ops._engine import ANY, without_autocast
 from qlora_native.ops._library import autograd, cuda_kernels, fake, implement
 from qlora_native.ops._operands import Weight
-from qlora_native.ops.linear_4bit import ANY, CPU
+from qlora_native.ops.linear_4bit import CPU
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk
 # Of a chunk, at least: the head is read and decoded twice a chunk, which so many tokens hide behind their products. On
@@ -223,7 +223,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.needs_input_grad[5] or ctx.needs_input_grad[7]:
         grad_weight = (sum_grad_weight * factor).to(ctx.weight_dtype)
     of_rows, of_packed = (grad_weight, None) if ctx.needs_input_grad[5] else (None, grad_weight)
-    return grad_h, None, None, None, None, of_rows, None, of_packed, *NO_WEIGHT_GRADIENT[1:]
+    return grad_h, None, None, None, None, of_rows, None, of_packed, *[None] * (len(Weight._fields) - 1)
 
 
 autograd("linear_cross_entropy", _backward, _setup)
