@@ -6,7 +6,7 @@ A frozen weight is nine arguments of a schema. The functions registered here get
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, wraps
 from types import ModuleType
 from typing import Any
@@ -87,6 +87,7 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ())
 
 Function = Callable[..., Any]
+Values = tuple[Any, ...]  # arguments, or a gradient for each of them
 
 FROZEN = {name for name, schema in SCHEMAS.items() if WEIGHT in schema}
 NUM_PARTS = len(Weight._fields)
@@ -120,7 +121,7 @@ class _Recording(threading.local):
 recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
 
-def _with_weight(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_weight(arguments: Values) -> Values:
     """The arguments of a schema with a frozen weight, which becomes one."""
     weight = tuple.__new__(Weight, arguments[-NUM_PARTS:])
     return (*arguments[:-NUM_PARTS], weight)
@@ -181,7 +182,7 @@ def autograd(name: str, backward: Function, setup_context: Function) -> None:
     ``backward`` returns a gradient or None for each argument but a frozen weight.
     """
 
-    def setup_by_schema(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_by_schema(ctx: Any, inputs: Values, output: Any) -> None:
         setup_context(ctx, _with_weight(inputs) if name in FROZEN else inputs, output)
 
     def backward_by_schema(ctx: Any, *grads: Any) -> Any:
@@ -225,7 +226,7 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
     return apply
 
 
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_inputs(ctx: Any, inputs: Values, output: Any) -> None:
     """The ``setup_context`` of an op whose derivative needs all of its inputs, which are tensors."""
     ctx.save_for_backward(*inputs)
 
@@ -243,36 +244,73 @@ def module_for(device: torch.device) -> ModuleType | None:
     """The native module with the kernels of a CUDA device, None for any other device and where it cannot run."""
     if device.type != "cuda":
         return None
-    module: ModuleType | None = cuda_kernels().native(device)
-    return module
+    return cuda_kernels().native(device)
 
 
-Run = Callable[..., None]  # a native function, on a CUDA device's current stream
+def is_native(tensor: Tensor) -> bool:
+    """Whether the native functions have its dtype."""
+    return tensor.dtype in DTYPE_NUMBER
 
 
-def implement_natively(name: str, anywhere: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated function as the op's kernel for CPU and CUDA, before whose arguments it gets the native
-    function of the op's name; ``anywhere`` computes where there is none for the device or the first tensor's dtype."""
+def plain(arguments: Iterable[Any]) -> Iterator[Any]:
+    """As native functions take them: of a tensor its address, of a dtype its number."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            yield value.data_ptr()
+        elif isinstance(value, torch.dtype):
+            yield DTYPE_NUMBER[value]
+        else:
+            yield value
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @implement(name, "CPU")
-        def cpu(first: Tensor, *others: Any) -> Any:
-            if first.dtype not in DTYPE_NUMBER:
-                return anywhere(first, *others)
-            return function(getattr(_C, name), first, *others)
 
-        @implement(name, "CUDA")
-        def cuda(first: Tensor, *others: Any) -> Any:
-            module = module_for(first.device)
-            if module is None or first.dtype not in DTYPE_NUMBER:
-                return anywhere(first, *others)
+def define(
+    name: str,
+    outputs: Function,
+    values: Function,
+    native: Function,
+    devices: Sequence[str] = ("CPU", "CUDA"),
+    takes: Callable[[Tensor], bool] = is_native,
+) -> None:
+    """Registers an op by three functions of its arguments.
 
-            def run(*arguments: Any) -> None:
-                with cuda_kernels().launching(first.device) as stream:
-                    getattr(module, name)(*arguments, stream)
+    * ``outputs`` makes the results, uninitialized, and refuses what does not fit; it is the fake as well.
+    * ``values`` computes them in plain torch, where there is no kernel for the device or the first operand.
+    * ``native`` fills them: ``native(run, results, *arguments)`` calls by ``run`` the native function of the op's name,
+      with :func:`plain` arguments.
 
-            return function(run, first, *others)
+    The kernels of ``devices`` compute for first operands that they take.
+    """
+    fake(name)(outputs)
 
-        return function
+    @implement(name, "CompositeExplicitAutograd")
+    def anywhere(*arguments: Any) -> Any:
+        results = outputs(*arguments)
+        found = values(*arguments)
+        if isinstance(results, Tensor):
+            return results.copy_(found)
+        for result, value in zip(results, found, strict=True):
+            result.copy_(value)
+        return results
 
-    return register
+    def cpu(first: Tensor, *others: Any) -> Any:
+        if not takes(first):
+            return anywhere(first, *others)
+        results = outputs(first, *others)
+        native(lambda *given: getattr(_C, name)(*plain(given)), results, first, *others)
+        return results
+
+    def cuda(first: Tensor, *others: Any) -> Any:
+        module = module_for(first.device)
+        if module is None or not takes(first):
+            return anywhere(first, *others)
+
+        def run(*given: Any) -> None:
+            with cuda_kernels().launching(first.device) as stream:
+                getattr(module, name)(*plain(given), stream)
+
+        results = outputs(first, *others)
+        native(run, results, first, *others)
+        return results
+
+    for device in devices:
+        implement(name, device)({"CPU": cpu, "CUDA": cuda}[device])
