@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,6 +256,25 @@ def test_an_operand_that_shrinks_before_backward_is_refused(changed: str) -> Non
     tensor.data = tensor.data[:-1].clone()
     with pytest.raises(ValueError, match=rf"\b{changed} is torch"):
         y.sum().backward()
+
+
+def test_a_training_layer_reaches_the_kernel_under_few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of our functions between a layer and its kernel costs every layer of every step."""
+    native, depths = _C.linear_4bit, []
+
+    def counted(*arguments: Any) -> int:
+        frame, depth = sys._getframe(1), 0
+        while frame is not None:
+            depth += str(Path(_C.__file__).parent) in frame.f_code.co_filename
+            frame = frame.f_back  # type: ignore[assignment]
+        depths.append(depth)
+        return native(*arguments)
+
+    monkeypatch.setattr(_C, "linear_4bit", counted)
+    adapted = adapter_on(layer())
+    adapted(torch.randn(40, K).bfloat16().requires_grad_()).sum().backward()
+    assert depths
+    assert max(depths) <= 6
 
 
 def test_a_weight_of_a_subclass_goes_through_the_dispatcher() -> None:

@@ -30,8 +30,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     plain = x.device.type == "cpu" and x.dtype in SIXTEEN_BITS and x.dtype == weight.dtype
     if not plain or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    result: Tensor = call("dense_linear", x, weight, bias)
-    return result
+    return call("dense_linear", x, weight, bias)
 
 
 def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -63,8 +62,7 @@ def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if kernel is None:
         x, bias = autocast(x, bias)  # type: ignore[assignment]
         return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
-    result: Tensor = kernel(x, bias, weight)
-    return result
+    return kernel(x, bias, weight)
 
 
 def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -141,8 +139,7 @@ def lora_linear_op(
     if kernel is None:
         x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
         return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
-    result: Tensor = kernel(x, x_lora, a, b, scale, bias, weight)[0]
-    return result
+    return kernel(x, x_lora, a, b, scale, bias, weight)[0]
 
 
 def linear_cross_entropy(
@@ -181,5 +178,4 @@ def linear_cross_entropy(
         h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
     options = ignore_index, torch.is_grad_enabled() and h.requires_grad, need_grad_weight, rows, row_ids
-    loss: Tensor = torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]
-    return loss
+    return torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]

@@ -441,8 +441,11 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
         is_there = "nested_blocksize" in state or not name.startswith("nested_")
         if is_there and not is_valid(found := state.get(name)):
             raise ValueError(f"from_bnb: '{key}' holds no valid quant state: {name} is {found!r}: expected {expected}.")
-    number, nested = quant_type_number(quant_type), "nested_blocksize" in state
-    block_size, shape, dtype = state["blocksize"], tuple(state["shape"]), getattr(torch, state["dtype"])
+    number = quant_type_number(quant_type)
+    nested = "nested_blocksize" in state
+    block_size = state["blocksize"]
+    shape = tuple(state["shape"])
+    dtype = getattr(torch, state["dtype"])
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
 

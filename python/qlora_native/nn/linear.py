@@ -74,7 +74,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a dense weight
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         options = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         self.quantized = QuantizedWeight.empty((out_features, in_features), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -149,7 +150,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
     def _fields(self, packed: Tensor) -> tuple[Any, ...]:
         """Those of a :class:`Weight`. By dictionary, since by attribute takes as long as a small product."""
         buffers = self._buffers
-        absmax, nested_absmax = buffers.get("absmax"), buffers["nested_absmax"]
+        absmax = buffers.get("absmax")
+        nested_absmax = buffers["nested_absmax"]
         if absmax is None:  # laid out for sharding
             absmax = scales_in(self.absmax_bytes, nested_absmax is not None)
         nested = nested_absmax, buffers["nested_offset"]
@@ -265,7 +267,9 @@ class QuantizedEmbedding(KeepsBits, nn.Embedding):
         nn.Module.__init__(self)  # nn.Embedding's own would allocate and fill a dense table
         self.num_embeddings, self.embedding_dim = value.shape
         self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
         self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
         self.register_buffer("absmax", value.absmax, persistent=False)
         self._about = value.map(lambda tensor: None)

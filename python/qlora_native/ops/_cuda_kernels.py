@@ -68,8 +68,7 @@ def current_device() -> int:
 
 def raw_stream(index: int) -> int:
     """The handle of torch's current stream on a device, without an object around it."""
-    handle: int = torch._C._cuda_getCurrentRawStream(index)
-    return handle
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def launching(device: torch.device) -> AbstractContextManager[int]:

@@ -162,17 +162,26 @@ class Cuda(Engine):
             rectangle = (first, last, 0, k) if is_forward else (0, n, first, last)
             decoded = panel[: (last - first) * depth].view((last - first, k) if is_forward else (n, last - first))
             decode(self.module, weight, decoded, (k, *rectangle))
-            right, out = decoded.to(x.dtype), y[:, first:last]
+            right = decoded.to(x.dtype)
+            out = y[:, first:last]
             addend = out if adapter is not None else None if bias is None else bias[first:last]
             multiply_into(addend, x, right.t() if is_forward else right, out)
         return y
 
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        if scale == 1.0:
-            return torch.mm(grad_y, weight, out=out)
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if is_forward or scale == 1.0:
+            return super().dense(is_forward, x, weight, bias, scale, out)
         if out is None:
-            out = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
-        return out.addmm_(grad_y, weight, beta=0, alpha=scale)  # beta 0: what is in out is not read
+            out = x.new_empty(x.shape[0], weight.shape[1])
+        return out.addmm_(x, weight, beta=0, alpha=scale)  # beta 0: what is in out is not read
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 and matrix.dtype == dtype:
@@ -181,8 +190,8 @@ class Cuda(Engine):
 
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         if b.dtype == grad_y.dtype:
-            return self.dense_grad_input(grad_y, b, scale)
-        return self.dense_grad_input(grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
+            return self.dense(False, grad_y, b, scale=scale)
+        return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
@@ -197,7 +206,7 @@ class Cuda(Engine):
         if transposed:
             left, right = right, left
         if is_wide:
-            return self.dense_grad_input(left.t(), right, scale)
+            return self.dense(False, left.t(), right, scale=scale)
         product = wide_product(left.t(), right)
         if dtype != torch.float32:
             return self.narrow(product, dtype, scale)

@@ -50,13 +50,22 @@ class Engine:
         """x W^T + bias + scale * low B^T and low = x A^T in one pass over W; None where no kernel has that."""
         return None
 
-    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N], without a bias in ``out``."""
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """With a dense W [N, K] of x's dtype, in ``out``, if one is given.
 
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K], in a given ``out``."""
-        product = torch.mm(grad_y, weight, out=out)
+        Forward x W^T + bias for x [M, K], without a bias in ``out``; else scale * x W for x [M, N].
+        """
+        if is_forward and bias is not None:
+            return torch.addmm(bias.to(x.dtype), x, weight.t())
+        product = torch.mm(x, weight.t() if is_forward else weight, out=out)
         return product if scale == 1.0 else torch.mul(product, scale, out=out)
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -65,7 +74,7 @@ class Engine:
 
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         """scale * grad_y B for grad_y [M, N] and an adapter's B [N, r]. Returns [M, r] in grad_y's dtype."""
-        return self.dense_grad_input(grad_y, self.narrow(b, grad_y.dtype), scale)
+        return self.dense(False, grad_y, self.narrow(b, grad_y.dtype), scale=scale)
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """scale * tensor, rounded once to ``dtype``, contiguous."""

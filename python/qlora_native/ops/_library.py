@@ -199,11 +199,13 @@ def autograd(name: str, backward: Function, setup_context: Function) -> None:
 
 def _node(name: str, device: str, backward: Function, setup_context: Function) -> Function:
     """The kernel with its derivative. Autograd, which looks at each input, sees a frozen weight as one."""
-    check, function = CHECKS[name], FUNCTIONS[name, device]
+    check = CHECKS[name]
+    function = FUNCTIONS[name, device]
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         check(inputs)
-        before, recording.on = recording.on, True
+        before = recording.on
+        recording.on = True
         try:
             output = function(*inputs)
         finally:
@@ -212,7 +214,8 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
         return output
 
     def derivative(ctx: Any, *grads: Any) -> Any:
-        before, recording.on = recording.on, True
+        before = recording.on
+        recording.on = True
         try:
             found = backward(ctx, *grads)
         finally:
@@ -222,8 +225,7 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
     members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
     node = type(f"{name}_{device.lower()}", (torch.autograd.Function,), members)
     # Past a check for functorch's transforms, without which alone nodes are taken.
-    apply: Function = super(torch.autograd.Function, node).apply  # type: ignore[misc]
-    return apply
+    return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
 def save_inputs(ctx: Any, inputs: Values, output: Any) -> None:

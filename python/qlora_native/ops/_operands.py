@@ -84,7 +84,8 @@ class Weight(NamedTuple):
         block of scales, which are decoded to fp32. Raises ValueError if the slice does not begin at a block."""
         self.check()
         width = math.prod(self.shape[1:])
-        begin, end = start * width, stop * width
+        begin = start * width
+        end = stop * width
         is_gguf = self.quant_type in GGUF_BLOCKS
         if begin % self.block_size or (is_gguf and end % self.block_size):
             where, at = ("ends", end) if begin % self.block_size == 0 else ("begins", begin)
@@ -92,7 +93,8 @@ class Weight(NamedTuple):
                 f"a slice of {list(self.shape)} {where} at element {at}, no multiple of block_size "
                 f"{self.block_size}: it does not {where[:-1]} at a block; dequantize the whole weight instead."
             )
-        first, last = begin // self.block_size, -(-end // self.block_size)
+        first = begin // self.block_size
+        last = -(-end // self.block_size)
         if is_gguf:
             size = GGUF_BLOCKS[self.quant_type][1]
             return self._replace(packed=self.packed[first * size : last * size], shape=[stop - start, *self.shape[1:]])
@@ -140,8 +142,7 @@ class Weight(NamedTuple):
 
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, the very tensor; any other tensor itself."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def refuse(misfit: str | None) -> None:

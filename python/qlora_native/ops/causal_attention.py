@@ -17,6 +17,7 @@ from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Function, Values, autograd, define
+from qlora_native.ops._operands import WIDE
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -31,8 +32,7 @@ def outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
             f"causal_attention: q is {list(q.shape)}, k is {list(k.shape)}, v is {list(v.shape)}: "
             "expected q [B, H, T, D], k and v [B, H / g, T, D]."
         )
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _output(q), q.new_empty(q.shape[:3], dtype=wide)
+    return _output(q), q.new_empty(q.shape[:3], dtype=WIDE[q.dtype])
 
 
 def _output(q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""dequantize_4bit: a quantized weight, or a panel of it, to a float tensor."""
+"""dequantize_4bit: a quantized weight, or a panel of it, to a float tensor: round(level[code] * scale of its block)."""
 
 from __future__ import annotations
 

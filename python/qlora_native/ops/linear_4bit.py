@@ -28,7 +28,7 @@ from qlora_native.ops._engine import (
     sum_to_bias,
     without_autocast,
 )
-from qlora_native.ops._library import autograd, cuda_kernels, fake, implement
+from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, implement
 from qlora_native.ops._operands import Weight
 from qlora_native.ops.dequantize_4bit import decode_panel
 
@@ -58,8 +58,11 @@ class Cpu(Engine):
         low = up = down = rank = 0
         down_scale = 1.0
         if adapter is not None:  # contiguous by construction
-            low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), address(adapter.down)
-            rank, down_scale = adapter.low.shape[1], adapter.down_scale
+            low = adapter.low.data_ptr()
+            up = adapter.up.data_ptr()
+            down = address(adapter.down)
+            rank = adapter.low.shape[1]
+            down_scale = adapter.down_scale
         operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), address(bias), down, down_scale, low, up, rank)
         sizes = (y.data_ptr(), m, n, k)
         pointers = weight.pointers()
@@ -80,8 +83,10 @@ class Cpu(Engine):
         if left.dtype not in DTYPE_NUMBER:
             out = torch.mm(left.t(), right) * scale
         else:
-            left, right = left.contiguous(), right.contiguous()
-            rank, width = left.shape[1], right.shape[1]
+            left = left.contiguous()
+            right = right.contiguous()
+            rank = left.shape[1]
+            width = right.shape[1]
             out = torch.empty(rank, width, dtype=torch.float32)
             operands = (DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr())
             sizes = (left.shape[0], rank, width, scale, out.data_ptr())
@@ -90,15 +95,30 @@ class Cpu(Engine):
                 _C.outer(*operands, *sizes, *buffer(needed))
         return (out.t() if transposed else out).to(dtype).contiguous()
 
-    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         if x.dtype.itemsize > 2:
-            return super().dense_forward(x, weight, bias, out)
-        return _dense(True, x, weight, bias, 1.0, out)
-
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        if grad_y.dtype.itemsize > 2:
-            return super().dense_grad_input(grad_y, weight, scale, out)
-        return _dense(False, grad_y, weight, None, scale, out)
+            return super().dense(is_forward, x, weight, bias, scale, out)
+        x = x.contiguous()
+        weight = weight.contiguous()
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        n, k = weight.shape
+        m = x.shape[0]
+        y = empty_like(x, (m, n if is_forward else k)) if out is None else out
+        operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), address(bias), scale)
+        sizes = (y.data_ptr(), m, n, k)
+        needed = _C.dense_linear(*operands, *sizes, *buffer(0))
+        if needed:
+            _C.dense_linear(*operands, *sizes, *buffer(needed))
+        return y
 
 
 CPU = Cpu()
@@ -122,23 +142,6 @@ def _in_double(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None,
         y += bias.to(y.dtype)
     if adapter is not None:
         y.addmm_(adapter.low, adapter.up.t() if is_forward else adapter.up)
-    return y
-
-
-def _dense(
-    is_forward: bool, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor | None
-) -> Tensor:
-    n, k = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    m = x.shape[0]
-    y = empty_like(x, (m, n if is_forward else k)) if out is None else out
-    operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), address(bias), scale)
-    sizes = (y.data_ptr(), m, n, k)
-    needed = _C.dense_linear(*operands, *sizes, *buffer(0))
-    if needed:
-        _C.dense_linear(*operands, *sizes, *buffer(needed))
     return y
 
 
@@ -203,13 +206,13 @@ def grad_input_shapes(grad_y: Tensor, weight: Weight) -> Tensor:
 # y = x W^T + bias, so grad_x = grad_y W, and grad_bias sums grad_y over the tokens; W is frozen.
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: Values, output: Tensor) -> None:
     _, bias, weight = inputs
     save_weight(ctx, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor) -> Values:
     weight, _ = saved_weight(ctx)
     needs_x, needs_bias, *_ = ctx.needs_input_grad
     grad_x = call("linear_4bit_grad_input", grad_y, weight) if needs_x else None
@@ -219,12 +222,12 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 # grad_x = grad_y W in turn is linear in grad_y, with the gradient (d / d grad_x) W^T.
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_grad_input(ctx: Any, inputs: Values, output: Tensor) -> None:
     _, weight = inputs
     save_weight(ctx, weight)
 
 
-def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
+def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> Values:
     weight, _ = saved_weight(ctx)
     return (torch.ops.qlora_native.linear_4bit(grad_grad_x, None, *weight),)
 

@@ -28,7 +28,7 @@ from qlora_native.ops._engine import (
     sum_to_bias,
     without_autocast,
 )
-from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._library import Values, autograd, fake, implement
 from qlora_native.ops._operands import Weight
 from qlora_native.ops.linear_4bit import CPU, cuda_engine
 
@@ -50,14 +50,16 @@ def forward_by(
     few = engine.few_tokens(x, weight, bias, a, b, scale) if x_lora is None else None
     if few is not None:
         return few
-    rows, dtype = as_rows(x), x.dtype
+    rows = as_rows(x)
+    dtype = x.dtype
     with without_autocast(x):
-        down, up = engine.adapter(a, dtype), engine.adapter(b, dtype, scale)
+        down = engine.adapter(a, dtype)
+        up = engine.adapter(b, dtype, scale)
         if x_lora is None and engine.makes_low and dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = Adapter(xa, up, down)  # the product fills xa
         else:
-            xa = engine.dense_forward(rows if x_lora is None else as_rows(x_lora), down)
+            xa = engine.dense(True, rows if x_lora is None else as_rows(x_lora), down)
             adapter = Adapter(xa, up)
         y = engine.product(True, rows, weight, bias, adapter)
     if rows is x:
@@ -80,7 +82,9 @@ def backward_by(
     grad_xa: Tensor | None = None,
 ) -> Gradients:
     """The gradients by the products of an engine. ``x`` is what the adapter saw; ``separate``: that was x_lora."""
-    rows, tokens, dtype = as_rows(grad_y), as_rows(x), grad_y.dtype
+    rows = as_rows(grad_y)
+    tokens = as_rows(x)
+    dtype = grad_y.dtype
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = _nothing(x.dtype, x.device)
     with without_autocast(x):
@@ -96,7 +100,7 @@ def backward_by(
             if need_x:
                 grad_x = engine.product(False, rows, weight, None, None if separate else Adapter(low, down))
             if need_x_lora:
-                grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
+                grad_x_lora = engine.dense(False, low, down).view(x.shape)
         if need_x and tokens is not x:
             grad_x = grad_x.view(x.shape)
         if need_a:
@@ -152,7 +156,7 @@ def backward_shapes(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
     x, x_lora, a, b, scale, bias, weight = inputs
     # x itself is needed only as the adapter's input; with a dropped-out copy in its place it is not kept.
     save_weight(ctx, weight, x if x_lora is None else x_lora, a, b, output[1])
@@ -160,7 +164,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.options = scale, x_lora is not None, None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values:
     weight, (seen, a, b, xa) = saved_weight(ctx)
     scale, separate, bias_dtype = ctx.options
     *needed, _, need_bias = ctx.needs_input_grad[:6]

@@ -1,4 +1,8 @@
-"""quantize_4bit: a float tensor to 4-bit codes and scales."""
+"""quantize_4bit: a float tensor to 4-bit codes and scales.
+
+In each block of the flattened tensor, scale = max |t| and code = the nearest of 16 levels to t / scale. With
+``double_quant`` the scales in turn are codes of 8 bits: scale = nested_code[code] * nested_absmax + nested_offset.
+"""
 
 from __future__ import annotations
 

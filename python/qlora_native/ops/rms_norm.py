@@ -15,6 +15,7 @@ from qlora_native import reference
 from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Function, Values, autograd, define
+from qlora_native.ops._operands import WIDE
 
 Pair = tuple[Tensor, Tensor]
 
@@ -22,8 +23,7 @@ Pair = tuple[Tensor, Tensor]
 def outputs(x: Tensor, weight: Tensor, eps: float) -> Pair:
     if weight.shape[0] == 0:
         raise ValueError(f"rms_norm: x is {list(x.shape)}: expected [..., K], K > 0.")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return empty_like(x), x.new_empty(x.shape[:-1], dtype=wide)
+    return empty_like(x), x.new_empty(x.shape[:-1], dtype=WIDE[x.dtype])
 
 
 def native(run: Function, results: Pair, x: Tensor, weight: Tensor, eps: float) -> None:

@@ -65,8 +65,11 @@ class Optimizer(torch.optim.Optimizer):
             self._reserve_all()
 
     def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
-        name, folder = type(self).__name__, None if page_dir is None else Path(page_dir)
-        self.paged, self.page_dir, self.page_budget = paged, folder, page_budget
+        name = type(self).__name__
+        folder = None if page_dir is None else Path(page_dir)
+        self.paged = paged
+        self.page_dir = folder
+        self.page_budget = page_budget
         make = partial(new_pages, name, self._moments, paged, folder, page_budget)
         self._paging = Paging(name, paged, page_budget, make)
 
@@ -121,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
         with self._paging.alone():
             self._step()
         # Kernels write parameters as autograd does not see.
-        torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
+        torch.autograd.graph.increment_version([param for param, _ in self._placed()])
         return loss
 
     def write_options(self) -> None:
@@ -134,8 +137,10 @@ class Optimizer(torch.optim.Optimizer):
             self._plan.on_device.write_options([self._options(group) for group in self.param_groups])
 
     def _step(self) -> None:
-        self._grad_norm, self._skipped = None, False
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._grad_norm = None
+        self._skipped = False
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
         params, groups, grads = self._with_gradient()
         sharded = self.max_norm is not None and any(map(is_sharded, params))
         norm = whole_norm(params, grads) if sharded else None  # every rank takes part, whatever its gradients
@@ -164,19 +169,25 @@ class Optimizer(torch.optim.Optimizer):
 
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        grads = [param.grad for param in params]
-        present = [grad for grad in grads if grad is not None]
-        if len(present) < len(grads):
-            kept = [i for i, grad in enumerate(grads) if grad is not None]
-            params, groups = [params[i] for i in kept], [groups[i] for i in kept]
-        if odd := {grad.layout for grad in present} - {torch.strided}:
+        found = [
+            (param, number)
+            for number, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        params = [param for param, _ in found]
+        groups = [number for _, number in found]
+        grads: list[Any] = [param.grad for param in params]
+        if odd := {grad.layout for grad in grads} - {torch.strided}:
             raise ValueError(
                 f"{type(self).__name__}: a gradient is {odd.pop()}: expected dense ones; build the embedding with "
                 "sparse=False, or give its parameter to torch.optim.SparseAdam."
             )
-        return params, groups, list(map(part_of, present))
+        return params, groups, list(map(part_of, grads))
+
+    def _placed(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group."""
+        return [(param, group) for group in self.param_groups for param in group["params"]]
 
     def _plan_for(self, params: list[Tensor], groups: list[int]) -> Plan:
         """The plan of the last step, or a new one, with states for parameters that had none."""
@@ -254,7 +265,8 @@ class Optimizer(torch.optim.Optimizer):
         for (number, _, _), chosen in calls.items():
             states = [plan.states[i] for i in chosen]
             lists = ([state[name] for state in states if name in state] for name in names)
-            params, chosen_grads = [plan.parts[i] for i in chosen], [grads[i] for i in chosen]
+            params = [plan.parts[i] for i in chosen]
+            chosen_grads = [grads[i] for i in chosen]
             options = self._options(self.param_groups[number])
             getattr(torch.ops.qlora_native, self._op)(params, chosen_grads, *lists, *options, grad_factor)
             for pages in self._paging.pages.values():
@@ -264,9 +276,7 @@ class Optimizer(torch.optim.Optimizer):
         return bool(group["bits"] == 8) and param.numel() >= MIN_CODED_NUMEL
 
     def _reserve_all(self) -> None:
-        self._reserve(
-            [(param, self._is_coded(param, group)) for group in self.param_groups for param in group["params"]]
-        )
+        self._reserve([(param, self._is_coded(param, group)) for param, group in self._placed()])
 
     def _reserve(self, wanted: Wanted) -> None:
         """Make places for the states of these parameters, if they may leave memory."""
@@ -318,7 +328,7 @@ class Optimizer(torch.optim.Optimizer):
         with self._paging.alone():
             self._paging.wait_until_readable()
             result = super().state_dict()
-            for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+            for number, (param, _) in enumerate(self._placed()):
                 if is_sharded(param) and self.state.get(param):
                     result["state"][number] = whole_states(param, self.state[param], list(self._moments))
             return result
@@ -337,10 +347,9 @@ class Optimizer(torch.optim.Optimizer):
 
         def fit(_: Any) -> None:
             numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
-            places = [(param, group) for group in self.param_groups for param in group["params"]]
             loaded = [
                 (param, group, self._checked_state(param, given["state"][number]))
-                for number, (param, group) in zip(numbers, places, strict=True)
+                for number, (param, group) in zip(numbers, self._placed(), strict=True)
                 if number in given["state"]
             ]
             self._reserve_all()
@@ -369,7 +378,9 @@ class Optimizer(torch.optim.Optimizer):
                 )
         blocks = (-(-part_of(param).numel() // reference.STATE_BLOCK),)
         for name, value in given.items():
-            wrong, is_tensor, is_scale = "", isinstance(value, Tensor), name.endswith("_absmax")
+            wrong = ""
+            is_tensor = isinstance(value, Tensor)
+            is_scale = name.endswith("_absmax")
             code = self._moments.get(name) if f"{name}_absmax" in given else None
             if is_tensor and (value.layout != torch.strided or value.is_meta):
                 wrong = f"is on {value.device} as {value.layout}: expected a dense tensor with values"
@@ -425,10 +436,9 @@ class Optimizer(torch.optim.Optimizer):
                 )
         if "defaults" in state and self.state:
             self._reserve_all()
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if self.state.get(param):
-                        self.state[param] = self._fitted(param, self.state[param], group)
+            for param, group in self._placed():
+                if self.state.get(param):
+                    self.state[param] = self._fitted(param, self.state[param], group)
 
 
 def new_pages(

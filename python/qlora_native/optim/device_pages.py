@@ -43,7 +43,8 @@ class DevicePages(Pages):
         module: ModuleType,
     ) -> None:
         super().__init__(owner, moments, paged, budget)
-        self.device, self.module = device, module
+        self.device = device
+        self.module = module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
         self.could_pin = not self.managed
         if self.could_pin and paged is True:
@@ -164,7 +165,8 @@ class DevicePages(Pages):
         rows = [-1] * self._num_places
         for row, number in enumerate(self.numbers(plan)):
             rows[number] = row
-        tables, first = [], 0
+        tables = []
+        first = 0
         for store in self.stores:
             last = first + len(store.places)
             tables.append(StoreTable(self.module, store, rows[first:last], self.device))

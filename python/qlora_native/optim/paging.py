@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -74,7 +74,10 @@ class Pages:
     """
 
     def __init__(self, owner: str, moments: dict[str, torch.dtype], paged: Paged, budget: int | None) -> None:
-        self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
+        self.owner = owner
+        self.moments = moments
+        self.paged = paged
+        self.budget = budget
         self.stores: list[Any] = []
         self.could_pin = False  # the states are ordinary tensors of a device that pinned host memory could take
         self.places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
@@ -239,14 +242,17 @@ class Paging:
                 f"{owner}: page_budget is {budget}: expected at least {LEAST_BUDGET} bytes, or None for what the free "
                 "memory allows."
             )
-        self.paged, self._new_pages = paged, new_pages
+        self.paged = paged
+        self._new_pages = new_pages
         self.pages: dict[torch.device, Any] = {}
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock = threading.RLock()
+        self._process = os.getpid()
 
     def alone(self) -> threading.RLock:
         """The lock of this process: one that a fork left locked would stay so."""
         if self._process != os.getpid():
-            self._lock, self._process = threading.RLock(), os.getpid()
+            self._lock = threading.RLock()
+            self._process = os.getpid()
         return self._lock
 
     def reserve(self, wanted: Wanted) -> bool:
@@ -336,8 +342,7 @@ class Paging:
     def statistics(self) -> PagingStatistics:
         """Those of all devices together."""
         found: list[Any] = [pages.statistics() for pages in list(self.pages.values())]
-        kinds = get_type_hints(PagingStatistics).items()
-        return PagingStatistics(**{key: kind(sum(each[key] for each in found)) for key, kind in kinds})  # type: ignore[typeddict-item]
+        return PagingStatistics(**{key: sum(each[key] for each in found) for key in PagingStatistics.__annotations__})  # type: ignore[typeddict-item]
 
 
 def is_coded(state: Mapping[str, Any]) -> bool:

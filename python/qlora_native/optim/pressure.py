@@ -27,7 +27,9 @@ class PagingPolicy:
     too early, the next time takes twice as long, up to ``longest``."""
 
     def __init__(self, calm: float = CALM, longest: float = LONGEST_CALM) -> None:
-        self.calm, self.base, self.longest = calm, calm, longest
+        self.calm = calm
+        self.base = calm
+        self.longest = longest
         self._out = False  # at the last decision; the training loop moves states, too
         self._short = -math.inf  # when there was last too little room to come back
         self._came_back = -math.inf
