@@ -7,8 +7,8 @@ import torch
 from helpers import SavedTensors, errors_in_fp64, refuses, relative_error, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
-from qlora_native.ops._engine import Engine
-from qlora_native.ops.linear_4bit import ANY, CPU
+from qlora_native.ops._engine import ANY, Engine
+from qlora_native.ops.linear_4bit import CPU
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 dense_linear = torch.ops.qlora_native.dense_linear

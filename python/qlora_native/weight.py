@@ -20,6 +20,7 @@ TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "
 CALIBRATED = ("wmse", "gptq")  # methods of quantizing that need data
 METHODS = ("rtn", "rtn_signed", *CALIBRATED)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+MOST_SCALE = 65504  # float16's largest number: no weight of a model that was ever run is as large
 
 
 class QuantizedWeight:
@@ -200,14 +201,14 @@ class QuantizedWeight:
             IndexError: out of range.
             ValueError: a slice that does not begin at a block.
         """
-        count = self.shape[0] if self.shape else 0
+        count = sum(self.shape[:1])  # 0 for a scalar
         if not 0 <= start <= stop <= count:
             raise IndexError(f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}.")
         return self.with_arguments(self.op_args().slice(start, stop))
 
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One slice along the first dimension, without that dimension (stacked experts); see :meth:`slice`."""
-        count = self.shape[0] if self.shape else 0
+        count = sum(self.shape[:1])
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
         part = self.op_args().slice(index % count, index % count + 1)
@@ -416,9 +417,6 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
 
-MOST_SCALE = 65504  # float16's largest number: no weight of a model that was ever run is as large
-
-
 def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()) -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
@@ -499,5 +497,4 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
 
 
 def _unless_built_in(stored: Tensor, built_in: Tensor) -> Tensor | None:
-    on_meta = stored.device.type == "meta"
-    return None if on_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored
+    return None if stored.is_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored

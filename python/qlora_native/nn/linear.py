@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_native import functional, weight
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
-from qlora_native.ops._operands import Weight, part_of
+from qlora_native.ops._operands import Weight, is_sharded
 from qlora_native.weight import QuantizedWeight
 
 _SCALES = weight.TENSOR_FIELDS[1:]
@@ -202,7 +202,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys:
         torch.distributed.checkpoint reads each key as an attribute.
         """
-        return part_of(self.weight) is not self.weight
+        return is_sharded(self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:

@@ -159,9 +159,10 @@ class Prepared:
         checked = Weight(*weight)
         checked.check()
         n, k = checked.shape
-        self._made = key, (n, k, _C.matrix(n, k, checked.pointers()))
+        matrix = (n, k, _C.matrix(n, k, checked.pointers()))
+        self._made = key, matrix
         gather_pages(parts[0])
-        return self._made[1]
+        return matrix
 
 
 def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ NESTED_BLOCK = reference.NESTED_BLOCK
 
 # The tensors of each op by name, with dtype and shape. Dtypes: T is one of FLOATS, the same throughout a call; wide is
 # T or float32, whichever is wider; float is any of FLOATS; native is what the kernels take. Shapes: a name stands for
-# one size throughout a call; ... for any number of dimensions, the same throughout a call. Without a
+# one size throughout a call, B? for B or 1; ... for any number of dimensions, the same throughout a call. Without a
 # shape the op itself checks the number of elements. In an op that takes a weight, N and K are its dimensions, and ...
 # is its whole shape where the rules name neither. A name with ? may be None.
 OPERANDS = {
@@ -48,7 +48,7 @@ OPERANDS = {
     ),
     "rms_norm": "x T [..., K]; weight T [K]",
     "rms_norm_backward": "x T [..., K]; grad_y T [..., K]; weight T [K]; rstd wide [...]",
-    "rotary": "x T [B, H, L, D]; cos T [A, L, D]; sin T [A, L, D]",
+    "rotary": "x T [B, H, L, D]; cos T [B?, L, D]; sin T [B?, L, D]",
     "swiglu": "gate T [...]; up T [...]",
     "swiglu_backward": "gate T [...]; grad_y T [...]; up T [...]",
 }
@@ -143,6 +143,11 @@ class Weight(NamedTuple):
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, the very tensor; any other tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it alone."""
+    return part_of(tensor) is not tensor
 
 
 def refuse(misfit: str | None) -> None:
@@ -269,9 +274,12 @@ def _misfit(op: str, facts: Sequence[Facts | None], weight: WeightFacts | None) 
                 leading = dims[:split] if leads and leading is None else leading
                 sizes = dict(zip(axes, dims[split:], strict=True)) | sizes
             first = [] if not leads else ["..."] if leading is None else list(leading)
-            want = [*first, *(sizes.get(axis, axis) for axis in axes)]
+            want = [*first, *(sizes.get(axis.rstrip("?"), axis) for axis in axes)]
             expected += f" [{', '.join(map(str, want))}]"
-            fits = fits and list(dims) == want
+            seen = list(dims)
+            if axes[:1] == ("B?",) and seen[:1] == [1]:
+                seen[0] = sizes["B"]
+            fits = fits and seen == want
         if not fits:
             given = f"{dtype} {list(dims)} on {place}" + ("" if layout is torch.strided else f", {layout}")
             return f"{op}: {name} is {given}: expected {expected} on {device}."

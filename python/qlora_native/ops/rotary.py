@@ -18,10 +18,10 @@ from qlora_native.ops._library import Function, Values, autograd, define
 
 def output(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """In x's layout."""
-    if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape[0] not in (1, x.shape[0]):
+    if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape != sin.shape:
         raise ValueError(
             f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
-            "expected x [B, H, T, D] with an even D, cos and sin [B, T, D] or [1, T, D]."
+            "expected x [B, H, T, D] with an even D, cos and sin of one shape."
         )
     heads_inside = x.transpose(1, 2)
     if heads_inside.is_contiguous():  # as products make them and take them, without a copy

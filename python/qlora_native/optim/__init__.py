@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from qlora_native.optim.base import Optimizer
-from qlora_native.optim.paging import Paged, PagingStatistics
+from qlora_native.optim.paging import Moments, Paged, PagingStatistics
 
 __all__ = ["Adam", "AdamW", "Lion", "PagingStatistics"]
 
@@ -64,7 +64,7 @@ class AdamW(Optimizer):
             gradients.
     """
 
-    _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    _moments: ClassVar[Moments] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     _counts_steps = True
     _op = "adamw_step"
     _decoupled = True
@@ -108,7 +108,7 @@ class Lion(Optimizer):
     as for :class:`AdamW`.
     """
 
-    _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
+    _moments: ClassVar[Moments] = {"exp_avg": torch.int8}
     _counts_steps = False
     _op = "lion_step"
 

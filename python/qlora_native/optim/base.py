@@ -18,12 +18,13 @@ from torch import Tensor
 
 from qlora_native import _C, _native, reference
 from qlora_native.ops import _library
-from qlora_native.ops._operands import part_of
+from qlora_native.ops._operands import is_sharded, part_of
 from qlora_native.ops._optim import Plan, address_of
 from qlora_native.optim import paging
 from qlora_native.optim.paging import (
     PAGING_DEFAULTS,
     HostPages,
+    Moments,
     Paged,
     Pages,
     Paging,
@@ -39,7 +40,7 @@ MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 class Optimizer(torch.optim.Optimizer):
     """Base class of AdamW, Adam and Lion, which name their op and the arguments that it takes from a group."""
 
-    _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
+    _moments: ClassVar[Moments]
 
     # GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -442,31 +443,22 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def new_pages(
-    owner: str,
-    moments: dict[str, torch.dtype],
-    paged: Paged,
-    page_dir: Path | None,
-    page_budget: int | None,
-    device: torch.device,
+    owner: str, moments: Moments, paged: Paged, folder: Path | None, budget: int | None, device: torch.device
 ) -> Pages | None:
     """None for devices that have no page store: their states are ordinary tensors."""
     module = _library.module_for(device)
     if module is not None:
         from qlora_native.optim.device_pages import DevicePages
 
-        return DevicePages(owner, moments, paged, page_budget, device, module)
+        return DevicePages(owner, moments, paged, budget, device, module)
     if device.type == "cpu":
-        return HostPages(owner, moments, paged, page_dir, page_budget)
+        return HostPages(owner, moments, paged, folder, budget)
     if paged is True:
         raise ValueError(
             f"{owner}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
             "or move the parameters to the CPU."
         )
     return None
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    return part_of(tensor) is not tensor
 
 
 def whole_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> float:

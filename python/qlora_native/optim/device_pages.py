@@ -20,7 +20,7 @@ from qlora_native.errors import say_once
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._optim import Plan
-from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State, Wanted
+from qlora_native.optim.paging import Moments, Paged, Pages, PagingStatistics, State, Wanted
 from qlora_native.optim.pressure import PagingPolicy
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
@@ -34,13 +34,7 @@ class DevicePages(Pages):
     """The arenas of one optimizer on one device; ``budget`` is bytes of the device. The caller moves one at a time."""
 
     def __init__(
-        self,
-        owner: str,
-        moments: dict[str, torch.dtype],
-        paged: Paged,
-        budget: int | None,
-        device: torch.device,
-        module: ModuleType,
+        self, owner: str, moments: Moments, paged: Paged, budget: int | None, device: torch.device, module: ModuleType
     ) -> None:
         super().__init__(owner, moments, paged, budget)
         self.device = device

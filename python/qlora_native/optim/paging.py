@@ -28,6 +28,7 @@ from qlora_native.ops._optim import Plan
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]
+Moments = dict[str, torch.dtype]  # name of a state -> dtype of its 8-bit codes
 States = Mapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
 Wanted = Sequence[tuple[Tensor, bool]]  # parameters, and whether their states are 8-bit codes
 Form = tuple[int, int, bool]  # elements, number of moments, whether they are 8-bit codes
@@ -52,7 +53,7 @@ class PagingStatistics(TypedDict):
 
 
 def new_states(
-    moments: dict[str, torch.dtype], param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
+    moments: Moments, param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
 ) -> State:
     """The moments of a parameter and, beside codes, their scales, from ``make(place, shape, dtype)``: ``place`` is the
     index in an arena's tuple of offsets, which has the moments first and their scales from 2 on."""
@@ -73,7 +74,7 @@ class Pages:
     states are paged out, None for a share of what is free at each step.
     """
 
-    def __init__(self, owner: str, moments: dict[str, torch.dtype], paged: Paged, budget: int | None) -> None:
+    def __init__(self, owner: str, moments: Moments, paged: Paged, budget: int | None) -> None:
         self.owner = owner
         self.moments = moments
         self.paged = paged
@@ -148,9 +149,7 @@ class Pages:
 class HostPages(Pages):
     """Arenas in memory or in a page file in ``folder``. The caller sees to it that there is one move at a time."""
 
-    def __init__(
-        self, owner: str, moments: dict[str, torch.dtype], paged: Paged, folder: Path | None, budget: int | None
-    ) -> None:
+    def __init__(self, owner: str, moments: Moments, paged: Paged, folder: Path | None, budget: int | None) -> None:
         super().__init__(owner, moments, paged, budget)
         temporary = tempfile.gettempdir()
         self.folder = folder or Path("/var/tmp" if _C.lies_in_memory(temporary) else temporary)
