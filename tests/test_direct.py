@@ -260,7 +260,8 @@ def test_an_operand_that_shrinks_before_backward_is_refused(changed: str) -> Non
 
 def test_a_training_layer_reaches_the_kernel_under_few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of our functions between a layer and its kernel costs every layer of every step."""
-    native, depths = _C.linear_4bit, []
+    native = _C.linear_4bit
+    depths: list[int] = []
 
     def counted(*arguments: Any) -> int:
         frame, depth = sys._getframe(1), 0
@@ -285,7 +286,7 @@ def test_a_weight_of_a_subclass_goes_through_the_dispatcher() -> None:
     assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, w)) is not None
     for i in range(4):
         given = [part.as_subclass(Own) if j == i else part for j, part in enumerate(w)]  # type: ignore[union-attr]
-        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, Weight(*given))) is None
+        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, Weight._make(given))) is None
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ class QuantizedWeight:
         """A weight of what ``function`` returns for each tensor."""
         arguments = self.op_args()
         mapped: Any = [None if tensor is None else function(tensor) for tensor in arguments[:6]]
-        return self.with_arguments(Weight(*mapped, *arguments[6:]))
+        return self.with_arguments(Weight._make((*mapped, *arguments[6:])))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""

@@ -89,10 +89,10 @@ class Cpu(Engine):
             width = right.shape[1]
             out = torch.empty(rank, width, dtype=torch.float32)
             operands = (DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr())
-            sizes = (left.shape[0], rank, width, scale, out.data_ptr())
-            needed = _C.outer(*operands, *sizes, *buffer(0))
+            sizes = (left.shape[0], rank, width)
+            needed = _C.outer(*operands, *sizes, scale, out.data_ptr(), *buffer(0))
             if needed:
-                _C.outer(*operands, *sizes, *buffer(needed))
+                _C.outer(*operands, *sizes, scale, out.data_ptr(), *buffer(needed))
         return (out.t() if transposed else out).to(dtype).contiguous()
 
     def dense(

@@ -9,7 +9,7 @@ all that backward needs. With g = dL/dy and low = s * g B, which is [M, r],
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -77,11 +77,11 @@ def backward_by(
     b: Tensor,
     scale: float,
     separate: bool,
-    needed: tuple[bool, bool, bool, bool],
+    needed: Sequence[bool],
     weight: Weight,
     grad_xa: Tensor | None = None,
 ) -> Gradients:
-    """The gradients by the products of an engine. ``x`` is what the adapter saw; ``separate``: that was x_lora."""
+    """Those of x, x_lora, A and B that are ``needed``. ``x`` is what the adapter saw; ``separate``: that was x_lora."""
     rows = as_rows(grad_y)
     tokens = as_rows(x)
     dtype = grad_y.dtype
