@@ -57,7 +57,7 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 def watch(
     optimizer: Any, free_bytes: Callable[[], Free | None], interval: float = 0, policy: PagingPolicy | None = None
 ) -> threading.Thread:
-    """Start the watcher of an optimizer's ``PagedStates``; ``interval`` is in seconds, ``INTERVAL`` by default.
+    """Start the watcher of an optimizer's paged states; ``interval`` is in seconds, ``INTERVAL`` by default.
 
     Without memory for its stack it is not started, and a warning is given. It ends when the optimizer is collected,
     when ``free_bytes`` returns None (nothing can be read here) or raises, and at the interpreter's end.
