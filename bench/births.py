@@ -28,7 +28,7 @@ _PRODUCTS = (
         f"cpp/cpu/{name}*"
         for name in ("gemm", "linear_4bit", "tiles", "kernels-gemm", "kernels-linear", "kernels-tile")
     ),
-    *(f"{_PACKAGE}/ops/{name}.py" for name in ("linear_4bit", "_operands", "_direct")),
+    *(f"{_PACKAGE}/ops/{name}.py" for name in ("linear_4bit", "_engine", "_operands", "_direct")),
 )
 _OPTIMIZER = (
     *_KERNELS,
@@ -38,7 +38,7 @@ _OPTIMIZER = (
 _PAGED = (*_OPTIMIZER, "cpp/cpu/paging*", "cpp/cpu/file_store*", "bench/bench_paged.py", "bench/paged_loop.py")
 _ROOMS = ("ops", "nn", "lora", "weights", "models", "functional.py")
 _MODEL = ("cpp/core", "cpp/cpu", *(f"{_PACKAGE}/{name}" for name in _ROOMS))
-_STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_memory.py")))
+_STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_memory.py", "_pages.py")))
 _RUN = (*_STEP, f"{_PACKAGE}/train", f"{_PACKAGE}/data")
 _TRAIN = (*_STEP, "bench/bench_train.py", "bench/train_sides.py")
 _RESIDENCY = (*_RUN, "cpp/cpu/mapped_file*", f"{_PACKAGE}/estimate", "bench/bench_residency.py")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from gpu_timing import Case, Context, device, half, wait
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native.ops import _cuda_products
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (0, 1, 3, 16, 20, 40, 130)  # of every tile: up to 16, 32, 64 and 128 rows
@@ -68,14 +71,15 @@ def products(dtype: torch.dtype) -> bool:
     w = qn.quantize(torch.randn(N, K, device=device()) / K**0.5)
     dense = w.to("cpu").dequantize(torch.float32)
     errors = [0.0]
-    for m, low_memory in itertools.product(TOKENS, (False, True)):
+    for m, always_fused in itertools.product(TOKENS, (False, True)):
         made = [torch.randn(s) for s in ((m, K), (8, K), (N, 8), (N,), (m, N))]
         x, a, b, bias, grad = (t.to(dtype) if number in (0, 3, 4) else t for number, t in enumerate(made))
         ours = [t.to(device()).requires_grad_() for t in (x, a, b, bias)]
-        y = qn.lora_linear(ours[0], w, ours[1], ours[2], 2.0, bias=ours[3], low_memory=low_memory)
-        z = qn.linear(ours[0], w, low_memory=low_memory)
-        grads = torch.autograd.grad(y, ours, grad.to(device()), retain_graph=True)
-        plain = torch.autograd.grad(z, ours[0], grad.to(device()))
+        with patch.object(_cuda_products, "plan_of", partial(_cuda_products.plan_of, always_fused=always_fused)):
+            y = qn.lora_linear(ours[0], w, ours[1], ours[2], 2.0, bias=ours[3])
+            z = qn.linear(ours[0], w)
+            grads = torch.autograd.grad(y, ours, grad.to(device()), retain_graph=True)
+            plain = torch.autograd.grad(z, ours[0], grad.to(device()))
         exact = [t.detach().float().requires_grad_() for t in (x, a.to(dtype), b.to(dtype), bias)]
         want_z = exact[0] @ dense.t()
         want_y = want_z + 2.0 * (exact[0] @ exact[1].t()) @ exact[2].t() + exact[3]

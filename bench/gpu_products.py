@@ -138,8 +138,8 @@ def contenders(w: Weights, case: Case, t: torch.Tensor) -> dict[str, list[Call]]
 
     def ours(weight: qn.QuantizedWeight) -> Any:
         if is_forward:
-            return OPS.linear_4bit(t, w.bias, False, *weight.op_args())
-        return OPS.linear_4bit_grad_input(t, False, *weight.op_args())
+            return OPS.linear_4bit(t, w.bias, *weight.op_args())
+        return OPS.linear_4bit_grad_input(t, *weight.op_args())
 
     def dense(weight: torch.Tensor) -> torch.Tensor:
         if is_forward:
@@ -196,7 +196,7 @@ def _lora_forward(w: Weights, case: Case, x: torch.Tensor) -> dict[str, list[Cal
     a, b, low, up = _adapter(case, x.dtype)
 
     def ours(weight: qn.QuantizedWeight) -> Any:
-        return OPS.lora_linear_4bit(x, None, a, b, SCALE, None, False, *weight.op_args())[0]
+        return OPS.lora_linear_4bit(x, None, a, b, SCALE, None, *weight.op_args())[0]
 
     def dense_lora(weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.t()).addmm_(torch.mm(x, low.t()), up.t())
@@ -223,9 +223,7 @@ def _lora_backward(w: Weights, case: Case, grad_y: torch.Tensor) -> dict[str, li
 
     def ours(weight: qn.QuantizedWeight) -> Any:
         needed = [True, False, True, True]  # x, x_lora, A, B
-        return OPS.lora_linear_4bit_backward(
-            grad_y, x, xa, a, b, SCALE, False, needed, False, *weight.op_args()
-        )[0]  # fmt: skip
+        return OPS.lora_linear_4bit_backward(grad_y, x, xa, a, b, SCALE, False, needed, *weight.op_args())[0]
 
     def dense_lora(weight: torch.Tensor) -> torch.Tensor:
         through = torch.mm(grad_y, up)

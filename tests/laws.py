@@ -145,7 +145,7 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version", "_C", "_cuda", "_import_hooks", "_interrupt", "_moved"},
-    {"_native", "_io", "_flags", "_mistakes", "_threads"},
+    {"_native", "_pages", "_io", "_flags", "_mistakes", "_threads"},
     {"reference", "gguf_blocks"},
     {"ops"},
     {"weight", "_memory"},
@@ -256,9 +256,6 @@ def units_do_not_import_each_other(files: Tree) -> list[str]:
 
 
 # Folders in which files may still import each other; the law is to hold there as well.
-CIRCLES_STILL_IN = ("ops/", "optim/")
-
-
 def files_do_not_import_each_other(files: Tree) -> list[str]:
     """No circle of files, however an import is written: such files can be read, moved and tested together only."""
     modules = {path.removeprefix(PACKAGE): text for path, text in package_files(files)}
@@ -271,8 +268,7 @@ def files_do_not_import_each_other(files: Tree) -> list[str]:
         graph[path] = set()
         for name in imported_modules(PACKAGE + path, text, lazy, typing=path != "__init__.py"):
             target = names.get(name) or names.get(name.rpartition(".")[0], path)
-            is_allowed = path.startswith(CIRCLES_STILL_IN) and target.startswith(CIRCLES_STILL_IN)
-            if target != path and not is_allowed and name not in ("qlora_native._C", "qlora_native._cuda"):
+            if target != path and name not in ("qlora_native._C", "qlora_native._cuda"):
                 graph[path].add(target)
     try:
         tuple(graphlib.TopologicalSorter(graph).static_order())

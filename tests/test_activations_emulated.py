@@ -17,10 +17,10 @@ from test_fuse import loss_and_gradient, model_of
 from torch import Tensor
 
 import qlora_native as qn
-from qlora_native import _C
 from qlora_native.models import fuse as fusing
 from qlora_native.models.fuse import fuse
-from qlora_native.ops import _direct, _library, rms_norm, rotary, swiglu
+from qlora_native.ops import _direct, _library
+from qlora_native.ops._library import KERNELS
 
 OPS = torch.ops.qlora_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,11 +33,11 @@ def operands(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def both_norms(dtype: torch.dtype, width: int) -> list[tuple[Any, Any]]:
     x, grad_y, weight = operands(dtype, 2, 19, width), operands(dtype, 2, 19, width), operands(dtype, width)
-    expected = rms_norm.native(_C.rms_norm, x, weight, EPS)
+    expected = KERNELS["rms_norm", "CPU"](x, weight, EPS)
     arguments = grad_y, x, weight, expected[1], EPS
     return [
         (OPS.rms_norm(x, weight, EPS), expected),
-        (OPS.rms_norm_backward(*arguments), rms_norm.native_backward(_C.rms_norm_backward, *arguments)),
+        (OPS.rms_norm_backward(*arguments), KERNELS["rms_norm_backward", "CPU"](*arguments)),
     ]
 
 
@@ -45,15 +45,15 @@ def both_rotations(dtype: torch.dtype, width: int) -> list[tuple[Any, Any]]:
     x = operands(dtype, 2, 5, 18, 2 * width).transpose(1, 2)  # 18 heads, as a projection lays them out
     cos, sin = operands(dtype, 1, 5, 2 * width), operands(dtype, 1, 5, 2 * width)
     inverses = (False, True)
-    return [(OPS.rotary(x, cos, sin, inverse), rotary.native(_C.rotary, x, cos, sin, inverse)) for inverse in inverses]
+    return [(OPS.rotary(x, cos, sin, inverse), KERNELS["rotary", "CPU"](x, cos, sin, inverse)) for inverse in inverses]
 
 
 def both_gates(dtype: torch.dtype, width: int) -> list[tuple[Any, Any]]:
     gate, up, grad_y = (operands(dtype, 7, width) for _ in range(3))
     backward = OPS.swiglu_backward(grad_y, gate, up)
     return [
-        (OPS.swiglu(gate, up), swiglu.native(_C.swiglu, gate, up)),
-        (backward, swiglu.native_backward(_C.swiglu_backward, grad_y, gate, up)),
+        (OPS.swiglu(gate, up), KERNELS["swiglu", "CPU"](gate, up)),
+        (backward, KERNELS["swiglu_backward", "CPU"](grad_y, gate, up)),
     ]
 
 

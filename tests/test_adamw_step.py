@@ -221,7 +221,7 @@ def test_refuses_in_words() -> None:
     refuses("expected 2 step counters", step=[])
     refuses(r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]", grad=[torch.zeros(299), torch.zeros(5)])
     row = [0] * qn._C.optim_row_length
-    row[qn.ops._optim.NUMEL] = 4
+    row[qn._native.NUMEL] = 4
     table = qn.ops._optim.table_of([row])
     with pytest.raises(ValueError, match="grad .*null pointer, but 4 elements"):
         qn._C.adamw_step(qn.ops._optim.address_of(table), 1, [(0.1,) * 5 + (True,)], 1.0)

@@ -21,6 +21,7 @@ from helpers import same_bytes
 from laws import ROOT
 
 import qlora_native as qn
+from qlora_native import errors
 from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.ops.linear_4bit import cuda_engine
 
@@ -92,14 +93,14 @@ def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None
 
 def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: {"cuda_archs": ""})
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     with pytest.warns(UserWarning, match="this build has no CUDA kernels.*QLORA_NATIVE_CUDA=ON"):
         assert _cuda_kernels._loaded.__wrapped__() is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver .*CUDA \d+\.\d"):
         assert _cuda_kernels._loaded.__wrapped__() is None
 
@@ -119,7 +120,7 @@ def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], imag
 
     module = ModuleType("_cuda")
     monkeypatch.setattr(module, "image_error", image_error, raising=False)
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     monkeypatch.setattr(_cuda_kernels, "_loaded", lambda: module)
     monkeypatch.setattr(_cuda_kernels, "launching", launching)
     monkeypatch.setattr(_cuda_kernels, "facts", lambda device: _cuda_kernels.Facts(capabilities[device.index], 80))
@@ -142,7 +143,7 @@ def test_a_device_without_an_image_says_so_once_and_the_others_stay(monkeypatch:
             assert _library.module_for(device) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert _library.module_for(device) is None and cuda_engine(False, device) is None
+            assert _library.module_for(device) is None and cuda_engine(device) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")

@@ -91,11 +91,13 @@ def test_built_in_tables_are_part_of_the_kernels(emulator: Emulator, quant_type:
     assert relative_error(qn.linear(x, w), x.double() @ w.dequantize(torch.float32).double().t()) < 1e-2
 
 
-def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memory: bool) -> _cuda_products.Plan:
+def plan_of(
+    m: int, n: int, k: int, r: int, dtype: int, forward: bool, always_fused: bool = False
+) -> _cuda_products.Plan:
     module = _cuda_kernels.native(torch.device("cpu"))
     assert module is not None
-    sizes = _cuda_products.Sizes(m, n, k, r, 64, dtype, forward, low_memory)
-    return _cuda_products.plan_of(module, sizes, torch.device("cpu"))
+    sizes = _cuda_products.Sizes(m, n, k, r, 64, dtype, forward)
+    return _cuda_products.plan_of(module, sizes, torch.device("cpu"), always_fused=always_fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,30 +125,30 @@ def test_each_kind_of_plan(
     a, b = torch.randn(8, k).to(dtype) / k**0.5, torch.randn(n, 8).to(dtype)
     x, bias = torch.randn(m, k if forward else n).to(dtype), torch.randn(n).to(dtype)
     number = {torch.bfloat16: 1, torch.float16: 2}[dtype]
-    assert plan_of(m, n, k, 8, number, forward, False).kind == kind
+    assert plan_of(m, n, k, 8, number, forward).kind == kind
     for schedule in range(emulator.module.num_schedules):
         emulator.play(schedule)
         if forward:
-            y, xa = OPS.lora_linear_4bit(x, None, a, b, 0.5, bias, False, *w.op_args())
+            y, xa = OPS.lora_linear_4bit(x, None, a, b, 0.5, bias, *w.op_args())
             truth = x.double() @ dense.t() + bias.double() + xa.double() @ (b * 0.5).double().t()
         else:
             xa = torch.zeros(m, 8, dtype=dtype)
             tokens = torch.randn(m, k).to(dtype)
             needed = [True, False, False, False]
-            y = OPS.lora_linear_4bit_backward(x, tokens, xa, a, b, 0.5, False, needed, False, *w.op_args())[0]
+            y = OPS.lora_linear_4bit_backward(x, tokens, xa, a, b, 0.5, False, needed, *w.op_args())[0]
             truth = x.double() @ dense + (0.5 * (x.double() @ b.double())) @ a.double()
         assert relative_error(y, truth) < 2 * TOLERANCE[dtype], schedule
 
 
-def test_low_memory_takes_the_fused_kernels(emulator: Emulator) -> None:
-    assert [plan_of(4096, 64, 128, 0, 1, True, low_memory).kind for low_memory in (False, True)] == [TWO_STEP, TILE]
+def test_the_fused_kernels_can_be_asked_for(emulator: Emulator) -> None:
+    assert [plan_of(4096, 64, 128, 0, 1, True, fused).kind for fused in (False, True)] == [TWO_STEP, TILE]
 
 
 def test_an_older_card_multiplies_bf16_in_two_steps(emulator: Emulator) -> None:
     emulator.facts = _cuda_kernels.Facts(75, 4)
     emulator.play(0)
-    assert plan_of(4, 64, 128, 0, 1, True, False).kind == TWO_STEP
-    assert plan_of(4, 64, 128, 0, 2, True, False).kind == GEMV
+    assert plan_of(4, 64, 128, 0, 1, True).kind == TWO_STEP
+    assert plan_of(4, 64, 128, 0, 2, True).kind == GEMV
     w = qn.quantize(torch.randn(64, 128))
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(4, 128).to(dtype)

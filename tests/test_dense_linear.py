@@ -7,7 +7,8 @@ import torch
 from helpers import SavedTensors, errors_in_fp64, refuses, relative_error, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
-from qlora_native.ops.linear_4bit import ANY, CPU, Engine
+from qlora_native.ops._engine import ANY, Engine
+from qlora_native.ops.linear_4bit import CPU
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 dense_linear = torch.ops.qlora_native.dense_linear
@@ -43,7 +44,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(dtype: torch.dtype) ->
 @pytest.mark.parametrize("engine", [ANY, CPU], ids=["any", "cpu"])
 def test_an_input_gradient_is_scaled_in_the_tensor_given(engine: Engine, dtype: torch.dtype) -> None:
     grad_y, weight, out = (torch.randn(shape).to(dtype) for shape in ((9, 40), (40, 64), (9, 64)))
-    assert engine.dense_grad_input(grad_y, weight, 0.75, out) is out
+    assert engine.dense(False, grad_y, weight, scale=0.75, out=out) is out
     assert relative_error(out, grad_y.double() @ weight.double() * 0.75) < TOLERANCE[dtype]
 
 

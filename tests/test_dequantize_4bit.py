@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.ops import _library
+from qlora_native.ops._operands import Weight
 from qlora_native.ops.dequantize_4bit import decode_panel
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
@@ -71,7 +71,7 @@ def test_negative_scales_decode() -> None:
 def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
     w = qn.quantize(torch.randn(n, k), block_size=64)
     whole = truth(w, dtype)
-    weight = _library.Weight(*w.op_args())
+    weight = Weight(*w.op_args())
     for rows in ((0, n), (1, n - 1), (2, 3), (1, 1)):
         for columns in ((0, k), (0, 1), (3, k - 2), (k - 1, k), (17, 30)):
             panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from qlora_native import _C, lora
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import _direct
 from qlora_native.ops._direct import unobserved
+from qlora_native.ops._operands import Weight
 
 K, N = 128, 48
 
@@ -40,7 +43,7 @@ def adapter_on(made: QuantizedLinear) -> lora.LoRALinear:
 
 
 def by_dispatcher(made: QuantizedLinear, x: Tensor) -> Tensor:
-    return torch.ops.qlora_native.linear_4bit(x, made.bias, False, *made.quantized.op_args())
+    return torch.ops.qlora_native.linear_4bit(x, made.bias, *made.quantized.op_args())
 
 
 class Recorder(TorchDispatchMode):
@@ -177,7 +180,7 @@ def test_follows_its_tensors() -> None:
     weight = layer().quantized
     qn.linear(x, weight)
     weight.packed = other.quantized.packed
-    assert same_bytes(qn.linear(x, weight), torch.ops.qlora_native.linear_4bit(x, None, False, *weight.op_args()))
+    assert same_bytes(qn.linear(x, weight), torch.ops.qlora_native.linear_4bit(x, None, *weight.op_args()))
 
 
 def test_copies_and_pickles() -> None:
@@ -210,7 +213,7 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
     adapted.to(adapter)
     for shape in ((1, 1, K), (3, K), (40, K), (0, K)):
         x = torch.randn(shape).to(dtype)
-        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
         with torch.no_grad():
             got, expected = adapted(x), torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
             assert same_bytes(got, expected)
@@ -226,7 +229,7 @@ def test_training_takes_a_node_of_the_same_derivative(tokens: int) -> None:
     adapted = adapter_on(made)
     x, grad_y = torch.randn(tokens, K).bfloat16().requires_grad_(), torch.randn(tokens, N).bfloat16()
     leaves = [x, adapted.lora_A, adapted.lora_B]
-    arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+    arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
     expected = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
     got = adapted(x)
     assert got.grad_fn is not None and type(got.grad_fn).__name__ == "lora_linear_4bit_cpuBackward"
@@ -255,15 +258,35 @@ def test_an_operand_that_shrinks_before_backward_is_refused(changed: str) -> Non
         y.sum().backward()
 
 
+def test_a_training_layer_reaches_the_kernel_under_few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of our functions between a layer and its kernel costs every layer of every step."""
+    native = _C.linear_4bit
+    depths: list[int] = []
+
+    def counted(*arguments: Any) -> int:
+        frame, depth = sys._getframe(1), 0
+        while frame is not None:
+            depth += str(Path(_C.__file__).parent) in frame.f_code.co_filename
+            frame = frame.f_back  # type: ignore[assignment]
+        depths.append(depth)
+        return native(*arguments)
+
+    monkeypatch.setattr(_C, "linear_4bit", counted)
+    adapted = adapter_on(layer())
+    adapted(torch.randn(40, K).bfloat16().requires_grad_()).sum().backward()
+    assert depths
+    assert max(depths) <= 6
+
+
 def test_a_weight_of_a_subclass_goes_through_the_dispatcher() -> None:
     class Own(Tensor):
         pass
 
     w = layer().quantized.op_args()
-    assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, False, *w)) is not None
+    assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, w)) is not None
     for i in range(4):
         given = [part.as_subclass(Own) if j == i else part for j, part in enumerate(w)]  # type: ignore[union-attr]
-        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, False, *given)) is None
+        assert _direct.kernel_of("linear_4bit", (torch.randn(1, K), None, Weight._make(given))) is None
 
 
 @pytest.fixture
@@ -316,7 +339,7 @@ class TestOnCuda:
         adapted = adapter_on(made := layer(bias=True, dtype=dtype))
         x, grad_y = torch.randn(2, tokens, K).to(dtype).requires_grad_(), torch.randn(2, tokens, N).to(dtype)
         leaves = [x, adapted.lora_A, adapted.lora_B]
-        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
         expected, got = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0], adapted(x)
         assert got.grad_fn is not None and type(got.grad_fn).__name__ == "lora_linear_4bit_cudaBackward"
         assert same_bytes(got, expected) and same_bytes(made(x), by_dispatcher(made, x))
@@ -326,7 +349,7 @@ class TestOnCuda:
 
     @pytest.mark.parametrize("state", OBSERVED)
     def test_steps_aside(self, state: str) -> None:
-        arguments = (torch.randn(3, K), None, False, *layer().quantized.op_args())
+        arguments = (torch.randn(3, K), None, layer().quantized.op_args())
         assert _direct.kernel_of("linear_4bit", arguments) is not None
         with OBSERVED[state]():
             assert _direct.kernel_of("linear_4bit", arguments) is None

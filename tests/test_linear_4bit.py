@@ -171,9 +171,9 @@ def test_opcheck() -> None:
         w = qn.quantize(torch.randn(40, 65), double_quant=double_quant)
         x = torch.randn(3, 65, requires_grad=True)
         for b in (None, torch.randn(40, requires_grad=True)):
-            torch.library.opcheck(torch.ops.qlora_native.linear_4bit.default, (x, b, False, *w.op_args()))
+            torch.library.opcheck(torch.ops.qlora_native.linear_4bit.default, (x, b, *w.op_args()))
         grad = torch.randn(3, 40, requires_grad=True)
-        torch.library.opcheck(torch.ops.qlora_native.linear_4bit_grad_input.default, (grad, False, *w.op_args()))
+        torch.library.opcheck(torch.ops.qlora_native.linear_4bit_grad_input.default, (grad, *w.op_args()))
 
 
 @pytest.mark.devices("cpu", "cuda")

@@ -199,7 +199,7 @@ def test_opcheck() -> None:
     for x_lora, bias in ((None, None), (operands.x_lora, operands.bias)):
         torch.library.opcheck(
             torch.ops.qlora_native.lora_linear_4bit.default,
-            (operands.x, x_lora, operands.a, operands.b, SCALE, bias, False, *operands.w.op_args()),
+            (operands.x, x_lora, operands.a, operands.b, SCALE, bias, *operands.w.op_args()),
         )
 
 

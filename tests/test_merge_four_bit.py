@@ -98,7 +98,7 @@ def weight_of(quant_type: str, n: int, k: int) -> Any:
 
 def with_codes(weight: Any, packed: Tensor) -> Tensor:
     """The values of other codes, fp64."""
-    changed: Tensor = weight._with(weight.op_args()._replace(packed=packed)).dequantize(torch.float32).double()
+    changed: Tensor = weight.with_packed(packed).dequantize(torch.float32).double()
     return changed
 
 

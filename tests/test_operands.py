@@ -16,6 +16,7 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import IMPLEMENTATIONS, SCHEMAS
+from qlora_native.ops._operands import TABLE
 
 M, N, K, R = 3, 48, 64, 4
 
@@ -49,22 +50,22 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "gptq_4bit": lambda: [x, torch.eye(K), torch.arange(K), torch.ones(M), 0, 64],
     "dequantize_4bit": lambda: [torch.bfloat16, *weight()],
     "dequantize_4bit.out": lambda: [torch.empty(N, K), *weight()],
-    "linear_4bit": lambda: [x, bias, False, *weight()],
-    "linear_4bit_grad_input": lambda: [y, False, *weight(False)],
-    "lora_linear_4bit": lambda: [x, x.clone(), a, b, 2.0, bias, False, *weight()],
-    "lora_linear_4bit_backward": lambda: [y, x, low, a, b, 2.0, False, [True, False, True, True], False, *weight()],
+    "linear_4bit": lambda: [x, bias, *weight()],
+    "linear_4bit_grad_input": lambda: [y, *weight(False)],
+    "lora_linear_4bit": lambda: [x, x.clone(), a, b, 2.0, bias, *weight()],
+    "lora_linear_4bit_backward": lambda: [y, x, low, a, b, 2.0, False, [True, False, True, True], *weight()],
     "dense_linear": lambda: [x.half(), torch.randn(N, K).half(), bias],
     "dense_linear_grad_input": lambda: [y.half(), torch.randn(N, K).half()],
     "dense_linear_grad_weight": lambda: [y.half(), x.half()],
     "linear_cross_entropy": lambda: [x, torch.arange(M), -100, True, False, None, None, *weight()],
     "dequantize_4bit q4_0": lambda: [torch.bfloat16, *blocks("q4_0")],
     "dequantize_4bit.out q4_k": lambda: [torch.empty(N, K), *blocks("q4_k")],
-    "linear_4bit q8_0": lambda: [x, bias, False, *blocks("q8_0")],
-    "linear_4bit q4_1": lambda: [x.bfloat16(), bias, False, *blocks("q4_1")],
-    "linear_4bit_grad_input q5_k": lambda: [y, False, *blocks("q5_k")],
-    "lora_linear_4bit q5_1": lambda: [x, x.clone(), a, b, 2.0, bias, False, *blocks("q5_1")],
+    "linear_4bit q8_0": lambda: [x, bias, *blocks("q8_0")],
+    "linear_4bit q4_1": lambda: [x.bfloat16(), bias, *blocks("q4_1")],
+    "linear_4bit_grad_input q5_k": lambda: [y, *blocks("q5_k")],
+    "lora_linear_4bit q5_1": lambda: [x, x.clone(), a, b, 2.0, bias, *blocks("q5_1")],
     "lora_linear_4bit_backward q5_0": lambda: [
-        *(y, x, low, a, b, 2.0, False, [True, False, True, True], False),
+        *(y, x, low, a, b, 2.0, False, [True, False, True, True]),
         *blocks("q5_0"),
     ],
     "linear_cross_entropy q6_k": lambda: [x, torch.arange(M), -100, True, False, None, None, *blocks("q6_k")],
@@ -91,6 +92,14 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
 
 def test_every_op_is_called() -> None:
     assert {name.split()[0] for name in CALLS} == {*SCHEMAS}
+
+
+def test_what_may_be_none_is_what_the_schema_has_so() -> None:
+    for op, schema in SCHEMAS.items():
+        kinds = {words.split()[-1]: words.split()[0] for words in schema[1 : schema.index(") ->")].split(", ")}
+        for operand in TABLE[op]:
+            may_be_none = operand.name == "packed" or kinds[operand.name] == "Tensor?"  # packed: where it is dense
+            assert operand.is_optional == may_be_none, (op, operand.name)
 
 
 def test_every_native_function_is_called() -> None:

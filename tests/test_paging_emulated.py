@@ -19,7 +19,8 @@ from helpers import same_bytes, through_a_file
 from paged import MIB
 
 import qlora_native as qn
-from qlora_native.ops import _cuda_kernels, _library
+from qlora_native import errors
+from qlora_native.ops import _cuda_kernels
 from qlora_native.optim import device_pages
 
 SIZES = (5, 4097, 200_000, 20_000, 0, 90_000)
@@ -84,7 +85,7 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
             optimizer.step()
         assert paged.skipped == plain.skipped == (scale != scale)
         assert paged.grad_norm == plain.grad_norm or scale != scale
-    pages = paged._pages[torch.device("cpu")]
+    pages = paged._paging.pages[torch.device("cpu")]
     assert isinstance(pages, device_pages.DevicePages) and pages.managed == concurrent
     assert same(paged, plain)
 
@@ -300,7 +301,7 @@ def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator)
 
 
 def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     emulator.module.set_memory(1 << 30, False)
     params = [torch.nn.Parameter(torch.zeros(5000))]
     with pytest.warns(UserWarning, match=r"Tegra\): AdamW's .* pinned host"):

@@ -13,9 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qlora_native import _memory
+from qlora_native import _memory, errors
 from qlora_native._memory import Free
-from qlora_native.ops import _cuda_kernels, _library
+from qlora_native.ops import _cuda_kernels
 from qlora_native.optim import pressure
 from qlora_native.optim.pressure import PagingPolicy
 
@@ -239,7 +239,7 @@ def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
 
 def test_without_room_for_the_watcher_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     with pytest.warns(UserWarning, match="too short for the thread"):
         thread = pressure.watch(States(), lambda: None, 0.001)
     assert not thread.is_alive() and thread not in pressure._watchers

@@ -48,17 +48,17 @@ def test_panels_of_any_width(
     dense = reference.dequantize(torch.float32, *w.op_args()).double()
     x, grad, bias = torch.randn(20, k), torch.randn(20, n), torch.randn(n)
     low, up, down = torch.randn(20, 4), torch.randn(n, 4), torch.randn(4, k)
-    engine = _cuda_products.Cuda(emulator.module, False)
+    engine = _cuda_products.Cuda(emulator.module)
     for adapter in (None, _cuda_products.Adapter(low, up)):
         for b in (None, bias):
             emulator.launches()
-            y = engine.forward(x, w.op_args(), b, adapter)
+            y = engine.product(True, x, w.op_args(), b, adapter)
             assert len(emulator.launches()) == -(-n // columns)
             truth = x.double() @ dense.t() + (0 if b is None else b) + (0 if adapter is None else low @ up.t())
             assert relative_error(y, truth) < TOLERANCE[torch.float32]
     for adapter in (None, _cuda_products.Adapter(low, down)):
         emulator.launches()
-        got = engine.grad_input(grad, w.op_args(), adapter)
+        got = engine.product(False, grad, w.op_args(), None, adapter)
         assert len(emulator.launches()) == -(-k // columns)
         truth = grad.double() @ dense + (0 if adapter is None else low @ down)
         assert relative_error(got, truth) < TOLERANCE[torch.float32]
@@ -72,9 +72,9 @@ def test_panels_of_gguf(
     in_two_steps(monkeypatch, columns)
     w = gguf_weight(quant_type, (n, k))
     dense, x, grad = gguf_truth(w).double(), torch.randn(20, k), torch.randn(20, n)
-    engine = _cuda_products.Cuda(emulator.module, False)
-    assert relative_error(engine.forward(x, w.op_args(), None), x.double() @ dense.t()) < TOLERANCE[torch.float32]
-    assert relative_error(engine.grad_input(grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
+    engine = _cuda_products.Cuda(emulator.module)
+    assert relative_error(engine.product(True, x, w.op_args()), x.double() @ dense.t()) < TOLERANCE[torch.float32]
+    assert relative_error(engine.product(False, grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
@@ -99,11 +99,10 @@ def test_width_of_a_panel() -> None:
     assert of(14336, 4096, 2) == 14336 and of(4096, 14336, 2) == 4096
     assert 2 * 14336 * 4096 == 117_440_512 < _cuda_products.PANEL_BYTES
     for width, depth, itemsize in ((128256, 4096, 2), (28672, 8192, 2), (8192, 28672, 2), (4096, 128256, 4)):
-        for low_memory, most in ((False, _cuda_products.PANEL_BYTES), (True, _cuda_products.LOW_MEMORY_PANEL_BYTES)):
-            columns = of(width, depth, itemsize, low_memory)
-            assert 0 < columns < width and columns % (1 if columns < 256 else 256) == 0
-            assert columns * depth * itemsize <= most
-            assert 2 * columns * depth * itemsize > most or low_memory
+        columns = of(width, depth, itemsize)
+        assert 0 < columns < width and columns % (1 if columns < 256 else 256) == 0
+        most = _cuda_products.PANEL_BYTES
+        assert columns * depth * itemsize <= most < 2 * columns * depth * itemsize
     assert of(1100, _cuda_products.PANEL_BYTES // 2400, 2) == 1100
     assert of(300, 1 << 40, 2) == 1 and of(0, 64, 2) == 0 and of(64, 0, 2) == 64
 
@@ -119,7 +118,7 @@ def test_an_input_gradient_is_rounded_once(emulator: Emulator, monkeypatch: pyte
     by_rows = torch.zeros(m, k, dtype=torch.bfloat16)
     for first in range(0, n, 128):
         by_rows.addmm_(grad[:, first : first + 128], dense[first : first + 128])
-    got = OPS.linear_4bit_grad_input(grad, False, *w.op_args())
+    got = OPS.linear_4bit_grad_input(grad, *w.op_args())
     assert relative_error(got, truth) < 0.0019 < 0.0025 < relative_error(by_rows, truth)
     assert relative_error(got, truth) < 1.02 * relative_error(truth.bfloat16(), truth)
 
@@ -129,7 +128,7 @@ def test_gradients_of_fp32_adapters_are_not_rounded_to_16_bits(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """A product rounded to 16 bits has a relative error of 2^-10 (bf16) or 2^-13 (fp16) or so."""
-    engine = _cuda_products.Cuda(emulator.module, False)
+    engine = _cuda_products.Cuda(emulator.module)
     left, right = torch.randn(300, 8).to(dtype), torch.randn(300, 192).to(dtype)
     truth = 0.37 * left.double().t() @ right.double()
     for transposed in (False, True):
@@ -196,7 +195,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], Any]
         monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulated.FACTS)
         monkeypatch.setattr(_cuda_products, "wide_product", wide_product_of(launches))
         _cuda_products.plan_of.cache_clear()
-        return SimpleNamespace(engine=_cuda_products.Cuda(module, False), module=module, launches=launches)
+        return SimpleNamespace(engine=_cuda_products.Cuda(module), module=module, launches=launches)
 
     return make
 
@@ -234,11 +233,11 @@ def test_launches_of_an_adapted_layer(
         copies = {0: 2 if adapter == torch.float32 else 1, 1: 0}[number]  # of A and scale * B
         run.launches.names.clear()
         with run.launches:
-            _, xa = lora_linear_4bit.forward_by(run.engine, (x, None, a, b, 0.5, bias, False, *w.op_args()))
+            _, xa = lora_linear_4bit.forward_by(run.engine, x, None, a, b, 0.5, bias, w.op_args())
         assert len(run.launches.names) == copies + forward_products, run.launches.names
         run.launches.names.clear()
         with run.launches:
-            lora_linear_4bit.backward_by(run.engine, (grad, x, xa, a, b, 0.5, False, needed, False, *w.op_args()))
+            lora_linear_4bit.backward_by(run.engine, grad, x, xa, a, b, 0.5, False, needed, w.op_args())
         assert len(run.launches.names) == backward_products, run.launches.names
 
 

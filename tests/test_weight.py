@@ -27,6 +27,19 @@ def test_duplicates(duplicate: Callable[[qn.QuantizedWeight], qn.QuantizedWeight
         assert same_weight(duplicate(w), w)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_other_codes_under_the_same_scales(double_quant: bool) -> None:
+    w, other = (qn.quantize(torch.randn(37, 65), double_quant=double_quant) for _ in range(2))
+    mixed = w.with_packed(other.packed)
+    assert (
+        mixed.packed is other.packed and mixed.absmax is w.absmax and (mixed.shape, mixed.dtype) == (w.shape, w.dtype)
+    )
+    levels = other.dequantize() / other.scales().repeat_interleave(64)[: other.numel()].view(other.shape)
+    expected = levels * w.scales().repeat_interleave(64)[: w.numel()].view(w.shape)
+    assert torch.allclose(mixed.dequantize(), expected, rtol=1e-5)
+    assert not torch.equal(w.packed, other.packed)  # the weight itself is unchanged
+
+
 def test_attributes() -> None:
     w = qn.quantize(torch.randn(300, 64, dtype=torch.bfloat16))
     packed, absmax, nested_absmax, nested_offset, code, nested_code, *_ = w.op_args()

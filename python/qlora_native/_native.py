@@ -17,6 +17,10 @@ CODEBOOKS = QUANT_TYPES[:2]  # nf4 and fp4, which quantize() makes; the others a
 GGUF_BLOCKS = {number: sizes for number, (_, *sizes) in enumerate(_C.block_formats) if sizes[0]}
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimizer state that share an absmax
+# Columns of a row of the optimizers' table, as in cpp/python/tensor_rows.h.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_ABSMAX, EXP_AVG_SQ_ABSMAX, STEP, NUMEL, DTYPE, GROUP = range(
+    _C.optim_row_length
+)
 
 
 def _share_threads_with_torch() -> None:

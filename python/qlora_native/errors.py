@@ -1,8 +1,9 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""The one exception that means: the user can mend this, and the message says how; and warnings given once."""
 
 from __future__ import annotations
 
 import traceback
+import warnings
 
 
 class Brief(BaseException):
@@ -22,3 +23,13 @@ class UserError(Brief, Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+_warned: set[str] = set()
+
+
+def say_once(sentence: str) -> None:
+    """Warn about a slower path, or of what is done instead, once a process."""
+    if sentence not in _warned:
+        _warned.add(sentence)
+        warnings.warn(sentence, stacklevel=3)

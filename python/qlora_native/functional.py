@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora_native.ops._direct import adapted_at_once, call, kernel_of, product, unobserved
-from qlora_native.ops._library import Weight
+from qlora_native.ops._operands import Weight
 from qlora_native.weight import QuantizedWeight
 
 
@@ -30,11 +30,10 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     plain = x.device.type == "cpu" and x.dtype in SIXTEEN_BITS and x.dtype == weight.dtype
     if not plain or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    result: Tensor = call("dense_linear", x, weight, bias)
-    return result
+    return call("dense_linear", x, weight, bias)
 
 
-def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
+def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with a 4-bit weight.
 
     The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums, never all of a large
@@ -46,8 +45,6 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory
         x: [..., K], float32, bfloat16, float16 or float64.
         w: [N, K].
         bias: [N] or None.
-        low_memory: on CUDA, take the fused kernels at any M, and where there is none decode at most 32 MiB at a time in
-            place of 256; slower at large M.
 
     Returns:
         [..., N] in x's dtype.
@@ -56,18 +53,16 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory
         ValueError: shapes, dtypes or devices that do not fit, with the numbers.
     """
     y = product(w._matrix(), x, bias) if unobserved(x, bias) else None
-    return linear_op(x, w.op_args(), bias, low_memory) if y is None else y
+    return linear_op(x, w.op_args(), bias) if y is None else y
 
 
-def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
+def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, bias, low_memory, *weight
-    kernel = kernel_of("linear_4bit", arguments)
+    kernel = kernel_of("linear_4bit", (x, bias, weight))
     if kernel is None:
         x, bias = autocast(x, bias)  # type: ignore[assignment]
-        return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *weight)
-    result: Tensor = kernel(*arguments)
-    return result
+        return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
+    return kernel(x, bias, weight)
 
 
 def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,7 +86,7 @@ def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None =
             "rows of whole blocks."
         )
     rows = torch.nn.functional.embedding(ids, w.packed.view(w.shape[0], -1))
-    found = w._with(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
+    found = w.with_arguments(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
     return found.dequantize(dtype).view(*ids.shape, w.shape[1])
 
 
@@ -103,7 +98,6 @@ def lora_linear(
     scale: float,
     bias: Tensor | None = None,
     x_lora: Tensor | None = None,
-    low_memory: bool = False,
 ) -> Tensor:
     """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
@@ -118,7 +112,6 @@ def lora_linear(
         scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
         bias: [N] or None.
         x_lora: what the adapter sees in place of x (x after dropout), [..., K] in x's dtype.
-        low_memory: as in :func:`linear`.
 
     Returns:
         [..., N] in x's dtype. Gradients flow to x, x_lora, a, b and bias.
@@ -129,7 +122,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
     y = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
-    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora, low_memory) if y is None else y
+    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora) if y is None else y
 
 
 def lora_linear_op(
@@ -140,16 +133,13 @@ def lora_linear_op(
     scale: float,
     bias: Tensor | None = None,
     x_lora: Tensor | None = None,
-    low_memory: bool = False,
 ) -> Tensor:
     """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
-    arguments = x, x_lora, a, b, scale, bias, low_memory, *weight
-    kernel = kernel_of("lora_linear_4bit", arguments)
+    kernel = kernel_of("lora_linear_4bit", (x, x_lora, a, b, scale, bias, weight))
     if kernel is None:
         x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *weight)[0]
-    result: Tensor = kernel(*arguments)[0]
-    return result
+        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
+    return kernel(x, x_lora, a, b, scale, bias, weight)[0]
 
 
 def linear_cross_entropy(
@@ -188,5 +178,4 @@ def linear_cross_entropy(
         h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
     options = ignore_index, torch.is_grad_enabled() and h.requires_grad, need_grad_weight, rows, row_ids
-    loss: Tensor = torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]
-    return loss
+    return torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_native import _native, gguf_blocks
+from qlora_native import _native
 
 NESTED_BLOCK = 256
 # Relative error (Frobenius) of a product against the fp64 truth on the same dequantized weight: half an ulp of the
@@ -127,6 +127,8 @@ def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
     packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
     numel = math.prod(shape)
     if quant_type in _native.GGUF_BLOCKS:
+        from qlora_native import gguf_blocks  # few models need it
+
         return gguf_blocks.values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
     table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native.ops._direct import Prepared
-from qlora_native.ops._library import Weight
+from qlora_native.ops._operands import Weight
 from qlora_native.ops.quantize_4bit import empty_outputs
 
 # Fields that hold tensors, in the order in which ops take them.
@@ -20,6 +20,7 @@ TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "
 CALIBRATED = ("wmse", "gptq")  # methods of quantizing that need data
 METHODS = ("rtn", *CALIBRATED)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+MOST_SCALE = 65504  # float16's largest number: no weight of a model that was ever run is as large
 
 
 class QuantizedWeight:
@@ -200,25 +201,29 @@ class QuantizedWeight:
             IndexError: out of range.
             ValueError: a slice that does not begin at a block.
         """
-        count = self.shape[0] if self.shape else 0
+        count = sum(self.shape[:1])  # 0 for a scalar
         if not 0 <= start <= stop <= count:
             raise IndexError(f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}.")
-        return self._with(self.op_args().slice(start, stop))
+        return self.with_arguments(self.op_args().slice(start, stop))
 
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One slice along the first dimension, without that dimension (stacked experts); see :meth:`slice`."""
-        count = self.shape[0] if self.shape else 0
+        count = sum(self.shape[:1])
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
         part = self.op_args().slice(index % count, index % count + 1)
-        return self._with(part._replace(shape=part.shape[1:]))
+        return self.with_arguments(part._replace(shape=part.shape[1:]))
 
     def flatten(self) -> QuantizedWeight:
         """The same weight in one dimension, over the same tensors."""
-        return self._with(self.op_args()._replace(shape=[self.numel()]))
+        return self.with_arguments(self.op_args()._replace(shape=[self.numel()]))
 
-    def _with(self, arguments: Weight) -> QuantizedWeight:
-        """A weight of other tensors and another shape, alike in all else."""
+    def with_packed(self, packed: Tensor) -> QuantizedWeight:
+        """The same scales with other codes, uint8 [ceil(n/2)] (of a GGUF format, other blocks)."""
+        return self.with_arguments(self.op_args()._replace(packed=packed))
+
+    def with_arguments(self, arguments: Weight) -> QuantizedWeight:
+        """A weight of these tensors and this shape, alike in all else."""
         other = object.__new__(QuantizedWeight)
         other.__dict__.update(self.__getstate__())
         for name in TENSOR_FIELDS:
@@ -226,14 +231,15 @@ class QuantizedWeight:
         other.shape = torch.Size(arguments.shape)
         return other
 
-    def _map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
+    def map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
+        """A weight of what ``function`` returns for each tensor."""
         arguments = self.op_args()
         mapped: Any = [None if tensor is None else function(tensor) for tensor in arguments[:6]]
-        return self._with(Weight._make((*mapped, *arguments[6:])))
+        return self.with_arguments(Weight._make((*mapped, *arguments[6:])))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __repr__(self) -> str:
         nested = ", double-quantized" if self.double_quant else ""
@@ -411,9 +417,6 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
 
-MOST_SCALE = 65504  # float16's largest number: no weight of a model that was ever run is as large
-
-
 def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()) -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
@@ -436,8 +439,11 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
         is_there = "nested_blocksize" in state or not name.startswith("nested_")
         if is_there and not is_valid(found := state.get(name)):
             raise ValueError(f"from_bnb: '{key}' holds no valid quant state: {name} is {found!r}: expected {expected}.")
-    number, nested = quant_type_number(quant_type), "nested_blocksize" in state
-    block_size, shape, dtype = state["blocksize"], tuple(state["shape"]), getattr(torch, state["dtype"])
+    number = quant_type_number(quant_type)
+    nested = "nested_blocksize" in state
+    block_size = state["blocksize"]
+    shape = tuple(state["shape"])
+    dtype = getattr(torch, state["dtype"])
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
 
@@ -491,5 +497,4 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
 
 
 def _unless_built_in(stored: Tensor, built_in: Tensor) -> Tensor | None:
-    on_meta = stored.device.type == "meta"
-    return None if on_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored
+    return None if stored.is_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored

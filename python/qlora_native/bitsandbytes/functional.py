@@ -222,7 +222,7 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit: state is None: give the state that quantize_4bit returned.")
-    y: Tensor = torch.ops.qlora_native.linear_4bit(A, None, False, *state.op_args(B))
+    y: Tensor = torch.ops.qlora_native.linear_4bit(A, None, *state.op_args(B))
     return y if out is None else out.copy_(y)
 
 
@@ -267,7 +267,7 @@ def linear(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) ->
         if y is not None:
             return y
     x, bias = autocast(x, bias)  # type: ignore[assignment]
-    result: Tensor = torch.ops.qlora_native.linear_4bit(x, bias, False, *arguments)
+    result: Tensor = torch.ops.qlora_native.linear_4bit(x, bias, *arguments)
     return result
 
 

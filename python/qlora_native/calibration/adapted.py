@@ -86,7 +86,7 @@ def adapted_codes(
 
     def is_reached(gain: float) -> bool:
         packed = _fed_back(base + gain * change, sample, factor, order)
-        got = sample._with(sample.op_args()._replace(packed=packed)).dequantize(torch.float32)
+        got = sample.with_packed(packed).dequantize(torch.float32)
         moved = (got - base) * pull
         return float(moved.sum(dtype=torch.float64)) >= wanted
 
@@ -133,7 +133,7 @@ def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
         packed = packed.view(n, -1)[rows]
         scales = scales if weight.is_gguf else scales.view(n, -1)[rows].flatten()
     arguments = weight.op_args()._replace(packed=packed.reshape(-1), absmax=scales, shape=[len(rows), k])
-    return weight._with(arguments._replace(nested_absmax=None, nested_offset=None))
+    return weight.with_arguments(arguments._replace(nested_absmax=None, nested_offset=None))
 
 
 def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Tensor) -> Tensor:

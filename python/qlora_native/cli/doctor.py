@@ -130,7 +130,7 @@ def _kernel(m: int, n: int, k: int) -> str:
         module = _library.module_for(device)
         if module is None:
             return "torch's operations on decoded weights: there are no CUDA kernels"
-        sizes = _cuda_products.Sizes(m, n, k, 0, 64, DTYPE_NUMBER[torch.bfloat16], True, False)
+        sizes = _cuda_products.Sizes(m, n, k, 0, 64, DTYPE_NUMBER[torch.bfloat16], True)
         return str(_cuda_products.plan_of(module, sizes, device))
     isa = _C.cpu_isa()
     if m == 1:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.errors import UserError
+from qlora_native.errors import UserError, say_once
 from qlora_native.lora.adapter import copy_into, gathered, parameters_of, read_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
 from qlora_native.lora.layer import LoRALinear, end_training_rows, lora_layers, train_modules
 from qlora_native.lora.targets import embeddings, saved_modules, select_targets, token_modules
 from qlora_native.lora.tokens import TokenRows, WithTokenRows
 from qlora_native.nn.experts import substitute_class
-from qlora_native.ops._library import say_once
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:

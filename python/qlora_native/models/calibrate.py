@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._memory import trim_heap
+from qlora_native._pages import interleave
 from qlora_native._version import __version__
 from qlora_native.calibration.data import as_calibration, take_tokens
 from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
@@ -29,7 +30,6 @@ from qlora_native.models.build import MetaModel
 from qlora_native.models.fuse import fuse, unfuse
 from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import STACKS
-from qlora_native.ops._library import interleave
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
 from qlora_native.weights.match import Entry

@@ -22,11 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qlora_native as qn
+from qlora_native._pages import gather_pages
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.ops import _library
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import gather_pages
 from qlora_native.ops.causal_attention import is_native
 from qlora_native.weights.files import mapped_part
 

@@ -84,7 +84,7 @@ def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor
         write(path, packed)
         if not both:
             return plain(x)
-        new = QuantizedLinear.from_quantized(weight._with(weight.op_args()._replace(packed=packed)), layer.bias)
+        new = QuantizedLinear.from_quantized(weight.with_packed(packed), layer.bias)
         return torch.cat([plain(trained), new(ships)])
 
     layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
-from qlora_native.ops._library import part_of
+from qlora_native.ops._operands import is_sharded
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
@@ -86,7 +86,7 @@ class QuantizedExperts(Substitute, KeepsBits):
         if stored is not None:
             scales["absmax"] = scales_in(stored, scales["nested_absmax"] is not None)
         packed: Any = self._parameters[name]
-        return about._with(about.op_args()._replace(packed=packed.view(-1), **scales))
+        return about.with_arguments(about.op_args()._replace(packed=packed.view(-1), **scales))
 
     def lay_out_for_sharding(self) -> None:
         """As that of :class:`qlora_native.nn.QuantizedLinear`, for every stack."""
@@ -102,7 +102,7 @@ class QuantizedExperts(Substitute, KeepsBits):
     @property
     def is_sharded(self) -> bool:
         """As :attr:`qlora_native.nn.QuantizedLinear.is_sharded`."""
-        return any(part_of(value) is not value for value in self._parameters.values() if value is not None)
+        return any(is_sharded(value) for value in self._parameters.values() if value is not None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
@@ -199,7 +199,7 @@ def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     setattr(module, name, nn.Parameter(weight.packed.view(-1, 1), requires_grad=False))
     for field in _SCALES:
         module.register_buffer(f"{name}_{field}", getattr(weight, field))
-    module._stacks[name] = weight._map(lambda tensor: None)
+    module._stacks[name] = weight.map(lambda tensor: None)
     module._slices.clear()
 
 
@@ -223,7 +223,7 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
             for name in list(module._stacks):
                 weight = module.stack(name)
                 assert weight is not None
-                yield path, module, name, weight if module.at_home is None else weight._map(module.at_home)
+                yield path, module, name, weight if module.at_home is None else weight.map(module.at_home)
 
 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_native import functional, weight
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
-from qlora_native.ops._library import Weight, part_of
+from qlora_native.ops._operands import Weight, is_sharded
 from qlora_native.weight import QuantizedWeight
 
 _SCALES = weight.TENSOR_FIELDS[1:]
@@ -74,7 +74,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a dense weight
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         options = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         self.quantized = QuantizedWeight.empty((out_features, in_features), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -83,8 +84,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight as a value; its tensors are this module's own."""
-        value = self._about._with(self._arguments())
-        return value if self.at_home is None else value._map(self.at_home)
+        value = self._about.with_arguments(self._weight())
+        return value if self.at_home is None else value.map(self.at_home)
 
     @quantized.setter
     def quantized(self, value: QuantizedWeight) -> None:
@@ -99,7 +100,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         for name in _SCALES:
             # As persistent ones, though state_dict is written below: transformers makes the others anew after loading.
             self.register_buffer(name, getattr(value, name))
-        self._about = value._map(lambda tensor: None)
+        self._about = value.map(lambda tensor: None)
         self._sizes = tuple(value.shape), value.op_args().quant_type, value.block_size
 
     @classmethod
@@ -142,48 +143,52 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         """Whether :meth:`lay_out_for_sharding` was called."""
         return "absmax_bytes" in self._parameters
 
-    def _arguments(self) -> Weight:
-        buffers = self._buffers
-        nested = buffers["nested_absmax"], buffers["nested_offset"]
-        tables = buffers["code"], buffers["nested_code"]
-        return Weight._make((self.weight.view(-1), self._absmax(), *nested, *tables, *self._sizes))
+    def _weight(self) -> Weight:
+        """The weight as an op takes it."""
+        return Weight(*self._fields(self.weight.view(-1)))
 
-    def _absmax(self) -> Tensor:
-        if not self.is_laid_out:
-            return self.absmax
-        return scales_in(self._parameters["absmax_bytes"], self.nested_absmax is not None)  # type: ignore[arg-type]
+    def _fields(self, packed: Tensor) -> tuple[Any, ...]:
+        """Those of a :class:`Weight`. By dictionary, since by attribute takes as long as a small product."""
+        buffers = self._buffers
+        absmax = buffers.get("absmax")
+        nested_absmax = buffers["nested_absmax"]
+        if absmax is None:  # laid out for sharding
+            absmax = scales_in(self.absmax_bytes, nested_absmax is not None)
+        nested = nested_absmax, buffers["nested_offset"]
+        tables = buffers["code"], buffers["nested_code"]
+        return (packed, absmax, *nested, *tables, *self._sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] to [..., out_features] in x's dtype."""
+        """x W^T + bias: x [..., in_features] to [..., out_features] in x's dtype."""
         if self.compute_dtype is not None and self.compute_dtype != x.dtype:
             return self.forward(x.to(self.compute_dtype)).to(x.dtype)
         bias = self._parameters.get("bias")
-        y = product(self._matrix(), x, bias) if unobserved(x, bias) else None
-        return functional.linear_op(x, self._arguments(), self.bias) if y is None else y
+        if unobserved(x, bias):  # nothing is recorded: the kernel at once, with the same bits
+            y = product(self._matrix(), x, bias)
+            if y is not None:
+                return y
+        return functional.linear_op(x, self._weight(), self.bias)
 
     def with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None) -> Tensor:
-        """:func:`qlora_native.lora_linear` over this layer's weight and bias: x [..., K], a [r, K], b [N, r]."""
-        y = adapted_at_once(self._matrix, x, self.bias, a, b, scale) if x_lora is None else None
-        return functional.lora_linear_op(x, self._arguments(), a, b, scale, self.bias, x_lora) if y is None else y
+        """y = x W^T + bias + scale * (x_lora A^T) B^T, x_lora being x if it is None: x [..., K], a [r, K], b [N, r].
+
+        :func:`qlora_native.lora_linear` over this layer's weight and bias.
+        """
+        if x_lora is None:  # a few tokens, of which nothing is recorded: one pass over W
+            y = adapted_at_once(self._matrix, x, self.bias, a, b, scale)
+            if y is not None:
+                return y
+        return functional.lora_linear_op(x, self._weight(), a, b, scale, self.bias, x_lora)
 
     def _matrix(self) -> Matrix | None:
         """The native form of the weight, made once; None where it has none."""
-        parameters, buffers = self._parameters, self._buffers  # not by attribute: that takes as long as a small product
+        parameters = self._parameters
         if "weight" not in parameters or "bias" not in parameters:  # something else stands in their place
             return None
         if self._prepared is None:
             self._prepared = Prepared()
-        absmax = buffers.get("absmax")
-        arguments = (
-            parameters["weight"],
-            self._absmax() if absmax is None else absmax,
-            buffers["nested_absmax"],
-            buffers["nested_offset"],
-            buffers["code"],
-            buffers["nested_code"],
-            *self._sizes,
-        )
-        return self._prepared.matrix(arguments)
+        packed: Any = parameters["weight"]
+        return self._prepared.matrix(self._fields(packed))
 
     def extra_repr(self) -> str:
         nested = self.nested_absmax is not None
@@ -197,7 +202,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys:
         torch.distributed.checkpoint reads each key as an attribute.
         """
-        return part_of(self.weight) is not self.weight
+        return is_sharded(self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:
@@ -228,7 +233,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
                 missing_keys.append(name)
             else:
                 on_meta = self.weight.device.type == "meta"
-                self.quantized = value if on_meta else value.to(self.weight.device)._map(torch.clone)
+                self.quantized = value if on_meta else value.to(self.weight.device).map(torch.clone)
         except ValueError as error:
             error_msgs.append(f"'{name}': {error}")
         bias = state_dict.get(prefix + "bias")
@@ -262,15 +267,18 @@ class QuantizedEmbedding(KeepsBits, nn.Embedding):
         nn.Module.__init__(self)  # nn.Embedding's own would allocate and fill a dense table
         self.num_embeddings, self.embedding_dim = value.shape
         self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
         self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
         self.register_buffer("absmax", value.absmax, persistent=False)
-        self._about = value._map(lambda tensor: None)
+        self._about = value.map(lambda tensor: None)
 
     @property
     def quantized(self) -> QuantizedWeight:
         """The table as a value; its tensors are this module's own."""
-        return self._about._with(self._about.op_args()._replace(packed=self.weight.view(-1), absmax=self.absmax))
+        arguments = self._about.op_args()._replace(packed=self.weight.view(-1), absmax=self.absmax)
+        return self._about.with_arguments(arguments)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] to [..., K]."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._library import recording
+from qlora_native.ops._library import Values, recording
 
 
 class Copies:
@@ -35,7 +35,7 @@ class Copies:
         self.forget()
 
     def forget(self) -> None:
-        self.state: tuple[Any, ...] | None = None  # of the matrix when the copies were made
+        self.state: Values | None = None  # of the matrix when the copies were made
         self.alias: Tensor | None = None  # keeps its memory, so that no other tensor has its address
         self.kept: dict[tuple[torch.dtype, float], Tensor] = {}
 
@@ -66,7 +66,8 @@ def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[...
     state = matrix._version, matrix.data_ptr(), matrix.stride(), stream
     if copies.state != state:
         copies.forget()
-        copies.state, copies.alias = state, matrix.detach()
+        copies.state = state
+        copies.alias = matrix.detach()
     copy = copies.kept.get((dtype, scale))
     if copy is None:
         copy = copies.kept[dtype, scale] = make(matrix, dtype, scale)

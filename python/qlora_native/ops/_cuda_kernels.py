@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_native import _C
-from qlora_native.ops._library import say_once
+from qlora_native.errors import say_once
 
 SLOWER = "its tensors go through torch's own operations, which is slower."
 
@@ -68,8 +68,7 @@ def current_device() -> int:
 
 def raw_stream(index: int) -> int:
     """The handle of torch's current stream on a device, without an object around it."""
-    handle: int = torch._C._cuda_getCurrentRawStream(index)
-    return handle
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def launching(device: torch.device) -> AbstractContextManager[int]:

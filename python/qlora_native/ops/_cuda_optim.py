@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._native import EXP_AVG, EXP_AVG_SQ_ABSMAX, GROUP
 from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._optim import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
 
-ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
+ADAMW = "adamw_step"
+LION = "lion_step"
+NORM = "gradient_norm"
 
 
 def _upload(values: array[int] | array[float] | Tensor, target: Tensor) -> None:
@@ -53,7 +55,10 @@ class DeviceTable:
                 f"{op}: its tables are not on {device} yet, and a CUDA graph cannot put them there: run one step of "
                 "the optimizer, over the same parameters, before the capture."
             )
-        self.module, self.op, self.num_tensors, self.device = module, op, num_tensors, device
+        self.module = module
+        self.op = op
+        self.num_tensors = num_tensors
+        self.device = device
         self.uses = op != NORM, op == ADAMW
         count = self._chunks(rows, 0, 0)
         chunks = array("i", bytes(8 * count))
@@ -74,9 +79,9 @@ class DeviceTable:
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
 
     def _chunks(self, rows: array[int], address: int, room: int) -> int:
-        groups = 1 + max(rows[9 :: len(rows) // self.num_tensors], default=0) if self.num_tensors else 1
-        found: int = self.module.optim_chunks(address_of(rows), self.num_tensors, *self.uses, groups, address, room)
-        return found
+        groups = 1 + max(rows[GROUP :: _C.optim_row_length], default=0)
+        table = rows.buffer_info()[0], self.num_tensors
+        return self.module.optim_chunks(*table, *self.uses, groups, address, room)
 
     def _pinned(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -85,7 +90,8 @@ class DeviceTable:
         if self.num_tensors == 0:
             pass
         elif _cuda_kernels.is_capturing(self.device):
-            source, self.spare = self.spare, None
+            source = self.spare
+            self.spare = None
             source = self._pinned(len(rows)) if source is None else source
             source.copy_(torch.frombuffer(rows, dtype=torch.int64))
             self.of_graphs.append(source)
@@ -163,7 +169,8 @@ class StoreTable:
         self.staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
         self.native = module.StoreTable(store, row_of, self.staging.data_ptr())
         rows = torch.tensor(self.native.rows, dtype=torch.int64).view(-1, 5)
-        self.sources, self.states = rows[:, 0], rows[:, 1:]
+        self.sources = rows[:, 0]
+        self.states = rows[:, 1:]
         chunks = torch.tensor(self.native.chunks, dtype=torch.int32).view(-1, 2)
         self.chunks = torch.empty(chunks.shape, dtype=torch.int32, device=device)
         self.tensors = torch.empty(len(rows), _C.optim_row_length, dtype=torch.int64, device=device)

@@ -15,16 +15,15 @@ from torch import Tensor
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
-from qlora_native.ops._library import Weight
-from qlora_native.ops.dequantize_4bit import Panel
-from qlora_native.ops.linear_4bit import Adapter, Engine, address
+from qlora_native.ops._engine import Adapter, Engine, address
+from qlora_native.ops._operands import Weight
 
+Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
 TWO_STEP = 3
 ALIGNMENT = 16  # bytes, of what the fused kernels read and write
 # Of a decoded weight at a time: every layer of an 8B model is one panel, only heads and the largest of a 70B are more.
 PANEL_BYTES = 256 << 20
-LOW_MEMORY_PANEL_BYTES = 32 << 20
 PANEL_GRAINS = (1024, 256)  # columns: a tile of the decoder, one of torch's GEMM
 
 
@@ -50,7 +49,7 @@ TWO_STEPS = Plan(TWO_STEP, 0, 0, 1, 0, 0, 0)
 
 
 class Sizes(NamedTuple):
-    """What a plan depends on beside the device, in the order of the native function."""
+    """What a plan depends on beside the device and the type, in the order of the native function."""
 
     m: int
     n: int
@@ -59,19 +58,21 @@ class Sizes(NamedTuple):
     block_size: int
     dtype: int
     forward: bool
-    low_memory: bool
 
 
 @lru_cache(maxsize=4096)
-def plan_of(module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0) -> Plan:
+def plan_of(
+    module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0, always_fused: bool = False
+) -> Plan:
+    """The plan of a product. ``always_fused``, with which the checks on a card reach every kernel, is for any m."""
     facts = _cuda_kernels.facts(device)
-    return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count, quant_type)))
+    return Plan(*module.plan_matmul((*sizes, always_fused, facts.compute_capability, facts.sm_count, quant_type)))
 
 
 @lru_cache(maxsize=4096)
-def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = False) -> int:
+def panel_columns(width: int, depth: int, itemsize: int) -> int:
     """Columns of y [M, width] whose weights, ``depth`` elements each, are decoded at once."""
-    most = max(1, (LOW_MEMORY_PANEL_BYTES if low_memory else PANEL_BYTES) // max(1, depth * itemsize))
+    most = max(1, PANEL_BYTES // max(1, depth * itemsize))
     return width if width <= most else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
 
 
@@ -97,26 +98,21 @@ def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
 class Cuda(Engine):
     """The kernels of a native module; products of dense operands are torch's."""
 
-    def __init__(self, module: ModuleType, low_memory: bool) -> None:
-        super().__init__(low_memory)
+    def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
-        return self._product(True, x, weight, None if bias is None else bias.to(x.dtype), adapter)
-
-    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
-        return self._product(False, grad_y, weight, None, adapter)
-
-    def _product(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
+    def product(
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
     ) -> Tensor:
+        if bias is not None:
+            bias = bias.to(x.dtype)
         number = DTYPE_NUMBER.get(x.dtype)
         if not number or weight.packed.data_ptr() % ALIGNMENT:  # 0 is fp32, in which none is fused
             return self._two_step(is_forward, x, weight, bias, adapter)
         m, (n, k), device = x.shape[0], weight.shape, x.device
         low, up = (None, None) if adapter is None else adapter[:2]
         rank = 0 if low is None else low.shape[1]
-        sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
+        sizes = m, n, k, rank, weight.block_size, number, is_forward  # as Sizes has them
         plan = plan_of(self.module, sizes, device, weight.quant_type) if m and n and k else TWO_STEPS
         if plan.kind == TWO_STEP:
             return self._two_step(is_forward, x, weight, bias, adapter)
@@ -144,7 +140,7 @@ class Cuda(Engine):
         n, k = weight.shape
         width, depth = (n, k) if is_forward else (k, n)
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
-        columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
+        columns = panel_columns(width, depth, stored.itemsize)
         if columns >= width:  # the same with fewer operations of the host
             decoded = x.new_empty(n, k, dtype=stored)
             decode(self.module, weight, decoded)
@@ -166,29 +162,36 @@ class Cuda(Engine):
             rectangle = (first, last, 0, k) if is_forward else (0, n, first, last)
             decoded = panel[: (last - first) * depth].view((last - first, k) if is_forward else (n, last - first))
             decode(self.module, weight, decoded, (k, *rectangle))
-            right, out = decoded.to(x.dtype), y[:, first:last]
+            right = decoded.to(x.dtype)
+            out = y[:, first:last]
             addend = out if adapter is not None else None if bias is None else bias[first:last]
             multiply_into(addend, x, right.t() if is_forward else right, out)
         return y
 
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        if scale == 1.0:
-            return torch.mm(grad_y, weight, out=out)
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if is_forward or scale == 1.0:
+            return super().dense(is_forward, x, weight, bias, scale, out)
         if out is None:
-            out = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
-        return out.addmm_(grad_y, weight, beta=0, alpha=scale)  # beta 0: what is in out is not read
+            out = x.new_empty(x.shape[0], weight.shape[1])
+        return out.addmm_(x, weight, beta=0, alpha=scale)  # beta 0: what is in out is not read
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 and matrix.dtype == dtype:
             return matrix
-        if self.low_memory:
-            return self.narrow(matrix, dtype, scale)
         return copy_of(matrix, dtype, scale, self.narrow)
 
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         if b.dtype == grad_y.dtype:
-            return self.dense_grad_input(grad_y, b, scale)
-        return self.dense_grad_input(grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
+            return self.dense(False, grad_y, b, scale=scale)
+        return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
@@ -203,7 +206,7 @@ class Cuda(Engine):
         if transposed:
             left, right = right, left
         if is_wide:
-            return self.dense_grad_input(left.t(), right, scale)
+            return self.dense(False, left.t(), right, scale=scale)
         product = wide_product(left.t(), right)
         if dtype != torch.float32:
             return self.narrow(product, dtype, scale)

@@ -1,12 +1,13 @@
-"""Products of a frozen weight without torch's dispatcher, where that makes no difference.
+"""Ops, and products of a frozen weight, without torch's dispatcher, where that makes no difference.
 
 For one token the dispatcher costs more than a small layer's product. Without autocast, compilers, transforms, modes
-and profilers, the native function is called at once, with the same bits; under autograd, by a node.
+and profilers, nothing would notice: then :func:`call` goes straight to the kernel that the dispatcher would end at, or
+under autograd to a node over it, and :func:`product` straight to the native function, all with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,9 @@ from torch.compiler import is_dynamo_compiling as is_compiling  # all else that 
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import (
-    AUTOGRAD_NODES,
-    FROZEN,
-    IMPLEMENTATIONS,
-    TENSORS,
-    Weight,
-    buffer,
-    gather_pages,
-    recording,
-)
+from qlora_native._pages import buffer, gather_pages
+from qlora_native.ops._library import FROZEN, KERNELS, NODES, TENSORS, Values, recording
+from qlora_native.ops._operands import Weight
 
 _CPU = torch.device("cpu")
 _is_grad_enabled = torch.is_grad_enabled
@@ -38,7 +32,8 @@ Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 
 def _key_sets() -> tuple[Any, Any, Any, dict[int, str], frozenset[int]]:
     """Torch's functions that read dispatch keys, and the sets that a plain tensor and a plain thread may have."""
-    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    key = torch._C.DispatchKey
+    keys = torch._C.DispatchKeySet
     devices: dict[int, str] = {}
     for device in ("CPU", "CUDA"):
         own = keys(getattr(key, device)) | keys(getattr(key, f"Autocast{device}"))
@@ -91,7 +86,7 @@ def call(name: str, *arguments: Any) -> Any:
     For a layer in training, the way through ``torch.library``'s derivative takes longer than all of our own Python.
     """
     kernel = kernel_of(name, arguments)
-    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+    return by_dispatcher(name, *arguments) if kernel is None else kernel(*arguments)
 
 
 def call_in_derivative(name: str, *arguments: Any) -> Any:
@@ -100,32 +95,38 @@ def call_in_derivative(name: str, *arguments: Any) -> Any:
     In the derivative of one of our nodes the saved tensors were looked at when it was recorded.
     """
     kernel = kernel_of(name, arguments, (0,) if recording.on else None)
-    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+    return by_dispatcher(name, *arguments) if kernel is None else kernel(*arguments)
 
 
-def kernel_of(
-    name: str, arguments: tuple[Any, ...], looked_at: tuple[int, ...] | None = None
-) -> Callable[..., Any] | None:
+def by_dispatcher(name: str, *arguments: Any) -> Any:
+    """The op by its schema, which has a frozen weight in parts."""
+    op = getattr(torch.ops.qlora_native, name)
+    return op(*arguments[:-1], *arguments[-1]) if name in FROZEN else op(*arguments)
+
+
+def kernel_of(name: str, arguments: Values, looked_at: Sequence[int] | None = None) -> Callable[..., Any] | None:
     """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device.
 
-    Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a quantized weight's the
-    type is enough, beside what the check of the operands refuses: no transform makes such bytes.
+    Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a frozen weight's the type
+    is enough, beside what the check of the operands refuses: no transform makes such bytes.
     """
     if is_compiling() or not _thread_is_plain():  # a mode would see what is read of a tensor
         return None
-    device, needs_grad = "", False
-    for i in TENSORS[name] if looked_at is None else looked_at:
-        value = arguments[i]
-        if value is not None:
-            found = _DEVICES.get(_keys(value).raw_repr()) if type(value) in _PLAIN else None
+    device = ""
+    needs_grad = False
+    for place in TENSORS[name] if looked_at is None else looked_at:
+        tensor = arguments[place]
+        if tensor is not None:
+            found = _DEVICES.get(_keys(tensor).raw_repr()) if type(tensor) in _PLAIN else None
             if found is None or device not in ("", found):
                 return None
-            device, needs_grad = found, needs_grad or value.requires_grad
-    if looked_at is None and FROZEN[name]:
-        for value in arguments[-FROZEN[name] : -3]:
-            if type(value) not in _PLAIN_OR_NONE:
+            device = found
+            needs_grad = needs_grad or tensor.requires_grad
+    if looked_at is None and name in FROZEN:
+        for part in arguments[-1][:6]:
+            if type(part) not in _PLAIN_OR_NONE:
                 return None
-    return (AUTOGRAD_NODES if needs_grad and _is_grad_enabled() else IMPLEMENTATIONS).get((name, device))
+    return (NODES if needs_grad and _is_grad_enabled() else KERNELS).get((name, device))
 
 
 class Prepared:
@@ -136,40 +137,31 @@ class Prepared:
     def __init__(self) -> None:
         self._made: tuple[Any, Matrix | None] = (None, None)  # replaced as a whole: threads may share an owner
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> Values:
         return Prepared, ()
 
-    def matrix(self, weight: tuple[Any, ...]) -> Matrix | None:
+    def matrix(self, weight: Values) -> Matrix | None:
         """The native matrix of weight arguments, or None unless they are two-dimensional plain tensors in CPU memory.
 
         Raises ValueError for tensors that do not fit each other.
         """
-        packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
-        if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
+        parts = weight[:6]
+        numbers = weight[6:]
+        if type(parts[0]) not in _PLAIN or type(parts[1]) not in _PLAIN:
             return None
-        key = (
-            packed.data_ptr(),
-            packed.numel(),
-            absmax.data_ptr(),
-            absmax.numel(),
-            nested_absmax if nested_absmax is None else nested_absmax.data_ptr(),
-            nested_absmax if nested_absmax is None else nested_absmax.numel(),
-            nested_offset if nested_offset is None else nested_offset.data_ptr(),
-            code if code is None else code.data_ptr(),
-            nested_code if nested_code is None else nested_code.data_ptr(),
-            shape,
-            quant_type,
-            block_size,
-        )
+        key = [t if t is None else (t.data_ptr(), t.numel()) for t in parts]
+        key += numbers
         made, matrix = self._made
-        if made != key:
-            matrix = None
-            if len(shape) == 2 and all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in weight[:6]):
-                checked = Weight(*weight)
-                checked.check()
-                matrix = (*shape, _C.matrix(shape[0], shape[1], checked.pointers()))
-                self._made = key, matrix
-                gather_pages(packed)
+        if made == key:
+            return matrix
+        if len(numbers[0]) != 2 or not all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in parts):
+            return None
+        checked = Weight(*weight)
+        checked.check()
+        n, k = checked.shape
+        matrix = (n, k, _C.matrix(n, k, checked.pointers()))
+        self._made = key, matrix
+        gather_pages(parts[0])
         return matrix
 
 
@@ -200,7 +192,8 @@ def adapted_product(
     rank = a.shape[0] if a.dim() == 2 else 0
     if not rank or a.shape[1] != matrix[1] or b.shape != (matrix[0], rank):
         return None
-    a, b = a.float().contiguous(), b.float().contiguous()
+    a = a.float().contiguous()
+    b = b.float().contiguous()
     low = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, device=_CPU)
     return _run(matrix, x, bias, rows, a.data_ptr(), b.data_ptr(), scale, low.data_ptr(), rank), low
 

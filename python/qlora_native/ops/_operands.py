@@ -6,9 +6,8 @@ Kernels make dense operands contiguous themselves; the tensors of a quantized we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, wraps
-from types import CodeType
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,24 +20,24 @@ NESTED_BLOCK = reference.NESTED_BLOCK
 
 # The tensors of each op by name, with dtype and shape. Dtypes: T is one of FLOATS, the same throughout a call; wide is
 # T or float32, whichever is wider; float is any of FLOATS; native is what the kernels take. Shapes: a name stands for
-# one size throughout a call; ... for any number of dimensions, the same throughout a call; B? for B or 1. Without a
+# one size throughout a call, B? for B or 1; ... for any number of dimensions, the same throughout a call. Without a
 # shape the op itself checks the number of elements. In an op that takes a weight, N and K are its dimensions, and ...
-# is its whole shape where the rules name neither.
+# is its whole shape where the rules name neither. A name with ? may be None.
 OPERANDS = {
     "quantize_4bit": "t native",
     "search_scales_4bit": "t native; moment float32; table float32; multiplier float32; offset float32; initial uint8",
     "gptq_4bit": "t native [N, K]; factor float32 [K, K]; order int64 [K]; scales float32",
     "dequantize_4bit": "",
     "dequantize_4bit.out": "out native [...]",
-    "linear_4bit": "x T [..., K]; bias float [N]",
+    "linear_4bit": "x T [..., K]; bias? float [N]",
     "linear_4bit_grad_input": "grad_y T [..., N]",
-    "lora_linear_4bit": "x T [..., K]; x_lora T [..., K]; a float [r, K]; b float [N, r]; bias float [N]",
+    "lora_linear_4bit": "x T [..., K]; x_lora? T [..., K]; a float [r, K]; b float [N, r]; bias? float [N]",
     "lora_linear_4bit_backward": "x T [..., K]; grad_y T [..., N]; xa T [..., r]; a float [r, K]; b float [N, r]",
-    "dense_linear": "x T [..., K]; weight T [N, K]; bias float [N]",
+    "dense_linear": "x T [..., K]; weight T [N, K]; bias? float [N]",
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
     "dense_linear_grad_weight": "x T [..., K]; grad_y T [..., N]",
     # packed: where the weight is dense
-    "linear_cross_entropy": "h T [..., K]; labels int64 [...]; packed T [N, K]; rows float [R, K]; row_ids int64",
+    "linear_cross_entropy": "h T [..., K]; labels int64 [...]; packed? T [N, K]; rows? float [R, K]; row_ids? int64",
     "adamw_step": "",  # lists: _optim checks them
     "lion_step": "",
     "gradient_norm": "",
@@ -54,8 +53,17 @@ OPERANDS = {
     "swiglu_backward": "gate T [...]; grad_y T [...]; up T [...]",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NATIVE = tuple(DTYPE_NUMBER)
 WIDE: dict[torch.dtype | None, torch.dtype] = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}
+ACCEPTED = {"float": FLOATS, "native": tuple(DTYPE_NUMBER)}
+ACCEPTED |= {name: (getattr(torch, name),) for name in ("float32", "int64", "uint8")}
+
+
+# What a check looks at. The answer depends on nothing else, so it is kept for the next call with operands alike: in
+# training, for the next layer. Sizes that are symbols, as in tracing, cannot be looked up and are checked each time.
+KEPT = 4096  # answers
+Facts = tuple[torch.dtype, torch.Size, torch.device, Any]  # of an operand, last its layout
+# Of a weight: those of its tensors, last if one is contiguous, and its shape, quant_type and block_size.
+WeightFacts = tuple[tuple["Facts | None", ...], tuple[int, ...], int, int]
 
 
 class Weight(NamedTuple):
@@ -76,7 +84,8 @@ class Weight(NamedTuple):
         block of scales, which are decoded to fp32. Raises ValueError if the slice does not begin at a block."""
         self.check()
         width = math.prod(self.shape[1:])
-        begin, end = start * width, stop * width
+        begin = start * width
+        end = stop * width
         is_gguf = self.quant_type in GGUF_BLOCKS
         if begin % self.block_size or (is_gguf and end % self.block_size):
             where, at = ("ends", end) if begin % self.block_size == 0 else ("begins", begin)
@@ -84,7 +93,8 @@ class Weight(NamedTuple):
                 f"a slice of {list(self.shape)} {where} at element {at}, no multiple of block_size "
                 f"{self.block_size}: it does not {where[:-1]} at a block; dequantize the whole weight instead."
             )
-        first, last = begin // self.block_size, -(-end // self.block_size)
+        first = begin // self.block_size
+        last = -(-end // self.block_size)
         if is_gguf:
             size = GGUF_BLOCKS[self.quant_type][1]
             return self._replace(packed=self.packed[first * size : last * size], shape=[stop - start, *self.shape[1:]])
@@ -103,9 +113,15 @@ class Weight(NamedTuple):
         plain = scales[inside:].clone()
         return part._replace(absmax=plain, nested_absmax=None, nested_offset=None, nested_code=None)
 
+    def facts(self) -> WeightFacts:
+        """What a check of it looks at."""
+        tensors = self[:6]
+        parts = [None if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in tensors]
+        return tuple(parts), tuple(self.shape), self.quant_type, self.block_size
+
     def check(self) -> None:
         """Refuses tensors that do not fit each other in size, dtype and device, or are not contiguous."""
-        _check_parts(*self)
+        refuse(_misfit_of_weight(self.facts()))
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, which is to be checked before; 0 for no tensor."""
@@ -124,25 +140,81 @@ class Weight(NamedTuple):
         )
 
 
-# The tensors of a weight in nf4 or fp4, with dtype and number of elements as expressions.
-PARTS = {
-    "packed": ("uint8", "(numel + 1) // 2"),
-    "absmax": ("(float32 if nested_absmax is None else uint8)", "blocks"),
-    "nested_absmax": ("float32", f"-(-blocks // {NESTED_BLOCK})"),
-    "nested_offset": ("float32", "1"),
-    "code": ("float32", "16"),
-    "nested_code": ("float32", "256"),
-}
-# What the source of a check may name.
-SCOPE = {"prod": math.prod, "FLOATS": FLOATS, "NATIVE": NATIVE, "WIDE": WIDE, "BLOCK_SIZES": reference.BLOCK_SIZES}
-SCOPE["GGUF_BLOCKS"] = GGUF_BLOCKS
-SCOPE |= {name: getattr(torch, name) for name in ("uint8", "int64", "float32", "strided")}
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, the very tensor; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it alone."""
+    return part_of(tensor) is not tensor
+
+
+def refuse(misfit: str | None) -> None:
+    """Raises the sentence of a check, if there is one."""
+    if misfit is not None:
+        raise ValueError(misfit)
+
+
+def _parts(
+    has_nested: bool, shape: Sequence[int], number: int, block_size: int
+) -> tuple[str, dict[str, tuple[torch.dtype, int]]]:
+    """What is wrong with a weight's numbers, or "", and its tensors by name, with dtype and number of elements."""
+    numel = math.prod(shape)
+    if number in GGUF_BLOCKS:  # the blocks hold scales and codes
+        elements, size = GGUF_BLOCKS[number]
+        is_whole = block_size == elements and min(shape, default=0) >= 0 and numel % elements == 0
+        wrong = "" if is_whole else f"expected sizes of 0 or more that make whole blocks of {elements}."
+        return wrong, {"packed": (torch.uint8, numel // elements * size), "absmax": (torch.float32, 0)}
+    if block_size not in reference.BLOCK_SIZES or min(shape, default=0) < 0:
+        return "expected sizes of 0 or more, and blocks of a power of two from 32 to 4096.", {}
+    blocks = -(-numel // block_size)
+    return "", {
+        "packed": (torch.uint8, (numel + 1) // 2),
+        "absmax": (torch.uint8 if has_nested else torch.float32, blocks),
+        "nested_absmax": (torch.float32, -(-blocks // NESTED_BLOCK)),
+        "nested_offset": (torch.float32, 1),
+        "code": (torch.float32, 16),
+        "nested_code": (torch.float32, 256),
+    }
+
+
+@lru_cache(KEPT)
+def _misfit_of_weight(weight: WeightFacts) -> str | None:
+    """What is wrong with a weight; None if all fits."""
+    facts, shape, number, block_size = weight
+    packed, absmax, nested_absmax, nested_offset, *_ = facts
+    if packed is None or absmax is None:
+        return "quantized weight: packed or absmax is None: expected tensors."
+    is_gguf = number in GGUF_BLOCKS
+    about = f"quantized weight {list(shape)} in {f'{QUANT_TYPES[number]} ' if is_gguf else ''}blocks of {block_size}"
+    wrong, parts = _parts(nested_absmax is not None, shape, number, block_size)
+    if wrong:
+        return f"{about}: {wrong}"
+    if is_gguf and any(fact is not None for fact in facts[2:]):
+        return f"{about}: expected no nested scales and no tables, which lie in the packed bytes."
+    if nested_absmax is not None and nested_offset is None:
+        return f"{about}: nested_absmax is given, nested_offset is not."
+    for (name, expected), fact in zip(parts.items(), facts, strict=False):
+        if fact is None:
+            continue
+        dtype, dims, device, is_contiguous = fact
+        if (dtype, math.prod(dims)) != expected or not is_contiguous:
+            given = f"{dtype} {list(dims)}{'' if is_contiguous else ', not contiguous'}"
+            return f"{about}: {name} is {given}: expected {expected[1]} contiguous {expected[0]} values."
+        if device != packed[2]:
+            return (
+                f"quantized weight: {name} is on {device}, packed on {packed[2]}: "
+                "move the weight as a whole with .to(device)."
+            )
+    return None
 
 
 class Operand(NamedTuple):
     """A tensor argument of an op, and what it has to be."""
 
     name: str
+    is_optional: bool
     dtype: str  # T, wide, float, native, or the name of a dtype
     leads: bool  # begins with ...
     axes: tuple[str, ...] | None  # names of the sizes of the other dimensions
@@ -151,204 +223,89 @@ class Operand(NamedTuple):
     def read(cls, entry: str) -> Operand:
         name, dtype, *shape = entry.split(" ", 2)
         words = shape[0].strip("[]").split(", ") if shape else []
-        return cls(name, dtype, "..." in words, tuple(w for w in words if w != "...") if shape else None)
-
-    def misfit(
-        self,
-        op: str,
-        tensor: Tensor,
-        device: torch.device,
-        kind: torch.dtype | None,
-        leading: Sequence[int] | None,
-        sizes: dict[str, int],
-    ) -> ValueError:
-        """What it is and what it has to be, in words, with the T, the leading dimensions and the sizes known so far.
-
-        What is not known before is as the tensor has it.
-        """
-        if kind is None and tensor.dtype in FLOATS:
-            kind = tensor.dtype
-        known: dict[str, Sequence[object]] = {"T": FLOATS if kind is None else (kind,), "wide": (WIDE.get(kind),)}
-        known |= {"float": FLOATS, "native": NATIVE}
-        expected = " or ".join(map(str, known.get(self.dtype) or (SCOPE[self.dtype],)))
-        if self.axes is not None:
-            split = len(tensor.shape) - len(self.axes)
-            if split >= 0:
-                leading = tensor.shape[:split] if leading is None else leading
-                sizes = dict(zip(self.axes, tensor.shape[split:], strict=True)) | sizes
-            first = (["..."] if leading is None else list(map(str, leading))) if self.leads else []
-            expected += f" [{', '.join([*first, *(str(sizes.get(a.rstrip('?'), a)) for a in self.axes)])}]"
-        given = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        if tensor.layout is not torch.strided:
-            given += f", {tensor.layout}"
-        return ValueError(f"{op}: {self.name} is {given}: expected {expected} on {device}.")
+        axes = tuple(word for word in words if word != "...") if shape else None
+        return cls(name.rstrip("?"), name.endswith("?"), dtype, "..." in words, axes)
 
 
-def _missing(op: str, tensors: dict[str, Tensor | None]) -> ValueError:
-    names = " and ".join(name for name, tensor in tensors.items() if tensor is None)
-    return ValueError(f"{op}: {names} is None: expected a tensor.")
+TABLE = {op: [Operand.read(entry) for entry in filter(None, line.split("; "))] for op, line in OPERANDS.items()}
 
 
-def _misfit_of_sizes(shape: Sequence[int], block_size: int) -> ValueError:
-    return ValueError(
-        f"quantized weight {list(shape)} in blocks of {block_size}: expected sizes of 0 or more, and blocks of a power "
-        "of two from 32 to 4096."
-    )
+@lru_cache(KEPT)
+def _misfit(op: str, facts: Sequence[Facts | None], weight: WeightFacts | None) -> str | None:
+    """What is wrong with an op's weight, or the first of its other operands that is not as ``OPERANDS`` has it.
 
-
-def _misfit_of_part(
-    name: str, tensor: Tensor, dtype: torch.dtype, count: int, shape: Sequence[int], block_size: int
-) -> ValueError:
-    return ValueError(
-        f"quantized weight {list(shape)} in blocks of {block_size}: {name} is {tensor.dtype} "
-        f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
-    )
-
-
-def _misplaced(name: str, tensor: Tensor, device: torch.device) -> ValueError:
-    return ValueError(
-        f"quantized weight: {name} is on {tensor.device}, packed on {device}: "
-        "move the weight as a whole with .to(device)."
-    )
-
-
-def _check_gguf(
-    packed: Tensor, absmax: Tensor, others: Sequence[Tensor | None], shape: Sequence[int], number: int, block_size: int
-) -> None:
-    """Refuses tensors that are not those of a GGUF type: its blocks in ``packed``, no element in ``absmax``."""
-    about = f"quantized weight {list(shape)} in {QUANT_TYPES[number]} blocks of {block_size}"
-    (elements, size), numel = GGUF_BLOCKS[number], math.prod(shape)
-    if block_size != elements or min(shape, default=0) < 0 or numel % elements:
-        raise ValueError(f"{about}: expected sizes of 0 or more that make whole blocks of {elements}.")
-    if any(other is not None for other in others):
-        raise ValueError(f"{about}: expected no nested scales and no tables, which lie in the packed bytes.")
-    for name, tensor, dtype, count in (
-        ("packed", packed, torch.uint8, numel // elements * size),
-        ("absmax", absmax, torch.float32, 0),
-    ):
-        if tensor.dtype is not dtype or tensor.numel() != count or not tensor.is_contiguous():
-            given = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-            raise ValueError(f"{about}: {name} is {given}: expected {count} contiguous {dtype} values.")
-        if tensor.device != packed.device:
-            raise _misplaced(name, tensor, packed.device)
-
-
-def _lines_of_parts() -> Iterator[str]:
-    """The check of a quantized weight's tensors, as source."""
-    yield "if quant_type in GGUF_BLOCKS:"
-    yield "    others = nested_absmax, nested_offset, code, nested_code"
-    yield "    check_gguf(packed, absmax, others, shape, quant_type, block_size)"
-    yield "else:"
-    yield from (f"    {line}" for line in _lines_of_codebook_parts())
-
-
-def _lines_of_codebook_parts() -> Iterator[str]:
-    yield "if block_size not in BLOCK_SIZES or min(shape, default=0) < 0:"
-    yield "    raise misfit_of_sizes(shape, block_size)"
-    yield "numel = prod(shape)"
-    yield "blocks = -(-numel // block_size)"
-    yield "if nested_absmax is not None and nested_offset is None:"
-    yield "    raise ValueError(f'quantized weight {list(shape)}: nested_absmax is given, nested_offset is not.')"
-    for name, (dtype, count) in PARTS.items():
-        yield f"if {name} is not None:"
-        yield f"    if {name}.dtype is not {dtype} or {name}.numel() != {count} or not {name}.is_contiguous():"
-        yield f"        raise misfit_of_part({name!r}, {name}, {dtype}, {count}, shape, block_size)"
-        if name != "packed":
-            yield f"    if {name}.device != device:"
-            yield f"        raise misplaced({name!r}, {name}, device)"
-
-
-def _lines_of_operands(op: str, operands: Sequence[Operand], has_weight: bool) -> Iterator[str]:
-    """The check of an op's other tensors, as source. What is compared is known once an operand before has shown it."""
-    kind = leading = None
-    sizes: list[str] = []
-    if has_weight and any({"N", "K"} & set(operand.axes or ()) for operand in operands):
-        sizes = ["N", "K"]
-        yield "if len(shape) != 2:"
-        yield f"    raise ValueError(f'{op}: weight is {{list(shape)}}: expected two dimensions, [N, K].')"
-        yield "size_N, size_K = shape"
-    elif has_weight:
-        leading = "leading"
-        yield "leading = tuple(shape)"
-    elif operands:
-        yield f"device = {operands[0].name}.device"
-    for i, (name, dtype, leads, axes) in enumerate(operands):
-        yield "if absmax is None:" if name == "packed" else f"if {name} is not None:"
-        known = ", ".join(f"{axis!r}: size_{axis}" for axis in sizes)
-        refuse = f"        raise misfit[{i}]({op!r}, {name}, device, {kind}, {leading}, {{{known}}})"
-        accepted = {"T": "is kind" if kind else "in FLOATS", "wide": "is WIDE[kind]"}
-        accepted |= {"float": "in FLOATS", "native": "in NATIVE"}
-        conditions = [f"{name}.dtype {accepted.get(dtype, f'is {dtype}')}", f"{name}.device == device"]
-        conditions.append(f"{name}.layout is strided")
-        found = []  # what it shows
-        if axes is not None:
-            yield f"    dims = {name}.shape"
-            count, shows_leading = len(axes), leads and leading is None
-            if shows_leading or not all(axis in sizes for axis in axes):
-                before = f"dims[:{-count}]" if count else "dims"
-                if shows_leading:
-                    conditions.append(f"len(dims) >= {count}")
-                    found.append(f"    leading = {before}")
-                elif leads:
-                    conditions += [f"len(dims) == len(leading) + {count}", f"{before} == leading"]
-                else:
-                    conditions.append(f"len(dims) == {count}")
-                for j, axis in enumerate(axes, -count):
-                    size = axis.rstrip("?")
-                    if size not in sizes:
-                        found.append(f"    size_{size} = dims[{j}]")
-                        sizes.append(size)
-                    else:
-                        conditions.append(f"dims[{j}] {f'== size_{size}' if axis == size else f'in (1, size_{size})'}")
-                leading = "leading" if leads else leading
-            else:
-                whole = "".join([*(["*leading, "] if leads else []), *(f"size_{axis}, " for axis in axes)])
-                conditions.append(f"dims == ({whole})")
-        if dtype == "T" and kind is None:
-            kind = "kind"
-            found.append(f"    kind = {name}.dtype")
-        yield f"    if not ({' and '.join(conditions)}):"
-        yield refuse
-        yield from found
-
-
-@cache
-def _code(source: str) -> CodeType:
-    return compile(source, "<operands>", "exec")
-
-
-def _made(parameters: Iterable[str], lines: Iterable[str], **names: Any) -> Callable[..., Any]:
-    """The function of these lines."""
-    body = "".join(f"    {line}\n" for line in lines)
-    scope = {**SCOPE, **names, "misfit_of_part": _misfit_of_part, "misplaced": _misplaced, "missing": _missing}
-    scope |= {"misfit_of_sizes": _misfit_of_sizes, "check_gguf": _check_gguf}
-    exec(_code(f"def made({', '.join(parameters)}):\n{body}"), scope)
-    made: Callable[..., Any] = scope["made"]
-    return made
-
-
-_check_parts = _made(Weight._fields, ["device = packed.device", *_lines_of_parts()])
-
-
-def checked(op: str, schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The op's function behind a check of its operands, which raises ValueError unless they are as ``OPERANDS`` has it.
-
-    Every call of every op goes through it, so it is written out, comparison by comparison, from the tables.
+    None if all fit.
     """
-    arguments = [argument.split() for argument in schema[1 : schema.index(") ->")].split(", ")]
-    parameters = [words[-1] for words in arguments]
-    operands = [Operand.read(entry) for entry in filter(None, OPERANDS[op].split("; "))]
-    has_weight = parameters[-len(Weight._fields) :] == list(Weight._fields)
-    may_be_dense = any(operand.name == "packed" for operand in operands)
-    optional = {words[-1] for words in arguments if words[0] == "Tensor?"}
-    required = [operand.name for operand in operands if operand.name not in optional | {"packed"}]
-    required += ["packed"] if may_be_dense else ["packed", "absmax"] if has_weight else []
-    lines = []
-    if required:
-        lines.append(f"if {' or '.join(f'{name} is None' for name in required)}:")
-        lines.append(f"    raise missing({op!r}, {{{', '.join(f'{name!r}: {name}' for name in required)}}})")
-    if has_weight:
-        lines += ["device = packed.device", "if absmax is not None:", *(f"    {line}" for line in _lines_of_parts())]
-    lines += [*_lines_of_operands(op, operands, has_weight), f"return function({', '.join(parameters)})"]
-    misfits = [operand.misfit for operand in operands]
-    return wraps(function)(_made(parameters, lines, function=function, misfit=misfits))
+    operands = TABLE[op]
+    device = next((found[2] for found in facts if found is not None), None)
+    # What T, ... and the names of sizes stand for, as far as the operands before have shown it.
+    kind: torch.dtype | None = None
+    leading: Sequence[int] | None = None
+    sizes: dict[str, int] = {}
+    if weight is not None:
+        (packed, absmax, *_), shape, *_ = weight
+        if packed is None:
+            return f"{op}: packed is None: expected a tensor."
+        is_dense = absmax is None and any(operand.name == "packed" for operand in operands)
+        misfit = None if is_dense else _misfit_of_weight.__wrapped__(weight)
+        if misfit is not None:
+            return misfit
+        device = packed[2]
+        if not any({"N", "K"} & set(operand.axes or ()) for operand in operands):
+            leading = shape
+        elif len(shape) == 2:
+            sizes = dict(zip("NK", shape, strict=True))
+        else:
+            return f"{op}: weight is {list(shape)}: expected two dimensions, [N, K]."
+    for (name, is_optional, words, leads, axes), found in zip(operands, facts, strict=True):
+        if found is None:
+            if is_optional:
+                continue
+            return f"{op}: {name} is None: expected a tensor."
+        dtype, dims, place, layout = found
+        if kind is None and dtype in FLOATS:
+            kind = dtype
+        accepted = ACCEPTED.get(words) or ((WIDE.get(kind),) if words == "wide" else (kind,) if kind else FLOATS)
+        expected = " or ".join(map(str, accepted))
+        fits = dtype in accepted and place == device and layout is torch.strided
+        if axes is not None:
+            split = len(dims) - len(axes)
+            if split >= 0:  # what no operand has shown yet is as this one has it
+                leading = dims[:split] if leads and leading is None else leading
+                sizes = dict(zip(axes, dims[split:], strict=True)) | sizes
+            first = [] if not leads else ["..."] if leading is None else list(leading)
+            want = [*first, *(sizes.get(axis.rstrip("?"), axis) for axis in axes)]
+            expected += f" [{', '.join(map(str, want))}]"
+            seen = list(dims)
+            if axes[:1] == ("B?",) and seen[:1] == [1]:
+                seen[0] = sizes["B"]
+            fits = fits and seen == want
+        if not fits:
+            given = f"{dtype} {list(dims)} on {place}" + ("" if layout is torch.strided else f", {layout}")
+            return f"{op}: {name} is {given}: expected {expected} on {device}."
+    return None
+
+
+def check_of(
+    op: str, parameters: Sequence[str], is_frozen: bool, is_traced: bool = False
+) -> Callable[[Sequence[Any]], None]:
+    """The check of an op's arguments, which raises ValueError unless its operands are as ``OPERANDS`` has them.
+
+    ``is_frozen``: behind the parameters comes a :class:`Weight`. ``is_traced``: sizes may be symbols.
+    """
+    misfit = _misfit.__wrapped__ if is_traced else _misfit
+    places = [parameters.index(operand.name) for operand in TABLE[op]]
+    may_be_dense = "packed" in parameters
+
+    def check(given: Sequence[Any]) -> None:
+        tensors = [given[place] for place in places]
+        weight: Weight | None = given[-1] if is_frozen else None
+        if may_be_dense:
+            packed = parameters.index("packed")
+            weight = tuple.__new__(Weight, given[packed:])
+            if weight.absmax is not None:
+                tensors[places.index(packed)] = None  # packed bytes, no dense weight
+        facts = [None if t is None else (t.dtype, t.shape, t.device, t.layout) for t in tensors]
+        refuse(misfit(op, tuple(facts), None if weight is None else weight.facts()))
+
+    return check

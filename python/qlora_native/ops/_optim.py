@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from qlora_native import _C, _native
-from qlora_native.ops._library import fake, implement, part_of
+from qlora_native._native import GRAD, PARAM
+from qlora_native.ops._library import Values, fake, implement
+from qlora_native.ops._operands import part_of
 
 if TYPE_CHECKING:
     from qlora_native.ops._cuda_optim import DeviceTable
 
 Tensors = list[Tensor]
 
-# Columns of a row, as in cpp/python/tensor_rows.h.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_ABSMAX, EXP_AVG_SQ_ABSMAX, STEP, NUMEL, DTYPE, GROUP = range(
-    _C.optim_row_length
-)
 STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")  # of a parameter, by name
 
 
@@ -104,7 +102,8 @@ def check_state_sizes(number: int, part: Tensor, state: dict[str, Any]) -> None:
         elif name.endswith("_absmax"):
             count = -(-part.numel() // _native.STATE_BLOCK)
         else:
-            count, dtypes = part.numel(), (torch.int8, torch.uint8) if coded else dtypes
+            count = part.numel()
+            dtypes = (torch.int8, torch.uint8) if coded else dtypes
         if value.numel() != count or value.dtype not in dtypes or not value.is_contiguous():
             raise ValueError(
                 f"optimizer: parameter {number} is {list(part.shape)}, its state {name} {value.dtype} "
@@ -118,7 +117,9 @@ class Plan:
     code, of which only the addresses of parameters and gradients are written anew."""
 
     def __init__(self, params: list[Tensor], groups: list[int], states: list[dict[str, Any]]) -> None:
-        self.params, self.groups, self.states = params, groups, states
+        self.params = params
+        self.groups = groups
+        self.states = states
         self.parts = list(map(part_of, params))
         self.kept = self._values()  # keeps the tensors behind the addresses alive
         self.dtypes = [part.dtype for part in self.parts]
@@ -178,10 +179,10 @@ class Step(NamedTuple):
     exp_avg_absmaxes: Tensors
     exp_avg_sq_absmaxes: Tensors
     steps: Tensors
-    options: tuple[Any, ...]  # a row of them, as the native functions take it
+    options: Values  # a row of them, as the native functions take it
     grad_factor: float
 
-    def states(self, number: int) -> tuple[Any, ...]:
+    def states(self, number: int) -> Values:
         """Of one parameter: both moments, their absmaxes and the count of steps."""
         others = (self.exp_avg_sqs, self.exp_avg_absmaxes, self.exp_avg_sq_absmaxes, self.steps)
         exp_avg_sq, absmax, sq_absmax, count = (tensors[number] if tensors else None for tensors in others)

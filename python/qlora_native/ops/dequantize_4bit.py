@@ -1,19 +1,17 @@
-"""dequantize_4bit: a quantized weight, or a panel of it, to a float tensor."""
+"""dequantize_4bit: a quantized weight, or a panel of it, to a float tensor: round(level[code] * scale of its block)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, cuda_modules, fake, implement
-
-Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
+from qlora_native.ops._library import cuda_kernels, fake, implement
+from qlora_native.ops._operands import Weight
 
 
 def check(dtype: torch.dtype) -> None:
@@ -39,12 +37,12 @@ def decode_all(weight: Weight, out: Tensor) -> None:
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
-    kernels, products = cuda_modules()
-    module = kernels.native(out.device)
+    module = cuda_kernels().native(out.device)
     if module is None:
-        decode_anywhere(weight, out)
-    else:
-        products.decode(module, weight, out)
+        return decode_anywhere(weight, out)
+    from qlora_native.ops import _cuda_products
+
+    _cuda_products.decode(module, weight, out)
 
 
 def decode_anywhere(weight: Weight, out: Tensor) -> None:
@@ -56,19 +54,18 @@ def _register(device: str, decode: Callable[[Weight, Tensor], None]) -> None:
     """The kernels for a dispatch key; ``decode`` fills a contiguous tensor."""
 
     @implement("dequantize_4bit", device)
-    def whole(dtype: torch.dtype, *arguments: Any) -> Tensor:
+    def whole(dtype: torch.dtype, weight: Weight) -> Tensor:
         check(dtype)
-        weight = Weight(*arguments)
         out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
         decode(weight, out)
         return out
 
     @implement("dequantize_4bit.out", device)
-    def into(out: Tensor, *arguments: Any) -> None:
+    def into(out: Tensor, weight: Weight) -> None:
         if out.is_contiguous():
-            decode(Weight(*arguments), out)
+            decode(weight, out)
         else:
-            out.copy_(whole(out.dtype, *arguments))
+            out.copy_(whole(out.dtype, weight))
 
 
 _register("CPU", decode_all)
@@ -77,12 +74,11 @@ _register("CompositeExplicitAutograd", decode_anywhere)
 
 
 @fake("dequantize_4bit")
-def shapes(dtype: torch.dtype, *arguments: Any) -> Tensor:
+def shapes(dtype: torch.dtype, weight: Weight) -> Tensor:
     check(dtype)
-    weight = Weight(*arguments)
     return weight.packed.new_empty(weight.shape, dtype=dtype)
 
 
 @fake("dequantize_4bit.out")
-def out_shapes(out: Tensor, *arguments: Any) -> None:
+def out_shapes(out: Tensor, weight: Weight) -> None:
     """Nothing is returned."""

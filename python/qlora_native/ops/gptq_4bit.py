@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from qlora_native import _C, reference
-from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import fake, implement
+from qlora_native import reference
+from qlora_native.ops._library import Function, define
 from qlora_native.ops.quantize_4bit import check as check_format
+from qlora_native.ops.quantize_4bit import empty_codes
 
 
-@fake("gptq_4bit")
-def shapes(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
-    """The packed codes, uninitialized; refuses scales that do not fit."""
+def output(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
+    """The packed codes."""
     check_format(quant_type, block_size)
     blocks = -(-t.numel() // block_size)
     if list(scales.shape) != [blocks]:
@@ -23,19 +19,21 @@ def shapes(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type:
             f"gptq_4bit: scales are {list(scales.shape)}: expected [{blocks}] for a weight {list(t.shape)} in blocks "
             f"of {block_size}."
         )
-    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
+    return empty_codes(t)
 
 
-@implement("gptq_4bit", "CPU")
-def cpu(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
-    packed = shapes(t, factor, order, scales, quant_type, block_size)
-    dense, factor, order, scales = (x.contiguous() for x in (t, factor, order, scales))
-    source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.shape[0], t.shape[1], block_size, quant_type
-    _C.gptq_4bit(*source, factor.data_ptr(), order.data_ptr(), scales.data_ptr(), packed.data_ptr())
-    return packed
+def native(
+    run: Function,
+    packed: Tensor,
+    t: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    scales: Tensor,
+    quant_type: int,
+    block_size: int,
+) -> None:
+    dense, *others = (tensor.contiguous() for tensor in (t, factor, order, scales))
+    run(dense, t.dtype, *t.shape, block_size, quant_type, *others, packed)
 
 
-@implement("gptq_4bit", "CompositeExplicitAutograd")
-def anywhere(*arguments: Any) -> Tensor:
-    shapes(*arguments)
-    return reference.gptq(*arguments)
+define("gptq_4bit", output, reference.gptq, native, devices=["CPU"])

@@ -7,14 +7,15 @@ from array import array
 import torch
 from torch import Tensor
 
-from qlora_native import _C, _native, reference
+from qlora_native import _C, reference
+from qlora_native._native import DTYPE, DTYPE_NUMBER, GRAD, NUMEL
 from qlora_native.ops._library import fake, implement
-from qlora_native.ops._optim import DTYPE, GRAD, NUMEL, address_of, table_of
+from qlora_native.ops._optim import address_of, table_of
 
 
 def check(grads: list[Tensor]) -> None:
     for number, grad in enumerate(grads):
-        if grad.dtype not in _native.DTYPE_NUMBER or grad.layout is not torch.strided:
+        if grad.dtype not in DTYPE_NUMBER or grad.layout is not torch.strided:
             raise ValueError(
                 f"gradient_norm: gradient {number} is {grad.dtype}, {grad.layout}: expected float32, bfloat16 or "
                 "float16, dense."
@@ -26,7 +27,7 @@ def _table(grads: list[Tensor]) -> tuple[list[Tensor], array[int]]:
     dense = [grad.contiguous() for grad in grads]
     rows = [[0] * _C.optim_row_length for _ in dense]
     for row, grad in zip(rows, dense, strict=True):
-        row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
+        row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), DTYPE_NUMBER[grad.dtype]
     return dense, table_of(rows)
 
 

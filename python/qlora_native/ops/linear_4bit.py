@@ -1,173 +1,139 @@
-"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input, by an :class:`Engine` a device."""
+"""linear_4bit: y = x W^T + bias with a frozen 4-bit weight, and its input gradient, linear_4bit_grad_input: g W.
+
+W [N, K] is decoded inside the products, a tile or a panel at a time, and never dense as a whole on a CPU. A device has
+an :class:`Engine`, whose products the ops of the other files share. To change what a CPU computes, begin at
+:meth:`Cpu.product`; for CUDA at ``Cuda.product`` in ``_cuda_products``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import call, may_autocast
-from qlora_native.ops._library import (
-    Weight,
-    autograd,
-    buffer,
-    cuda_modules,
-    empty_like,
-    fake,
-    implement,
-    say_once,
-    scratch,
+from qlora_native._pages import buffer, empty_like, scratch
+from qlora_native.errors import say_once
+from qlora_native.ops._direct import adapted_product, call, is_few
+from qlora_native.ops._engine import (
+    Adapter,
+    Engine,
+    address,
+    as_rows,
+    save_weight,
+    saved_weight,
+    sum_to_bias,
+    without_autocast,
 )
+from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, implement
+from qlora_native.ops._operands import Weight
 from qlora_native.ops.dequantize_4bit import decode_panel
 
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
 
 
-class Adapter(NamedTuple):
-    """What a low-rank adapter adds to a product, ``low @ up`` in the product's own sums.
-
-    ``low`` is [M, r]; ``up`` is [N, r] (used transposed) for a forward product and [r, K] for an input gradient. With
-    ``down`` ([r, K], or [N, r]) the product fills ``low`` itself: ``down_scale`` times x down^T or x down.
-    """
-
-    low: Tensor
-    up: Tensor
-    down: Tensor | None = None
-    down_scale: float = 1.0
-
-
-class Engine:
-    """Products composed of ops that have a kernel for each device and derivatives of their own."""
-
-    makes_low = False  # whether an adapter may carry ``down``
-
-    def __init__(self, low_memory: bool = False) -> None:
-        self.low_memory = low_memory
-
-    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
-        """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
-        y: Tensor = call("linear_4bit", x, bias, self.low_memory, *weight)
-        return y if adapter is None else torch.addmm(y, adapter.low, adapter.up.t())
-
-    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
-        """grad_y W + low up for grad_y [M, N]. Returns [M, K] in grad_y's dtype."""
-        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, self.low_memory, *weight)
-        return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
-
-    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N], without a bias in ``out``."""
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
-
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K], in a given ``out``."""
-        product = torch.mm(grad_y, weight, out=out)
-        return product if scale == 1.0 else torch.mul(product, scale, out=out)
-
-    def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
-        return self.narrow(matrix, dtype, scale)
-
-    def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
-        """scale * grad_y B for grad_y [M, N] and an adapter's B [N, r]. Returns [M, r] in grad_y's dtype."""
-        return self.dense_grad_input(grad_y, self.narrow(b, grad_y.dtype), scale)
-
-    def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """scale * tensor, rounded once to ``dtype``, contiguous."""
-        if scale != 1.0:
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
-        return tensor.to(dtype).contiguous()
-
-    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-        """scale * left^T right, for left [M, r] and right [M, C]: [r, C] in ``dtype``, or ``transposed`` [C, r]."""
-        wide = torch.promote_types(left.dtype, dtype)
-        if transposed:
-            left, right = right, left
-        return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _with_scratch(run: Callable[..., int]) -> None:
-    """Call a native function that returns how many bytes of scratch it needs, if it has too few, with enough."""
-    if needed := run(*buffer(0)):
-        run(*buffer(needed))
-
-
 class Cpu(Engine):
     """The native kernels, and float64 through torch.
 
-    A weight is never dense as a whole. Dense operands in fp32 and wider are torch's, whose product is fast on all CPUs.
+    Each native product is called twice where its scratch is too small: it then computes nothing and returns the bytes
+    that it needs. Dense operands in fp32 and wider are torch's, whose product is fast on all CPUs.
     """
 
     makes_low = True
 
-    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
-        return (_native if x.dtype in DTYPE_NUMBER else _in_double)(True, x, weight, bias, adapter)
+    def product(
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+    ) -> Tensor:
+        if x.dtype not in DTYPE_NUMBER:
+            return _in_double(is_forward, x, weight, bias, adapter)
+        x = x.contiguous()
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        n, k = weight.shape
+        m = x.shape[0]
+        y = empty_like(x, (m, n if is_forward else k))
+        low = up = down = rank = 0
+        down_scale = 1.0
+        if adapter is not None:  # contiguous by construction
+            low = adapter.low.data_ptr()
+            up = adapter.up.data_ptr()
+            down = address(adapter.down)
+            rank = adapter.low.shape[1]
+            down_scale = adapter.down_scale
+        operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), address(bias), down, down_scale, low, up, rank)
+        sizes = (y.data_ptr(), m, n, k)
+        pointers = weight.pointers()
+        needed = _C.linear_4bit(*operands, *sizes, *buffer(0), pointers)
+        if needed:
+            _C.linear_4bit(*operands, *sizes, *buffer(needed), pointers)
+        return y
 
-    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
-        return (_native if grad_y.dtype in DTYPE_NUMBER else _in_double)(False, grad_y, weight, None, adapter)
+    def few_tokens(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor] | None:
+        if not is_few(x):
+            return None
+        n, k = weight.shape
+        return adapted_product((n, k, _C.matrix(n, k, weight.pointers())), x, bias, a, b, scale)
 
     def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
         if left.dtype not in DTYPE_NUMBER:
             out = torch.mm(left.t(), right) * scale
         else:
-            left, right = left.contiguous(), right.contiguous()
-            rank, width = left.shape[1], right.shape[1]
+            left = left.contiguous()
+            right = right.contiguous()
+            rank = left.shape[1]
+            width = right.shape[1]
             out = torch.empty(rank, width, dtype=torch.float32)
-            sizes = (left.shape[0], rank, width, scale, out.data_ptr())
-            _with_scratch(partial(_C.outer, DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr(), *sizes))
+            operands = (DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr())
+            sizes = (left.shape[0], rank, width)
+            needed = _C.outer(*operands, *sizes, scale, out.data_ptr(), *buffer(0))
+            if needed:
+                _C.outer(*operands, *sizes, scale, out.data_ptr(), *buffer(needed))
         return (out.t() if transposed else out).to(dtype).contiguous()
 
-    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         if x.dtype.itemsize > 2:
-            return super().dense_forward(x, weight, bias, out)
-        return _dense(True, x, weight, bias, 1.0, out)
+            return super().dense(is_forward, x, weight, bias, scale, out)
+        x = x.contiguous()
+        weight = weight.contiguous()
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        n, k = weight.shape
+        m = x.shape[0]
+        y = empty_like(x, (m, n if is_forward else k)) if out is None else out
+        operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), address(bias), scale)
+        sizes = (y.data_ptr(), m, n, k)
+        needed = _C.dense_linear(*operands, *sizes, *buffer(0))
+        if needed:
+            _C.dense_linear(*operands, *sizes, *buffer(needed))
+        return y
 
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        if grad_y.dtype.itemsize > 2:
-            return super().dense_grad_input(grad_y, weight, scale, out)
-        return _dense(False, grad_y, weight, None, scale, out)
 
-
-ANY, CPU = Engine(), Cpu()
-
-
-def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
-    rows, columns = weight.shape
-    x = x.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    y = empty_like(x, (x.shape[0], rows if is_forward else columns))
-    low = up = down = rank = 0
-    down_scale = 1.0
-    if adapter is not None:  # contiguous by construction
-        low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), address(adapter.down)
-        rank, down_scale = adapter.low.shape[1], adapter.down_scale
-    sources = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), address(bias))
-    arguments = (*sources, down, down_scale, low, up, rank, y.data_ptr(), x.shape[0], rows, columns)
-    pointers = weight.pointers()
-    _with_scratch(lambda address, size: _C.linear_4bit(*arguments, address, size, pointers))
-    return y
+CPU = Cpu()
 
 
 def _in_double(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
     """The same by torch's GEMM, from panels of rows of the weight."""
-    rows, columns = weight.shape
-    y = torch.zeros(x.shape[0], rows if is_forward else columns, dtype=x.dtype)
+    n, k = weight.shape
+    y = torch.zeros(x.shape[0], n if is_forward else k, dtype=x.dtype)
     pointers = weight.pointers()
-    height = max(1, PANEL_BYTES // (8 * max(1, columns)))
-    for first in range(0, rows, height):
-        last = min(first + height, rows)
-        panel = scratch((last - first) * columns, torch.float32).view(last - first, columns)
-        decode_panel(pointers, columns, (first, last), (0, columns), panel)
+    height = max(1, PANEL_BYTES // (8 * max(1, k)))
+    for first in range(0, n, height):
+        last = min(first + height, n)
+        panel = scratch((last - first) * k, torch.float32).view(last - first, k)
+        decode_panel(pointers, k, (first, last), (0, k), panel)
         if is_forward:
             torch.mm(x, panel.double().t(), out=y[:, first:last])
         else:
@@ -179,40 +145,14 @@ def _in_double(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None,
     return y
 
 
-def _dense(
-    is_forward: bool, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor | None
-) -> Tensor:
-    rows, columns = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    y = empty_like(x, (x.shape[0], rows if is_forward else columns)) if out is None else out
-    pointers = (x.data_ptr(), weight.data_ptr(), address(bias), scale, y.data_ptr())
-    _with_scratch(partial(_C.dense_linear, is_forward, DTYPE_NUMBER[x.dtype], *pointers, x.shape[0], rows, columns))
-    return y
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """[..., K] as [M, K]."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-_UNCHANGED = nullcontext()
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
-    if not may_autocast():  # to ask for one device takes longer
-        return _UNCHANGED
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
-
-
-def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
+def cuda_engine(device: torch.device) -> Engine | None:
     """The kernels of a CUDA device; None, after a warning, for one on which they cannot run."""
-    kernels, products = cuda_modules()
-    module = kernels.native(device)
-    return None if module is None else products.engine(module, low_memory)
+    module = cuda_kernels().native(device)
+    if module is None:
+        return None
+    from qlora_native.ops import _cuda_products
+
+    return _cuda_products.engine(module)
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -225,89 +165,71 @@ def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
-def _register(device: str, engine_of: Callable[[bool, torch.device], Engine | None]) -> None:
+def _register(device: str, engine_of: Callable[[torch.device], Engine | None]) -> None:
     """The kernels for a dispatch key, by the products of an engine; without one, of the dense weight."""
 
     @implement("linear_4bit", device)
-    def forward(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-        weight, engine = Weight(*arguments), engine_of(low_memory, x.device)
+    def forward(x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+        engine = engine_of(x.device)
         with without_autocast(x):
             if engine is None:
                 cast_bias = None if bias is None else bias.to(x.dtype)
                 return torch.nn.functional.linear(x, _dense_weight(weight, x.dtype), cast_bias)
-            y = engine.forward(as_rows(x), weight, bias)
+            y = engine.product(True, as_rows(x), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @implement("linear_4bit_grad_input", device)
-    def grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-        weight, engine = Weight(*arguments), engine_of(low_memory, grad_y.device)
+    def grad_input(grad_y: Tensor, weight: Weight) -> Tensor:
+        engine = engine_of(grad_y.device)
         with without_autocast(grad_y):
             if engine is None:
                 return grad_y @ _dense_weight(weight, grad_y.dtype)
-            grad_x = engine.grad_input(as_rows(grad_y), weight)
+            grad_x = engine.product(False, as_rows(grad_y), weight)
         return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
-_register("CPU", lambda *_: CPU)
+_register("CPU", lambda _: CPU)
 _register("CUDA", cuda_engine)
-_register("CompositeExplicitAutograd", lambda *_: None)
+_register("CompositeExplicitAutograd", lambda _: None)
 
 
 @fake("linear_4bit")
-def shapes(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-    weight = Weight(*arguments)
+def shapes(x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @fake("linear_4bit_grad_input")
-def grad_input_shapes(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-    weight = Weight(*arguments)
+def grad_input_shapes(grad_y: Tensor, weight: Weight) -> Tensor:
     return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
-def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: Tensor | None) -> None:
-    """Keep the packed weight and ``tensors`` for backward: never anything dequantized."""
-    ctx.save_for_backward(*arguments[:6], *tensors)
-    ctx.weight_rest = arguments[6:]
+# y = x W^T + bias, so grad_x = grad_y W, and grad_bias sums grad_y over the tokens; W is frozen.
 
 
-def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The weight arguments and the other saved tensors."""
-    saved = ctx.saved_tensors
-    return (*saved[:6], *ctx.weight_rest), saved[6:]
-
-
-NO_WEIGHT_GRADIENT = (None,) * len(Weight._fields)
-
-
-def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
-    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
-    return as_rows(grad_y).sum(0, dtype=wide).to(dtype)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, low_memory, *arguments = inputs
-    save_weight(ctx, tuple(arguments))
-    ctx.low_memory = low_memory
+def _setup(ctx: Any, inputs: Values, output: Tensor) -> None:
+    _, bias, weight = inputs
+    save_weight(ctx, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    (arguments, _), (needs_x, needs_bias, *_) = saved_weight(ctx), ctx.needs_input_grad
-    grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments) if needs_x else None
-    return grad_x, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None, None, *NO_WEIGHT_GRADIENT
+def _backward(ctx: Any, grad_y: Tensor) -> Values:
+    weight, _ = saved_weight(ctx)
+    needs_x, needs_bias, *_ = ctx.needs_input_grad
+    grad_x = call("linear_4bit_grad_input", grad_y, weight) if needs_x else None
+    return grad_x, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, low_memory, *arguments = inputs
-    save_weight(ctx, tuple(arguments))
-    ctx.low_memory = low_memory
+# grad_x = grad_y W in turn is linear in grad_y, with the gradient (d / d grad_x) W^T.
 
 
-def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
-    arguments, _ = saved_weight(ctx)
-    return torch.ops.qlora_native.linear_4bit(grad_grad_x, None, ctx.low_memory, *arguments), None, *NO_WEIGHT_GRADIENT
+def _setup_grad_input(ctx: Any, inputs: Values, output: Tensor) -> None:
+    _, weight = inputs
+    save_weight(ctx, weight)
+
+
+def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> Values:
+    weight, _ = saved_weight(ctx)
+    return (torch.ops.qlora_native.linear_4bit(grad_grad_x, None, *weight),)
 
 
 autograd("linear_4bit", _backward, _setup)

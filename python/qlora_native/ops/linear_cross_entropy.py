@@ -1,8 +1,12 @@
-"""linear_cross_entropy: mean cross entropy of h W^T without ever holding the full logits.
+"""linear_cross_entropy: mean cross entropy of z = h W^T [tokens, V] without ever holding the full logits z.
 
-The logits exist for a few tokens at a time, and become their own gradients, so backward is one multiplication and
-nothing of size [tokens, vocabulary] is kept. On a CPU ignored tokens cost nothing. A device computes them too, and
-masks their results: to gather the others, the host would have to wait for their number.
+A token's loss is log(sum(exp(z))) - z[label], and its gradient to z is softmax(z) - onehot(label), so to h that times W
+and to W its transpose times h. The logits exist for a chunk of tokens at a time, become their own gradients in place,
+and are multiplied at once: forward computes the gradients of the *sum* of the losses, and backward scales them by
+dL/dloss / count. Nothing of size [tokens, V] is kept.
+
+On a CPU ignored tokens cost nothing. A device computes them too, and masks their results: to gather the others, the
+host would have to wait for their number.
 
 ``rows`` [R, K] stand in the place of those of W with the numbers ``row_ids``; then they have the gradient, and W none.
 """
@@ -18,8 +22,11 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, autograd, cuda_modules, empty_like, fake, implement
-from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native._pages import empty_like
+from qlora_native.ops._engine import ANY, Engine, without_autocast
+from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, implement
+from qlora_native.ops._operands import WIDE, Weight
+from qlora_native.ops.linear_4bit import CPU
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk
 # Of a chunk, at least: the head is read and decoded twice a chunk, which so many tokens hide behind their products. On
@@ -60,23 +67,25 @@ def read(*arguments: Any) -> Call:
 def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
     """h W^T, [M, V]; in ``out`` where the product can be put there."""
     if is_dense(weight):
-        return (CPU if h.device.type == "cpu" else ANY).dense_forward(h, weight.packed, out=out)
-    logits: Tensor = torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
-    return logits
+        return _dense_engine(h).dense(True, h, weight.packed, out=out)
+    return ANY.product(True, h, weight)
 
 
 def _grad_h(grad_logits: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
     """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
     if is_dense(weight):
-        return (CPU if grad_logits.device.type == "cpu" else ANY).dense_grad_input(grad_logits, weight.packed, out=out)
-    grad_h: Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
-    return grad_h
+        return _dense_engine(grad_logits).dense(False, grad_logits, weight.packed, out=out)
+    return ANY.product(False, grad_logits, weight)
+
+
+def _dense_engine(tensor: Tensor) -> Engine:
+    return CPU if tensor.device.type == "cpu" else ANY
 
 
 def empty_gradients(h: Tensor, weight: Tensor, need_grad_h: bool, need_grad_weight: bool) -> Pair:
     """Zeros where a gradient is asked for, empty tensors where not."""
     grad_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if need_grad_h else h.new_empty(0)
-    wide = torch.promote_types(torch.float32, h.dtype)
+    wide = WIDE[h.dtype]
     grad_weight = torch.zeros_like(weight, dtype=wide) if need_grad_weight else h.new_empty(0)
     return grad_h, grad_weight
 
@@ -89,7 +98,8 @@ def _torch_loss(ignore_index: int, logits: Tensor, labels: Tensor, losses: Tenso
 
     0 where a label is to be ignored; NaN where it is no word otherwise.
     """
-    ignored, strange = labels == ignore_index, (labels < 0) | (labels >= logits.shape[1])
+    ignored = labels == ignore_index
+    strange = (labels < 0) | (labels >= logits.shape[1])
     target = labels.masked_fill(ignored | strange, 0)[:, None]
     wide = logits.to(losses.dtype)
     log_sum = torch.logsumexp(wide, 1, keepdim=True)
@@ -111,10 +121,9 @@ def cpu(*arguments: Any) -> Outputs:
     call = read(*arguments)
     h, labels, ignore_index, *_, weight = call
     kept = _kept(labels, ignore_index, weight.shape[0])
+    loss_of = _native_loss if h.dtype in DTYPE_NUMBER else partial(_torch_loss, ignore_index)
     with without_autocast(h):
-        return _chunked(
-            _native_loss if h.dtype in DTYPE_NUMBER else partial(_torch_loss, ignore_index), call, "cpu", kept
-        )
+        return _chunked(loss_of, call, "cpu", kept)
 
 
 @implement("linear_cross_entropy", "CompositeExplicitAutograd")
@@ -126,7 +135,8 @@ def anywhere(*arguments: Any) -> Outputs:
 
 @implement("linear_cross_entropy", "CUDA")
 def cuda(*arguments: Any) -> Outputs:
-    kernels, call = cuda_modules()[0], read(*arguments)
+    kernels = cuda_kernels()
+    call = read(*arguments)
     h, _, ignore_index, *_ = call
     module = kernels.native(h.device)
     if module is None or h.dtype not in DTYPE_NUMBER:
@@ -159,14 +169,16 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
     Of the tokens ``kept`` alone, if they are given; else nothing waits for a device.
     """
     h, labels, ignore_index, need_grad_h, need_grad_weight, rows, row_ids, weight = call
-    vocabulary, states, targets = weight.shape[0], h.reshape(-1, h.shape[-1]), labels.reshape(-1)
+    vocabulary = weight.shape[0]
+    states = h.reshape(-1, h.shape[-1])
+    targets = labels.reshape(-1)
     tokens = states.shape[0] if kept is None else kept.numel()
     derived = weight.packed if rows is None else rows
     grad_h, grad_weight = empty_gradients(h, derived, need_grad_h and kept is not None, need_grad_weight)
     narrow = None if rows is None else rows.to(h.dtype)
     if need_grad_h and kept is None:
         grad_h = empty_like(h)
-    losses = h.new_empty(tokens, dtype=torch.promote_types(torch.float32, h.dtype))
+    losses = h.new_empty(tokens, dtype=WIDE[h.dtype])
     chunk = chunk_tokens(device, vocabulary, h.dtype.itemsize, tokens)
     buffer = empty_like(h, (chunk if is_dense(weight) else 0, vocabulary))
     for first in range(0, tokens, chunk):
@@ -174,6 +186,7 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
         where = slice(first, last) if kept is None else kept[first:last]
         part = states[where]
         logits = _logits(part, weight, buffer[: last - first])
+        # Rows in the place of some of W's have logits and gradients of their own, and W's stand aside with zeros.
         if narrow is not None and row_ids is not None:
             logits.index_copy_(1, row_ids, part @ narrow.t())
         loss_of(logits, targets[where], losses[first:last], need_grad_h or need_grad_weight)
@@ -200,19 +213,21 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
 @fake("linear_cross_entropy")
 def shapes(*arguments: Any) -> Outputs:
     h, _, _, need_grad_h, need_grad_weight, rows, _, weight = read(*arguments)
-    loss = h.new_empty((), dtype=torch.promote_types(torch.float32, h.dtype))
+    loss = h.new_empty((), dtype=WIDE[h.dtype])
     return loss, *empty_gradients(h, weight.packed if rows is None else rows, need_grad_h, need_grad_weight)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _setup(ctx: Any, inputs: Values, output: Outputs) -> None:
     h, labels, ignore_index, _, _, rows, _, packed, *_ = inputs
     _, grad_h, grad_weight = output
     ctx.mark_non_differentiable(grad_h, grad_weight)
     ctx.save_for_backward(labels, grad_h, grad_weight)
-    ctx.ignore_index, ctx.h_dtype, ctx.weight_dtype = ignore_index, h.dtype, (packed if rows is None else rows).dtype
+    ctx.ignore_index = ignore_index
+    ctx.h_dtype = h.dtype
+    ctx.weight_dtype = (packed if rows is None else rows).dtype
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Values:
     labels, sum_grad_h, sum_grad_weight = ctx.saved_tensors
     factor = grad_loss / (labels != ctx.ignore_index).sum()
     grad_h = sum_grad_h * factor.to(ctx.h_dtype) if ctx.needs_input_grad[0] else None
@@ -220,7 +235,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.needs_input_grad[5] or ctx.needs_input_grad[7]:
         grad_weight = (sum_grad_weight * factor).to(ctx.weight_dtype)
     of_rows, of_packed = (grad_weight, None) if ctx.needs_input_grad[5] else (None, grad_weight)
-    return grad_h, None, None, None, None, of_rows, None, of_packed, *NO_WEIGHT_GRADIENT[1:]
+    return grad_h, None, None, None, None, of_rows, None, of_packed, *[None] * (len(Weight._fields) - 1)
 
 
 autograd("linear_cross_entropy", _backward, _setup)

@@ -1,4 +1,8 @@
-"""quantize_4bit: a float tensor to 4-bit codes and scales."""
+"""quantize_4bit: a float tensor to 4-bit codes and scales.
+
+In each block of the flattened tensor, scale = max |t| and code = the nearest of 16 levels to t / scale. With
+``double_quant`` the scales in turn are codes of 8 bits: scale = nested_code[code] * nested_absmax + nested_offset.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import expect_pages, fake, implement, scratch
+from qlora_native._pages import expect_pages, scratch
+from qlora_native.ops._library import cuda_kernels, fake, implement, plain
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -20,6 +24,11 @@ def check(quant_type: int, block_size: int) -> None:
         raise ValueError(f"quantize: block_size is {block_size}: expected a power of two from 32 to 4096.")
 
 
+def empty_codes(t: Tensor) -> Tensor:
+    """For the packed codes of a dense tensor, two a byte."""
+    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
+
+
 def empty_outputs(numel: int, device: torch.device, block_size: int, double_quant: bool) -> Outputs:
     """packed, absmax (codes when double-quantized), nested_absmax, nested_offset; the nested ones empty without it."""
     blocks = (numel + block_size - 1) // block_size
@@ -30,51 +39,54 @@ def empty_outputs(numel: int, device: torch.device, block_size: int, double_quan
     return packed, absmax, nested_absmax, nested_offset
 
 
+@fake("quantize_4bit")
+def outputs(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    check(quant_type, block_size)
+    return empty_outputs(t.numel(), t.device, block_size, double_quant)
+
+
+def _refuse_non_finite(t: Tensor, index: int) -> None:
+    if index >= 0:
+        raise ValueError(reference.non_finite_message(index, t))
+
+
 @implement("quantize_4bit", "CPU")
 def cpu(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    outputs, dense = shapes(t, quant_type, block_size, double_quant), t.contiguous()
-    packed, absmax, nested_absmax, nested_offset = outputs
+    packed, absmax, *nested = results = outputs(t, quant_type, block_size, double_quant)
+    dense = t.contiguous()
     expect_pages(packed)
     block_max = scratch(absmax.numel(), torch.float32) if double_quant else absmax
-    source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.numel(), block_size, quant_type
-    bad = _C.quantize_4bit(*source, packed.data_ptr(), block_max.data_ptr())
-    if bad >= 0:
-        raise ValueError(reference.non_finite_message(bad, dense))
+    source = (dense, t.dtype, t.numel(), block_size, quant_type)
+    _refuse_non_finite(dense, _C.quantize_4bit(*plain(source), *plain((packed, block_max))))
     if double_quant:
-        double_quantize(block_max, absmax, nested_absmax, nested_offset)
-    return outputs
+        double_quantize(block_max, absmax, *nested)
+    return results
 
 
 def double_quantize(scales: Tensor, absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> None:
     """Stores CPU ``scales``, fp32 [blocks], in 8 bits: codes, uint8 [blocks], and the two tensors that decode them."""
-    targets = absmax.data_ptr(), nested_absmax.data_ptr(), nested_offset.data_ptr()
-    _C.quantize_scales(scales.data_ptr(), scales.numel(), *targets)
+    _C.quantize_scales(*plain((scales, scales.numel(), absmax, nested_absmax, nested_offset)))
 
 
 @implement("quantize_4bit", "CUDA")
 def cuda(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    from qlora_native.ops import _cuda_kernels
-
-    outputs, dense = shapes(t, quant_type, block_size, double_quant), t.contiguous()
-    module = _cuda_kernels.native(t.device)
+    module = cuda_kernels().native(t.device)
     if module is None:
         return anywhere(t, quant_type, block_size, double_quant)
-    packed, absmax, nested_absmax, nested_offset = outputs
+    packed, absmax, *nested = results = outputs(t, quant_type, block_size, double_quant)
+    dense = t.contiguous()
     blocks = absmax.numel()
     block_max = t.new_empty(blocks, dtype=torch.float32) if double_quant else absmax
     first_bad = t.new_empty((), dtype=torch.int64)
-    with _cuda_kernels.launching(t.device) as stream:
-        source = DTYPE_NUMBER[t.dtype], dense.data_ptr(), t.numel(), block_size, quant_type
-        module.quantize_4bit(*source, packed.data_ptr(), block_max.data_ptr(), first_bad.data_ptr(), stream)
+    with cuda_kernels().launching(t.device) as stream:
+        source = (t.dtype, dense, t.numel(), block_size, quant_type)
+        module.quantize_4bit(*plain(source), *plain((packed, block_max, first_bad)), stream)
         if double_quant:
             workspace = t.new_empty(module.quantize_scales_workspace(blocks), dtype=torch.uint8)
-            targets = absmax.data_ptr(), nested_absmax.data_ptr(), nested_offset.data_ptr()
-            room = workspace.data_ptr(), workspace.numel()
-            module.quantize_scales(block_max.data_ptr(), blocks, *targets, *room, stream)
-    bad = int(first_bad)  # waits for the device, once
-    if bad >= 0:
-        raise ValueError(reference.non_finite_message(bad, dense))
-    return outputs
+            targets = (absmax, *nested, workspace, workspace.numel())
+            module.quantize_scales(*plain((block_max, blocks, *targets)), stream)
+    _refuse_non_finite(dense, int(first_bad))  # waits for the device, once
+    return results
 
 
 @implement("quantize_4bit", "CompositeExplicitAutograd")
@@ -84,9 +96,3 @@ def anywhere(t: Tensor, quant_type: int, block_size: int, double_quant: bool) ->
     if double_quant:
         return packed, *reference.quantize_scales(absmax)
     return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
-
-
-@fake("quantize_4bit")
-def shapes(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    check(quant_type, block_size)
-    return empty_outputs(t.numel(), t.device, block_size, double_quant)

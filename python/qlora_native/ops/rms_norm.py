@@ -1,6 +1,7 @@
-"""rms_norm: weight * x / rms(x) over the last axis. Backward keeps x, as it came, and one fp32 number a row.
+"""rms_norm: y = weight * x * rstd over the last axis, rstd = 1 / sqrt(mean(x^2) + eps). Returns y and rstd.
 
-The weight's gradient is of torch's operations, on every device: QLoRA freezes the weights of norms.
+With h = dL/dy * weight and n = x * rstd, dL/dx = rstd * (h - n * mean(h * n)). Backward keeps x, as it came, and rstd,
+one number a row. The weight's gradient is of torch's operations, on every device: QLoRA freezes the weights of norms.
 """
 
 from __future__ import annotations
@@ -11,65 +12,57 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._native import DTYPE_NUMBER
+from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, empty_like, fake, implement, implement_natively
+from qlora_native.ops._library import Function, Values, autograd, define
+from qlora_native.ops._operands import WIDE
 
 Pair = tuple[Tensor, Tensor]
 
 
-@fake("rms_norm")
-def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """The outputs, uninitialized."""
+def outputs(x: Tensor, weight: Tensor, eps: float) -> Pair:
     if weight.shape[0] == 0:
         raise ValueError(f"rms_norm: x is {list(x.shape)}: expected [..., K], K > 0.")
-    return empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return empty_like(x), x.new_empty(x.shape[:-1], dtype=WIDE[x.dtype])
 
 
-@implement("rms_norm", "CompositeExplicitAutograd")
-def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    shapes(x, weight, eps)
-    y, rstd = reference.rms_norm(x, weight, eps)
-    return y.contiguous(), rstd.contiguous()
+def native(run: Function, results: Pair, x: Tensor, weight: Tensor, eps: float) -> None:
+    y, rstd = results
+    x = x.contiguous()
+    weight = weight.contiguous()
+    run(x.dtype, x, weight, eps, rstd.numel(), weight.shape[0], y, rstd)
 
 
-@implement_natively("rms_norm", anywhere)
-def native(run: Run, x: Tensor, weight: Tensor, eps: float) -> Pair:
-    y, rstd = shapes(x, weight, eps)
-    x, weight = x.contiguous(), weight.contiguous()
-    source = DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), weight.shape[0]
-    run(*source, y.data_ptr(), rstd.data_ptr())
-    return y, rstd
+define("rms_norm", outputs, reference.rms_norm, native)
 
 
-@implement("rms_norm_backward", "CompositeExplicitAutograd")
-def anywhere_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    return reference.rms_norm_backward(grad_y, x, weight, eps).contiguous()
-
-
-@implement_natively("rms_norm_backward", anywhere_backward)
-def native_backward(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
-    grad_x = empty_like(x)
-    source = grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), rstd.numel(), weight.shape[0]
-    run(DTYPE_NUMBER[x.dtype], *source, grad_x.data_ptr())
-    return grad_x
-
-
-@fake("rms_norm_backward")
-def backward_shapes(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
+def grad_output(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
     return empty_like(x)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    x, weight, eps = inputs
-    ctx.mark_non_differentiable(output[1])
+def grad_values(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm_backward(grad_y, x, weight, eps)
+
+
+def native_grad(
+    run: Function, grad_x: Tensor, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float
+) -> None:
+    operands = [tensor.contiguous() for tensor in (grad_y, x, weight, rstd)]
+    run(x.dtype, *operands, rstd.numel(), weight.shape[0], grad_x)
+
+
+define("rms_norm_backward", grad_output, grad_values, native_grad)
+
+
+def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
+    x, weight, ctx.eps = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.eps = eps
+    ctx.save_for_backward(x, weight, rstd)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> Values:
     if grad_y is None:
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
@@ -80,7 +73,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
         else:
             grad_x = call("rms_norm_backward", grad_y, x, weight, rstd, ctx.eps)
     if ctx.needs_input_grad[1]:
-        normal = reference.rms_norm(x, torch.ones_like(weight), ctx.eps)[0]
+        normal, _ = reference.rms_norm(x, torch.ones_like(weight), ctx.eps)
         products = grad_y.to(rstd.dtype) * normal
         grad_weight = products.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
     return grad_x, grad_weight, None

@@ -1,4 +1,7 @@
-"""rotary: position embedding by rotation, dimension i of a head paired with i + D/2. Backward keeps only the angles."""
+"""rotary: position embedding by rotation. Dimensions i and i + D/2 of a head are one point, its position the angle.
+
+The gradient is the rotation back, ``inverse``: backward keeps only the angles.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._native import DTYPE_NUMBER
+from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, empty_like, fake, implement, implement_natively
+from qlora_native.ops._library import Function, Values, autograd, define
 
 
-@fake("rotary")
-def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """The output, uninitialized in x's layout."""
+def output(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """In x's layout."""
     if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape != sin.shape:
         raise ValueError(
             f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
@@ -27,30 +29,25 @@ def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@implement("rotary", "CompositeExplicitAutograd")
-def anywhere(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return shapes(x, cos, sin, inverse).copy_(reference.rotary(x, cos, sin, inverse))
-
-
-@implement_natively("rotary", anywhere)
-def native(run: Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    y = shapes(x, cos, sin, inverse)
+def native(run: Function, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    # The kernel takes any strides but that of the last axis.
     source = x if x.stride(-1) == 1 else x.contiguous()
     target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    angles = cos.data_ptr(), sin.data_ptr(), cos.shape[0]
-    heads = DTYPE_NUMBER[x.dtype], source.data_ptr(), source.stride()[:3]
-    run(*heads, *angles, tuple(x.shape), inverse, target.data_ptr(), target.stride()[:3])
-    return y if target is y else y.copy_(target)
+    angles = (cos.contiguous(), sin.contiguous(), cos.shape[0])
+    run(x.dtype, source, source.stride()[:3], *angles, tuple(x.shape), inverse, target, target.stride()[:3])
+    if target is not y:
+        y.copy_(target)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, inverse = inputs
+define("rotary", output, reference.rotary, native)
+
+
+def _setup(ctx: Any, inputs: Values, output: Tensor) -> None:
+    _, cos, sin, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
-    ctx.inverse = inverse
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor) -> Values:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("rotary: cos and sin have no gradient here: detach them.")
     return call("rotary", grad_y, *ctx.saved_tensors, not ctx.inverse), None, None, None

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qlora_native import _C, reference
-from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import fake, implement
+from qlora_native import reference
+from qlora_native.ops._library import Function, define
 from qlora_native.ops.quantize_4bit import check as check_format
+from qlora_native.ops.quantize_4bit import empty_codes
 
 Pair = tuple[Tensor, Tensor]
 
 
-@implement("search_scales_4bit", "CPU")
-def cpu(*arguments: Any) -> Pair:
-    packed, chosen = outputs = shapes(*arguments)
-    t, moment, table, multiplier, offset, initial, group, low, high, quant_type, block_size = arguments
-    if t.numel() == 0:
-        return outputs
-    dense, moment, table, multiplier, initial = (x.contiguous() for x in (t, moment, table, multiplier, initial))
-    source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.numel(), moment.numel(), block_size, quant_type
-    scales = moment.data_ptr(), table.data_ptr(), table.numel(), group, multiplier.data_ptr(), float(offset), low, high
-    _C.search_scales_4bit(*source, *scales, initial.data_ptr(), packed.data_ptr(), chosen.data_ptr())
-    return outputs
-
-
-@implement("search_scales_4bit", "CompositeExplicitAutograd")
-def anywhere(*arguments: Any) -> Pair:
-    shapes(*arguments)
-    return reference.search_scales(*arguments)
-
-
-@fake("search_scales_4bit")
-def shapes(*arguments: Any) -> Pair:
-    """The packed codes and the index of each block's scale; refuses sizes that do not fit."""
+def outputs(*arguments: Any) -> Pair:
+    """The packed codes and the index of each block's scale."""
     t, moment, table, multiplier, offset, initial, group, _, _, quant_type, block_size = arguments
     check_format(quant_type, block_size)
     blocks = -(-t.numel() // block_size)
@@ -56,4 +35,17 @@ def shapes(*arguments: Any) -> Pair:
                 f"search_scales_4bit: {name} is {list(tensor.shape)}: expected {count} values for a tensor "
                 f"{list(t.shape)} in blocks of {block_size}."
             )
-    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), initial.new_empty(blocks)
+    return empty_codes(t), initial.new_empty(blocks)
+
+
+def native(run: Function, results: Pair, *arguments: Any) -> None:
+    *tensors, group, low, high, quant_type, block_size = arguments
+    t, moment, table, multiplier, offset, initial = (tensor.contiguous() for tensor in tensors)
+    if t.numel() == 0:
+        return
+    source = (t, t.dtype, t.numel(), moment.numel(), block_size, quant_type)
+    scales = (moment, table, table.numel(), group, multiplier, float(offset), low, high)
+    run(*source, *scales, initial, *results)
+
+
+define("search_scales_4bit", outputs, reference.search_scales, native, devices=["CPU"])

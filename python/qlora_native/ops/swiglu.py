@@ -1,4 +1,7 @@
-"""swiglu: silu(gate) * up. Backward keeps gate and up, which their own layers made, and computes silu again."""
+"""swiglu: silu(gate) * up, silu(g) = g * sigmoid(g).
+
+Backward keeps gate and up, which their own layers made, and computes silu again.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +11,40 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._native import DTYPE_NUMBER
+from qlora_native._pages import empty_like
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, empty_like, fake, implement, implement_natively, save_inputs
+from qlora_native.ops._library import Function, autograd, define, save_inputs
 
 Pair = tuple[Tensor, Tensor]
 
 
-@fake("swiglu")
-def shapes(gate: Tensor, up: Tensor) -> Tensor:
-    """The output, uninitialized."""
+def output(gate: Tensor, up: Tensor) -> Tensor:
     return empty_like(gate)
 
 
-@implement("swiglu", "CompositeExplicitAutograd")
-def anywhere(gate: Tensor, up: Tensor) -> Tensor:
-    return shapes(gate, up).copy_(reference.swiglu(gate, up))
+def native(run: Function, y: Tensor, gate: Tensor, up: Tensor) -> None:
+    run(gate.dtype, gate.contiguous(), up.contiguous(), gate.numel(), y)
 
 
-@implement_natively("swiglu", anywhere)
-def native(run: Run, gate: Tensor, up: Tensor) -> Tensor:
-    y, gate, up = shapes(gate, up), gate.contiguous(), up.contiguous()
-    run(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
-    return y
+define("swiglu", output, reference.swiglu, native)
 
 
-@implement("swiglu_backward", "CompositeExplicitAutograd")
-def anywhere_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    grad_gate, grad_up = reference.swiglu_backward(grad_y, gate, up)
-    return grad_gate.contiguous(), grad_up.contiguous()
-
-
-@implement_natively("swiglu_backward", anywhere_backward)
-def native_backward(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
-    grads = empty_like(gate), empty_like(up)
-    source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
-    run(*source, grads[0].data_ptr(), grads[1].data_ptr())
-    return grads
-
-
-@fake("swiglu_backward")
-def backward_shapes(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+def grad_outputs(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     return empty_like(gate), empty_like(up)
+
+
+def native_grad(run: Function, grads: Pair, *operands: Tensor) -> None:
+    grad_y, gate, up = (tensor.contiguous() for tensor in operands)
+    run(gate.dtype, grad_y, gate, up, gate.numel(), *grads)
+
+
+define("swiglu_backward", grad_outputs, reference.swiglu_backward, native_grad)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> Pair:
     if torch.is_grad_enabled():  # these gradients are differentiated in turn
         return reference.swiglu_backward(grad_y, *ctx.saved_tensors)
-    grads: Pair = call("swiglu_backward", grad_y, *ctx.saved_tensors)
-    return grads
+    return call("swiglu_backward", grad_y, *ctx.saved_tensors)
 
 
 autograd("swiglu", _backward, save_inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,15 +18,29 @@ from torch import Tensor
 
 from qlora_native import _C, _native, reference
 from qlora_native.ops import _library
-from qlora_native.ops._library import part_of
+from qlora_native.ops._operands import is_sharded, part_of
 from qlora_native.ops._optim import Plan, address_of
-from qlora_native.optim.paging import PAGING_DEFAULTS, HostPages, Paged, PagedStates, new_states
+from qlora_native.optim import paging
+from qlora_native.optim.paging import (
+    PAGING_DEFAULTS,
+    HostPages,
+    Moments,
+    Paged,
+    Pages,
+    Paging,
+    PagingStatistics,
+    Wanted,
+    is_coded,
+    new_states,
+)
 
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 
 
-class Optimizer(PagedStates, torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
     """Base class of AdamW, Adam and Lion, which name their op and the arguments that it takes from a group."""
+
+    _moments: ClassVar[Moments]
 
     # GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -50,6 +65,15 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if paged is True:  # fail here, not in the first step, if there is no room for the page file
             self._reserve_all()
 
+    def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
+        name = type(self).__name__
+        folder = None if page_dir is None else Path(page_dir)
+        self.paged = paged
+        self.page_dir = folder
+        self.page_budget = page_budget
+        make = partial(new_pages, name, self._moments, paged, folder, page_budget)
+        self._paging = Paging(name, paged, page_budget, make)
+
     def _reset(self) -> None:
         self._plan: Plan | None = None
         self._grad_norm: float | Tensor | None = None
@@ -70,7 +94,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if self.paged is True and self._pages:
+            if self.paged is True and self._paging.pages:
                 self._reserve_all()
         except (ValueError, OSError):
             self.param_groups.pop()
@@ -98,10 +122,10 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._alone():
+        with self._paging.alone():
             self._step()
         # Kernels write parameters as autograd does not see.
-        torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
+        torch.autograd.graph.increment_version([param for param, _ in self._placed()])
         return loss
 
     def write_options(self) -> None:
@@ -114,8 +138,10 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             self._plan.on_device.write_options([self._options(group) for group in self.param_groups])
 
     def _step(self) -> None:
-        self._grad_norm, self._skipped = None, False
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._grad_norm = None
+        self._skipped = False
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
         params, groups, grads = self._with_gradient()
         sharded = self.max_norm is not None and any(map(is_sharded, params))
         norm = whole_norm(params, grads) if sharded else None  # every rank takes part, whatever its gradients
@@ -144,19 +170,25 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        grads = [param.grad for param in params]
-        present = [grad for grad in grads if grad is not None]
-        if len(present) < len(grads):
-            kept = [i for i, grad in enumerate(grads) if grad is not None]
-            params, groups = [params[i] for i in kept], [groups[i] for i in kept]
-        if odd := {grad.layout for grad in present} - {torch.strided}:
+        found = [
+            (param, number)
+            for number, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        params = [param for param, _ in found]
+        groups = [number for _, number in found]
+        grads: list[Any] = [param.grad for param in params]
+        if odd := {grad.layout for grad in grads} - {torch.strided}:
             raise ValueError(
                 f"{type(self).__name__}: a gradient is {odd.pop()}: expected dense ones; build the embedding with "
                 "sparse=False, or give its parameter to torch.optim.SparseAdam."
             )
-        return params, groups, list(map(part_of, present))
+        return params, groups, list(map(part_of, grads))
+
+    def _placed(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group."""
+        return [(param, group) for group in self.param_groups for param in group["params"]]
 
     def _plan_for(self, params: list[Tensor], groups: list[int]) -> Plan:
         """The plan of the last step, or a new one, with states for parameters that had none."""
@@ -183,7 +215,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         module = _library.module_for(device)
         pages = self._device_pages(device)
         if pages is not None and pages.could_pin and pages.is_short():
-            self._pin(pages)
+            self._paging.pin(pages, self.state)
         if module is None:
             return False
         plan = self._plan_for(params, groups)
@@ -209,60 +241,95 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             self._skipped = plan.on_device.skipped
         return True
 
+    def _device_pages(self, device: torch.device) -> Any:
+        pages = self._paging.pages.get(device)
+        return None if isinstance(pages, HostPages) else pages
+
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group in the order of the op's arguments."""
         raise NotImplementedError
 
     def _step_natively(self, plan: Plan, grad_factor: float) -> None:
-        paging: tuple[_C.Pager | None, int, int] = (None, 0, 0)
-        if isinstance(pages := self._pages.get(torch.device("cpu")), HostPages):
-            paging = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
+        pager: tuple[_C.Pager | None, int, int] = (None, 0, 0)
+        if isinstance(pages := self._paging.pages.get(torch.device("cpu")), HostPages):
+            pager = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
         options = [self._options(group) for group in self.param_groups]
-        getattr(_C, self._op)(address_of(plan.table), len(plan.params), options, grad_factor, *paging)
+        getattr(_C, self._op)(address_of(plan.table), len(plan.params), options, grad_factor, *pager)
 
     def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
         calls: dict[tuple[int, torch.device, bool], list[int]] = {}
         for i, (param, number, state) in enumerate(zip(plan.params, plan.groups, plan.states, strict=True)):
-            calls.setdefault((number, param.device, "exp_avg_absmax" in state), []).append(i)
+            calls.setdefault((number, param.device, is_coded(state)), []).append(i)
         names = [*self._moments, *(f"{name}_absmax" for name in self._moments)]
         names += ["step"] if self._counts_steps else []
         for (number, _, _), chosen in calls.items():
             states = [plan.states[i] for i in chosen]
             lists = ([state[name] for state in states if name in state] for name in names)
-            params, chosen_grads = [plan.parts[i] for i in chosen], [grads[i] for i in chosen]
+            params = [plan.parts[i] for i in chosen]
+            chosen_grads = [grads[i] for i in chosen]
             options = self._options(self.param_groups[number])
             getattr(torch.ops.qlora_native, self._op)(params, chosen_grads, *lists, *options, grad_factor)
-            for pages in self._pages.values():
+            for pages in self._paging.pages.values():
                 pages.keep_within_budget()
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
         return bool(group["bits"] == 8) and param.numel() >= MIN_CODED_NUMEL
 
     def _reserve_all(self) -> None:
-        self._reserve(
-            [(param, self._is_coded(param, group)) for group in self.param_groups for param in group["params"]]
-        )
+        self._reserve([(param, self._is_coded(param, group)) for param, group in self._placed()])
+
+    def _reserve(self, wanted: Wanted) -> None:
+        """Make places for the states of these parameters, if they may leave memory."""
+        if self._paging.reserve(wanted):
+            from qlora_native.optim.pressure import watch
+
+            watch(self, paging.free_memory)
 
     def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
         """The states of a parameter, zeros if ``blank``; where they have a place reserved, there."""
         state: dict[str, Any] = {}
         if self._counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        if self._has_place(param, coded):
-            return state | self._pages[param.device].take(param, blank)
-        device = param.device
-        return state | new_states(
-            self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
-        )
+        place = self._paging.take(param, coded, blank)
+        if place is None:
+            device = param.device
+            place = new_states(
+                self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+            )
+        return state | place
+
+    def page_out(self) -> None:
+        """Sends all states out of memory, into the page file. Nothing happens with ``paged=False``; with "auto", if the
+        file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
+        with self._paging.alone():
+            self._paging.page_out(self.state)
+
+    def page_in(self) -> None:
+        """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
+        with self._paging.alone():
+            self._paging.page_in()
+
+    def states_in_memory(self) -> int:
+        """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
+        return self._paging.states_in_memory(self.state)
+
+    def states_paged_out(self) -> int:
+        """Bytes of states in the page file; some may be resident."""
+        return self._paging.states_paged_out()
+
+    def paging_statistics(self) -> PagingStatistics:
+        """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
+        step runs."""
+        return self._paging.statistics()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Its tensors are the states themselves: copy them to keep them from the next step. Those of
         sharded parameters are fp32 DTensors, which any number of ranks can load."""
-        with self._alone():
-            self._wait_until_readable()
+        with self._paging.alone():
+            self._paging.wait_until_readable()
             result = super().state_dict()
-            for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+            for number, (param, _) in enumerate(self._placed()):
                 if is_sharded(param) and self.state.get(param):
                     result["state"][number] = whole_states(param, self.state[param], list(self._moments))
             return result
@@ -281,21 +348,20 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
         def fit(_: Any) -> None:
             numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
-            places = [(param, group) for group in self.param_groups for param in group["params"]]
             loaded = [
                 (param, group, self._checked_state(param, given["state"][number]))
-                for number, (param, group) in zip(numbers, places, strict=True)
+                for number, (param, group) in zip(numbers, self._placed(), strict=True)
                 if number in given["state"]
             ]
             self._reserve_all()
-            self._copy_displaced(loaded)
+            self._paging.copy_displaced((param, state) for param, _, state in loaded)
             for param, group, state in loaded:
                 self.state[param] = self._fitted(param, state, group)
 
         with (
             self.register_load_state_dict_pre_hook(hold),
             self.register_load_state_dict_post_hook(fit, prepend=True),
-            self._alone(),
+            self._paging.alone(),
         ):
             super().load_state_dict(state_dict)
 
@@ -313,7 +379,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 )
         blocks = (-(-part_of(param).numel() // reference.STATE_BLOCK),)
         for name, value in given.items():
-            wrong, is_tensor, is_scale = "", isinstance(value, Tensor), name.endswith("_absmax")
+            wrong = ""
+            is_tensor = isinstance(value, Tensor)
+            is_scale = name.endswith("_absmax")
             code = self._moments.get(name) if f"{name}_absmax" in given else None
             if is_tensor and (value.layout != torch.strided or value.is_meta):
                 wrong = f"is on {value.device} as {value.layout}: expected a dense tensor with values"
@@ -352,7 +420,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        self._wait_until_readable()
+        self._paging.wait_until_readable()
         options = {name: getattr(self, name) for name in ("max_norm", *PAGING_DEFAULTS)}
         return {**super().__getstate__(), **options}
 
@@ -369,14 +437,28 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 )
         if "defaults" in state and self.state:
             self._reserve_all()
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if self.state.get(param):
-                        self.state[param] = self._fitted(param, self.state[param], group)
+            for param, group in self._placed():
+                if self.state.get(param):
+                    self.state[param] = self._fitted(param, self.state[param], group)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return part_of(tensor) is not tensor
+def new_pages(
+    owner: str, moments: Moments, paged: Paged, folder: Path | None, budget: int | None, device: torch.device
+) -> Pages | None:
+    """None for devices that have no page store: their states are ordinary tensors."""
+    module = _library.module_for(device)
+    if module is not None:
+        from qlora_native.optim.device_pages import DevicePages
+
+        return DevicePages(owner, moments, paged, budget, device, module)
+    if device.type == "cpu":
+        return HostPages(owner, moments, paged, folder, budget)
+    if paged is True:
+        raise ValueError(
+            f"{owner}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
+            "or move the parameters to the CPU."
+        )
+    return None
 
 
 def whole_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> float:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qlora_native._memory import device_memory, free_device_memory
+from qlora_native.errors import say_once
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
-from qlora_native.ops._library import say_once
 from qlora_native.ops._optim import Plan
-from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State, Wanted
+from qlora_native.optim.paging import Moments, Paged, Pages, PagingStatistics, State, Wanted
 from qlora_native.optim.pressure import PagingPolicy
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
@@ -34,16 +34,11 @@ class DevicePages(Pages):
     """The arenas of one optimizer on one device; ``budget`` is bytes of the device. The caller moves one at a time."""
 
     def __init__(
-        self,
-        owner: str,
-        moments: dict[str, torch.dtype],
-        paged: Paged,
-        budget: int | None,
-        device: torch.device,
-        module: ModuleType,
+        self, owner: str, moments: Moments, paged: Paged, budget: int | None, device: torch.device, module: ModuleType
     ) -> None:
         super().__init__(owner, moments, paged, budget)
-        self.device, self.module = device, module
+        self.device = device
+        self.module = module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
         self.could_pin = not self.managed
         if self.could_pin and paged is True:
@@ -68,7 +63,7 @@ class DevicePages(Pages):
         return free.bytes < free.margin and not _cuda_kernels.is_capturing(self.device)
 
     def reserve(self, wanted: Wanted) -> None:
-        """Make room for the states of these parameters, all 0, in one arena more; not where they ``could_pin``."""
+        """Nothing where the states ``could_pin``."""
         if self.could_pin:
             return
         forms = self._forms(wanted)
@@ -164,7 +159,8 @@ class DevicePages(Pages):
         rows = [-1] * self._num_places
         for row, number in enumerate(self.numbers(plan)):
             rows[number] = row
-        tables, first = [], 0
+        tables = []
+        first = 0
         for store in self.stores:
             last = first + len(store.places)
             tables.append(StoreTable(self.module, store, rows[first:last], self.device))

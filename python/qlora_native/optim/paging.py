@@ -12,25 +12,24 @@ import tempfile
 import threading
 import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from qlora_native import _C, _native
 from qlora_native._memory import free_memory
-from qlora_native.ops import _library
-from qlora_native.ops._library import part_of
+from qlora_native._pages import BLOCKS
+from qlora_native.ops._operands import part_of
 from qlora_native.ops._optim import Plan
-
-if TYPE_CHECKING:
-    from qlora_native.optim.device_pages import DevicePages
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]
+Moments = dict[str, torch.dtype]  # name of a state -> dtype of its 8-bit codes
+States = Mapping[Tensor, dict[str, Any]]  # of an optimizer, by parameter
 Wanted = Sequence[tuple[Tensor, bool]]  # parameters, and whether their states are 8-bit codes
 Form = tuple[int, int, bool]  # elements, number of moments, whether they are 8-bit codes
 
@@ -54,7 +53,7 @@ class PagingStatistics(TypedDict):
 
 
 def new_states(
-    moments: dict[str, torch.dtype], param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
+    moments: Moments, param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
 ) -> State:
     """The moments of a parameter and, beside codes, their scales, from ``make(place, shape, dtype)``: ``place`` is the
     index in an arena's tuple of offsets, which has the moments first and their scales from 2 on."""
@@ -75,8 +74,11 @@ class Pages:
     states are paged out, None for a share of what is free at each step.
     """
 
-    def __init__(self, owner: str, moments: dict[str, torch.dtype], paged: Paged, budget: int | None) -> None:
-        self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
+    def __init__(self, owner: str, moments: Moments, paged: Paged, budget: int | None) -> None:
+        self.owner = owner
+        self.moments = moments
+        self.paged = paged
+        self.budget = budget
         self.stores: list[Any] = []
         self.could_pin = False  # the states are ordinary tensors of a device that pinned host memory could take
         self.places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
@@ -118,6 +120,10 @@ class Pages:
                 plan.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
         return plan.numbers
 
+    def reserve(self, wanted: Wanted) -> None:
+        """Make room for the states of these parameters, all 0, in one arena more."""
+        raise NotImplementedError
+
     def wait_until_readable(self) -> None:
         """Wait for states that are still on their way into the host's memory."""
 
@@ -143,9 +149,7 @@ class Pages:
 class HostPages(Pages):
     """Arenas in memory or in a page file in ``folder``. The caller sees to it that there is one move at a time."""
 
-    def __init__(
-        self, owner: str, moments: dict[str, torch.dtype], paged: Paged, folder: Path | None, budget: int | None
-    ) -> None:
+    def __init__(self, owner: str, moments: Moments, paged: Paged, folder: Path | None, budget: int | None) -> None:
         super().__init__(owner, moments, paged, budget)
         temporary = tempfile.gettempdir()
         self.folder = folder or Path("/var/tmp" if _C.lies_in_memory(temporary) else temporary)
@@ -155,8 +159,7 @@ class HostPages(Pages):
         self._process = os.getpid()
 
     def reserve(self, wanted: Wanted) -> None:
-        """Make room for the states of these parameters, all 0, in one arena more. PageFileError (an OSError) if a page
-        file is required and cannot be had."""
+        """PageFileError (an OSError) if a page file is required and cannot be had."""
         chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
         block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
         plan = _C.PagePlan(self._forms(wanted), _C.page_bytes, chunk_bytes, block_bytes)
@@ -194,7 +197,7 @@ class HostPages(Pages):
             self.pager.to_file()
         except _C.PageFileError as error:
             self.has_file = False
-            warnings.warn(f"{self.owner}: the states stay in memory. {error}", stacklevel=4)
+            warnings.warn(f"{self.owner}: the states stay in memory. {error}", stacklevel=5)
             return
         self.pager.evict()
 
@@ -221,138 +224,130 @@ class HostPages(Pages):
         return {**statistics, "stalls": self.pager.stalls, "stall_seconds": self.pager.stall_seconds}
 
 
-class PagedStates:
-    """The paging of an optimizer: its options, its arenas, and the moves. One lock keeps steps and moves apart."""
+class Paging:
+    """The states of one optimizer that may leave memory: their arenas, a :class:`Pages` a device, and the moves.
 
-    _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
-    state: Any  # torch's
+    ``new_pages`` makes a device's pages, None for one without a page store: states there are ordinary tensors. Steps
+    and moves take turns: each is done within :meth:`alone`.
+    """
 
-    def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
-        name = type(self).__name__
+    def __init__(
+        self, owner: str, paged: Paged, budget: int | None, new_pages: Callable[[torch.device], Pages | None]
+    ) -> None:
         if paged not in (True, False, "auto"):
-            raise ValueError(f"{name}: paged is {paged!r}: expected 'auto', True or False.")
-        if page_budget is not None and page_budget < LEAST_BUDGET:
+            raise ValueError(f"{owner}: paged is {paged!r}: expected 'auto', True or False.")
+        if budget is not None and budget < LEAST_BUDGET:
             raise ValueError(
-                f"{name}: page_budget is {page_budget}: expected at least {LEAST_BUDGET} bytes, or None for what the "
-                "free memory allows."
+                f"{owner}: page_budget is {budget}: expected at least {LEAST_BUDGET} bytes, or None for what the free "
+                "memory allows."
             )
-        self.paged, self.page_dir, self.page_budget = paged, None if page_dir is None else Path(page_dir), page_budget
-        self._pages: dict[torch.device, HostPages | DevicePages] = {}
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self.paged = paged
+        self._new_pages = new_pages
+        self.pages: dict[torch.device, Any] = {}
+        self._lock = threading.RLock()
+        self._process = os.getpid()
 
-    def _alone(self) -> threading.RLock:
+    def alone(self) -> threading.RLock:
         """The lock of this process: one that a fork left locked would stay so."""
         if self._process != os.getpid():
-            self._lock, self._process = threading.RLock(), os.getpid()
+            self._lock = threading.RLock()
+            self._process = os.getpid()
         return self._lock
 
-    def _device_pages(self, device: torch.device) -> DevicePages | None:
-        pages = self._pages.get(device)
-        return None if isinstance(pages, HostPages) else pages
+    def reserve(self, wanted: Wanted) -> bool:
+        """Make places for the states of these parameters that have none, in one arena more a device.
 
-    def _reserve(self, wanted: Wanted) -> None:
-        """Make places for the states of these parameters, coded or not, that have none, in one arena a device."""
+        Returns whether from now on the free memory is to be watched: on a device, every step looks.
+        """
         if self.paged is False:
-            return
+            return False
         missing: dict[torch.device, list[tuple[Tensor, bool]]] = {}
         for param, coded in wanted:
             if not self._has_place(param, coded):
                 missing.setdefault(param.device, []).append((param, coded))
+        is_watched = False
         for device, chosen in missing.items():
-            pages = self._pages.get(device) or self._new_pages(device)
+            pages = self.pages.get(device) or self._new_pages(device)
             if pages is None:
                 continue
             before = pages.state_bytes()
-            _library.BLOCKS.release()  # states come to stay, and what is kept for later makes room
+            BLOCKS.release()  # states come to stay, and what is kept for later makes room
             pages.reserve(chosen)
-            self._pages[device] = pages
-            watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step checks
-            if watched and before < LEAST_WATCHED <= pages.state_bytes():
-                from qlora_native.optim.pressure import watch
-
-                watch(self, free_memory)
-
-    def _new_pages(self, device: torch.device) -> HostPages | DevicePages | None:
-        """None for devices that have no page store: their states are ordinary tensors."""
-        name, module = type(self).__name__, _library.module_for(device)
-        if module is not None:
-            from qlora_native.optim.device_pages import DevicePages
-
-            return DevicePages(name, self._moments, self.paged, self.page_budget, device, module)
-        if device.type == "cpu":
-            return HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
-        if self.paged is True:
-            raise ValueError(
-                f"{name}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
-                "or move the parameters to the CPU."
-            )
-        return None
+            self.pages[device] = pages
+            is_watched |= isinstance(pages, HostPages) and before < LEAST_WATCHED <= pages.state_bytes()
+        return is_watched and self.paged == "auto"
 
     def _has_place(self, param: Tensor, coded: bool) -> bool:
         """Whether states of this form were reserved for the parameter."""
-        pages = self._pages.get(param.device)
-        return pages is not None and param in pages.places and ("exp_avg_absmax" in pages.places[param][1]) == coded
+        pages = self.pages.get(param.device)
+        return pages is not None and param in pages.places and is_coded(pages.places[param][1]) == coded
 
-    def _copy_displaced(self, loaded: list[tuple[Tensor, Any, dict[str, Any]]]) -> None:
+    def take(self, param: Tensor, coded: bool, blank: bool) -> State | None:
+        """The states reserved for a parameter in this form, zeros if ``blank``; None if there are none."""
+        return self.pages[param.device].take(param, blank) if self._has_place(param, coded) else None
+
+    def copy_displaced(self, loaded: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         """Copy loaded states that lie in another parameter's place and would be overwritten before they are read."""
-        places = [item for pages in self._pages.values() for item in pages.places.items()]
+        places = [item for pages in self.pages.values() for item in pages.places.items()]
         owner = {tensor.data_ptr(): param for param, (_, place) in places for tensor in place.values()}
-        for param, _, state in loaded:
+        for param, state in loaded:
             for key, value in state.items():
                 if isinstance(value, Tensor) and owner.get(value.data_ptr(), param) is not param:
                     state[key] = value.clone()
 
-    def _wait_until_readable(self) -> None:
-        for pages in self._pages.values():
+    def wait_until_readable(self) -> None:
+        """Wait for states that are still on their way into the host's memory."""
+        for pages in self.pages.values():
             pages.wait_until_readable()
 
-    def page_out(self) -> None:
-        """Sends all states out of memory, into the page file. Nothing happens with ``paged=False``; with "auto", if the
-        file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
-        with self._alone():
-            for pages in self._pages.values():
-                if pages.could_pin:
-                    self._pin(pages)
-                pages.page_out()
+    def page_out(self, states: States) -> None:
+        """Send all states out of memory, of which ``states`` are the optimizer's."""
+        for pages in self.pages.values():
+            if pages.could_pin:
+                self.pin(pages, states)
+            pages.page_out()
 
-    def _pin(self, pages: Any) -> None:
+    def page_in(self) -> None:
+        """Bring states that "auto" sent out back into ordinary memory, as far as there is room."""
+        for pages in self.pages.values():
+            pages.page_in()
+
+    def pin(self, pages: Any, states: States) -> None:
         """Move states that are ordinary tensors of a device into pinned host memory, for good."""
         pages.use_pinned_memory()
-        found = self._states_on(pages.device)
+        found = _on_device(states, pages.device)
         if found:
-            pages.reserve([(param, "exp_avg_absmax" in state) for param, state in found.items()])
+            pages.reserve([(param, is_coded(state)) for param, state in found.items()])
         for param, state in found.items():
             place = pages.take(param, blank=False)
             for name, tensor in place.items():
                 tensor.copy_(state[name])
             state.update(place)
 
-    def _states_on(self, device: torch.device) -> dict[Tensor, dict[str, Any]]:
-        return {param: state for param, state in list(self.state.items()) if state and param.device == device}
-
-    def page_in(self) -> None:
-        """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
-        with self._alone():
-            for pages in self._pages.values():
-                pages.page_in()
-
-    def states_in_memory(self) -> int:
-        """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
+    def states_in_memory(self, states: States) -> int:
+        """Bytes of states in ordinary memory that :meth:`page_out` would free; 0 if no page file can be had."""
         total = 0
-        for device, pages in list(self._pages.items()):
+        for device, pages in list(self.pages.items()):
             total += pages.states_in_memory()
             if pages.could_pin:
-                states = self._states_on(device).values()
-                total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+                found = _on_device(states, device).values()
+                total += sum(t.nbytes for state in found for name, t in state.items() if name != "step")
         return total
 
     def states_paged_out(self) -> int:
         """Bytes of states in the page file; some may be resident."""
-        return sum(pages.states_paged_out() for pages in list(self._pages.values()))
+        return sum(pages.states_paged_out() for pages in list(self.pages.values()))
 
-    def paging_statistics(self) -> PagingStatistics:
-        """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
-        step runs."""
-        found: list[Any] = [pages.statistics() for pages in list(self._pages.values())]
-        kinds = get_type_hints(PagingStatistics).items()
-        return PagingStatistics(**{key: kind(sum(each[key] for each in found)) for key, kind in kinds})  # type: ignore[typeddict-item]
+    def statistics(self) -> PagingStatistics:
+        """Those of all devices together."""
+        found: list[Any] = [pages.statistics() for pages in list(self.pages.values())]
+        return PagingStatistics(**{key: sum(each[key] for each in found) for key in PagingStatistics.__annotations__})  # type: ignore[typeddict-item]
+
+
+def is_coded(state: Mapping[str, Any]) -> bool:
+    """Whether the moments of a parameter are 8-bit codes."""
+    return "exp_avg_absmax" in state
+
+
+def _on_device(states: States, device: torch.device) -> dict[Tensor, dict[str, Any]]:
+    return {param: state for param, state in list(states.items()) if state and param.device == device}

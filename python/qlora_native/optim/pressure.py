@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from qlora_native._memory import Free
-from qlora_native.ops._library import say_once
+from qlora_native.errors import say_once
 
 INTERVAL = 0.05  # seconds between two checks; one takes about 0.1 ms
 CALM, LONGEST_CALM = 10.0, 640.0  # seconds
@@ -27,7 +27,9 @@ class PagingPolicy:
     too early, the next time takes twice as long, up to ``longest``."""
 
     def __init__(self, calm: float = CALM, longest: float = LONGEST_CALM) -> None:
-        self.calm, self.base, self.longest = calm, calm, longest
+        self.calm = calm
+        self.base = calm
+        self.longest = longest
         self._out = False  # at the last decision; the training loop moves states, too
         self._short = -math.inf  # when there was last too little room to come back
         self._came_back = -math.inf
@@ -55,7 +57,7 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 def watch(
     optimizer: Any, free_bytes: Callable[[], Free | None], interval: float = 0, policy: PagingPolicy | None = None
 ) -> threading.Thread:
-    """Start the watcher of an optimizer's ``PagedStates``; ``interval`` is in seconds, ``INTERVAL`` by default.
+    """Start the watcher of an optimizer's paged states; ``interval`` is in seconds, ``INTERVAL`` by default.
 
     Without memory for its stack it is not started, and a warning is given. It ends when the optimizer is collected,
     when ``free_bytes`` returns None (nothing can be read here) or raises, and at the interpreter's end.

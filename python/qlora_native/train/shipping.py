@@ -81,7 +81,7 @@ class Shipping(Observer):
         model.train()
         for path, packed in found.items():  # not before: meanwhile the layers compute as they were trained
             weight = self.layers[path].base_layer.quantized
-            self.layers[path].shipped = weight._with(weight.op_args()._replace(packed=packed))
+            self.layers[path].shipped = weight.with_packed(packed)
 
     def retention(self, losses: Callable[[], list[tuple[float, int]]], ranks: OneProcess) -> dict[str, Any] | None:
         """What the model that ships keeps of what the adapter learned, with micro-batches as the sample; None if

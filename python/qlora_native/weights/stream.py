@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native._pages import interleave
 from qlora_native.errors import UserError
 from qlora_native.lora.adapter import StoredAdapter
-from qlora_native.ops._library import interleave
 from qlora_native.ops.quantize_4bit import double_quantize
 from qlora_native.reference import NESTED_BLOCK
 from qlora_native.weight import QuantizedWeight, quantize

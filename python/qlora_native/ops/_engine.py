@@ -1,0 +1,132 @@
+"""What the ops of products share: an :class:`Engine` a device, rows, autocast, and what backward keeps of a weight."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_native.ops._direct import call, may_autocast
+from qlora_native.ops._operands import Weight
+
+
+class Adapter(NamedTuple):
+    """What a low-rank adapter adds to a product, ``low @ up`` in the product's own sums.
+
+    ``low`` is [M, r]; ``up`` is [N, r] (used transposed) for a forward product and [r, K] for an input gradient. With
+    ``down`` ([r, K], or [N, r]) the product fills ``low`` itself: ``down_scale`` times x down^T or x down.
+    """
+
+    low: Tensor
+    up: Tensor
+    down: Tensor | None = None
+    down_scale: float = 1.0
+
+
+class Engine:
+    """Products composed of ops that have a kernel for each device and derivatives of their own."""
+
+    makes_low = False  # whether an adapter may carry ``down``
+
+    def product(
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+    ) -> Tensor:
+        """With a frozen weight W [N, K], in x's dtype.
+
+        Forward x W^T + bias + low up^T for x [M, K], which is [M, N]; else, as its input gradient, x W + low up for
+        x [M, N], which is [M, K].
+        """
+        name, operands = ("linear_4bit", (x, bias)) if is_forward else ("linear_4bit_grad_input", (x,))
+        y: Tensor = call(name, *operands, weight)
+        if adapter is None:
+            return y
+        return torch.addmm(y, adapter.low, adapter.up.t() if is_forward else adapter.up)
+
+    def few_tokens(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """x W^T + bias + scale * low B^T and low = x A^T in one pass over W; None where no kernel has that."""
+        return None
+
+    def dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """With a dense W [N, K] of x's dtype, in ``out``, if one is given.
+
+        Forward x W^T + bias for x [M, K], without a bias in ``out``; else scale * x W for x [M, N].
+        """
+        if is_forward and bias is not None:
+            return torch.addmm(bias.to(x.dtype), x, weight.t())
+        product = torch.mm(x, weight.t() if is_forward else weight, out=out)
+        return product if scale == 1.0 else torch.mul(product, scale, out=out)
+
+    def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
+        return self.narrow(matrix, dtype, scale)
+
+    def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
+        """scale * grad_y B for grad_y [M, N] and an adapter's B [N, r]. Returns [M, r] in grad_y's dtype."""
+        return self.dense(False, grad_y, self.narrow(b, grad_y.dtype), scale=scale)
+
+    def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """scale * tensor, rounded once to ``dtype``, contiguous."""
+        if scale != 1.0:
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+        return tensor.to(dtype).contiguous()
+
+    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        """scale * left^T right, for left [M, r] and right [M, C]: [r, C] in ``dtype``, or ``transposed`` [C, r]."""
+        wide = torch.promote_types(left.dtype, dtype)
+        if transposed:
+            left, right = right, left
+        return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
+
+
+ANY = Engine()
+
+
+def address(tensor: Tensor | None) -> int:
+    """For a native function; 0 for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+_UNCHANGED = nullcontext()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
+    if not may_autocast():  # to ask for one device takes longer
+        return _UNCHANGED
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+
+
+def save_weight(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
+    """Keep the packed weight and ``tensors`` for backward: never anything dequantized."""
+    ctx.save_for_backward(*weight[:6], *tensors)
+    ctx.numbers_of_weight = weight[6:]
+
+
+def saved_weight(ctx: Any) -> tuple[Weight, tuple[Tensor, ...]]:
+    """The weight and the other saved tensors."""
+    saved = ctx.saved_tensors
+    return Weight(*saved[:6], *ctx.numbers_of_weight), saved[6:]
+
+
+def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
+    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    return as_rows(grad_y).sum(0, dtype=wide).to(dtype)
