@@ -167,7 +167,9 @@ def test_the_pages_have_the_figures_of_the_results() -> None:
 @pytest.mark.parametrize("option", ["--readme", "--performance"])
 def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{readme.BEGIN}\n1,000 times as fast\n{readme.END}\nafter\n", encoding="utf-8")
+    scripts = ("bench/start_page.py", "bench/readme.py")
+    blocks = (f"<!-- {script} begins -->\n1,000 times as fast\n<!-- {script} ends -->\n" for script in scripts)
+    page.write_text(f"before\n{''.join(blocks)}after\n", encoding="utf-8")
     command = [sys.executable, str(BENCH / "readme.py"), option, str(page)]
     assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 1
     subprocess.run([*command, "--write"], check=True)
