@@ -109,7 +109,7 @@ def measured(name: str, install: str, run: str, nvcc: bool, folder: Path) -> dic
         if done.returncode:
             raise SystemExit(f"{words}: status {done.returncode}\n{done.stdout[-6000:]}")
     row["download_mb"] = packages_mb(report)
-    row["printed"] = SHOWN.findall(done.stdout)
+    row["printed"] = "\n".join(SHOWN.findall(done.stdout))
     models = Path(variables["HOME"], ".cache", "qlora_native")
     row["model_mb"] = round(sum(file.stat().st_size for file in models.rglob("*") if file.is_file()) / 1e6)
     return row

@@ -400,7 +400,6 @@ def summary(folder: Path) -> list[str]:
         "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
         "",
         *tables,
-        f"Machine: {machines(real, results)}.",
         f"Commits: {', '.join(born)}.",
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
         f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
@@ -445,6 +444,7 @@ def main() -> None:
         wanted = replaced(text, make(arguments.results))
         if page == arguments.readme:
             wanted = replaced(wanted, start_page.headline(results_of("start", arguments.results)), START)
+            wanted = wanted.replace("begins -->\n\n", "begins -->\n").replace("\n\n<!-- ", "\n<!-- ")  # 130 lines
         if arguments.write:
             page.write_text(wanted, encoding="utf-8")
         elif births.without_marks(text) != births.without_marks(wanted):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import births
 from pages import table
 
 Results = Mapping[str, dict[str, Any]]  # CPU class -> what bench_start found there
-SHOWN = ("model:", "step 0/", "step 100/", "100 steps,")  # of what the demo prints
+SHOWN = re.compile(r"^(?:model: .*|step .* held-out .*|\d+ steps, .*)$", re.MULTILINE)  # of what the demo prints
 
 
 def minutes(seconds: float) -> str:
@@ -37,18 +39,20 @@ def shown(results: Results) -> list[str]:
     for result in results.values():
         for row in result["rows"]:
             if row["command"] == "demo" and not row["nvcc"]:
-                return [line for start in SHOWN for line in row["printed"] if line.startswith(start)]
+                return SHOWN.findall(row["printed"])
     return []
 
 
 def headline(results: Results) -> list[str]:
     """The table under the two commands, and what the demo prints."""
     head = ["", "CPU class", "download", "with torch's CPU build", "minutes to install (with `nvcc`)", "to run"]
+    born = (result["birth"] for result in results.values())
+    commits = ", ".join(dict.fromkeys(f"{birth['commit'][:7]} of {birth['date']}" for birth in born))
     return [
-        *table(head, rows(results)),
-        "On two cores, with no cache; the demo's model (93 MB) is counted, "
-        "[`--model 1.5b`](docs/any-file.md#try-it-on-a-real-file) takes a larger one.",
-        "The task is to write the first line of a docstring, from your Python's own standard library:",
+        *births.marked("start", table(head, rows(results)), results),
+        f"On two cores without a cache, the demo's model counted (commit {commits}).",
+        "The task is the first line of a docstring of Python's standard library; "
+        "[`--model`](docs/any-file.md#try-it-on-a-real-file) takes a larger file:",
         "",
         "~~~",
         *shown(results),
