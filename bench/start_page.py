@@ -51,8 +51,8 @@ def headline(results: Results) -> list[str]:
     return [
         *births.marked("start", table(head, rows(results)), results),
         f"On two cores without a cache, the demo's model counted (commit {commits}).",
-        "The task is the first line of a docstring of Python's standard library; "
-        "[`--model`](docs/any-file.md#try-it-on-a-real-file) takes a larger file:",
+        "The task is to write the first line of a docstring of Python's standard library; `--model` takes a larger",
+        "[file](docs/any-file.md#try-it-on-a-real-file):",
         "",
         "~~~",
         *shown(results),
