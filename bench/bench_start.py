@@ -35,8 +35,8 @@ from common import add_json, keep_other_rows, machine, write_json
 from pages import ROOT
 
 SECTION = "## Two commands"
-# Of what the second half prints: the demo's figures, and pytest's closing line.
-SHOWN = re.compile(r"^(?:model: .*|step .*|\d+ steps, .*|.*\d+ passed.* in [\d.]+s.*)$", re.MULTILINE)
+# Of what the second half prints, as README shows it: the demo's figures, and pytest's closing line.
+SHOWN = re.compile(r"^(?:model: .*|step .* held-out .*|\d+ steps, .*|.*\d+ passed.* in [\d.]+s.*)$", re.MULTILINE)
 KEPT = re.compile(r"PIP_|.*_PROXY$|SSL_", re.IGNORECASE)
 
 

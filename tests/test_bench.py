@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_start
 import ceilings
 import common
 import goals
@@ -143,6 +144,13 @@ def test_a_child_that_dies_is_named_with_its_last_words() -> None:
     child = Child("left", ["-c", "import sys; sys.exit('no model here')"])
     with pytest.raises(SystemExit, match="'left' .*'step 0': no model here"):
         child.ask("step 0")
+
+
+def test_the_start_bench_finds_both_commands_of_the_readme() -> None:
+    assert bench_start.commands() == {
+        "demo": ("pip install '.[demo]'", "qlora demo"),
+        "test": ("pip install '.[test]'", "pytest"),
+    }
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
