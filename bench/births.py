@@ -65,6 +65,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "residency_70b": _RESIDENCY,
     "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/shipping_runs.py"),
     "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_runs.py"),
+    "start": ("pyproject.toml", "CMakeLists.txt", "cpp", "cuda", "tests", "bench/bench_start.py"),
     "host_cost": (f"{_PACKAGE}/ops", f"{_PACKAGE}/functional.py", "bench/host_cost.py", "bench/gpu_passes.py"),
     "gpu_check": ("cpp/core", "cuda", f"{_PACKAGE}/ops", "bench/gpu_*.py"),
 }

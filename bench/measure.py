@@ -48,6 +48,7 @@ PEFT, BNB = ("peft",), ("peft", "bitsandbytes")
 JOBS = (
     Job("train", "bench_train.py", 5, BNB),
     Job("real", "bench_real.py", 40, PEFT, 8, 8),
+    Job("start", "bench_start.py", 30, (), 6),
     Job("generate", "bench_generate.py", 3, ("bitsandbytes",)),
     Job("linear", "bench_linear.py", 8, ("bitsandbytes",)),
     Job("quantize", "bench_quantize.py", 1, ("bitsandbytes",)),

@@ -17,9 +17,10 @@ from typing import Any
 import births
 import goals
 import real_page
+import start_page
 from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
 
-BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
+START = "bench/start_page.py"  # whose markers stand around what the two commands take
 NAMES = {
     "bf16": "torch bf16",
     "fp32": "torch fp32",
@@ -399,7 +400,6 @@ def summary(folder: Path) -> list[str]:
         "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
         "",
         *tables,
-        f"Machine: {machines(real, results)}.",
         f"Commits: {', '.join(born)}.",
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
         f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
@@ -408,17 +408,18 @@ def summary(folder: Path) -> list[str]:
     ]
 
 
-def replaced(text: str, lines: Sequence[str]) -> str:
-    """The page with other lines between its markers.
+def replaced(text: str, lines: Sequence[str], script: str = "bench/readme.py") -> str:
+    """The page with other lines between the markers of a script.
 
     Raises:
         ValueError: the markers are not there, once each and in this order.
     """
-    before, begun, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not begun or not ended or BEGIN in rest or END in after:
-        raise ValueError(f"The page must hold {BEGIN} and {END} once each, in this order.")
-    return before + "\n".join([BEGIN, "", *lines, "", END]).replace("\n\n\n", "\n\n") + after
+    begin, end = f"<!-- {script} begins -->", f"<!-- {script} ends -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended or begin in rest or end in after:
+        raise ValueError(f"The page must hold {begin} and {end} once each, in this order.")
+    return before + "\n".join([begin, "", *lines, "", end]).replace("\n\n\n", "\n\n") + after
 
 
 def main() -> None:
@@ -441,6 +442,9 @@ def main() -> None:
     for page, make in ((arguments.readme, summary), (arguments.performance, performance)):
         text = page.read_text(encoding="utf-8")
         wanted = replaced(text, make(arguments.results))
+        if page == arguments.readme:
+            wanted = replaced(wanted, start_page.headline(results_of("start", arguments.results)), START)
+            wanted = wanted.replace("begins -->\n\n", "begins -->\n").replace("\n\n<!-- ", "\n<!-- ")  # 130 lines
         if arguments.write:
             page.write_text(wanted, encoding="utf-8")
         elif births.without_marks(text) != births.without_marks(wanted):
