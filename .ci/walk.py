@@ -18,9 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine without the hub does in place of a command: the demo's own model as a folder.
-MODEL = (
-    "qlora export $(python -c 'from qlora_native.cli.demo_model import model_file; print(model_file())' | tail -n 1)"
-)
+_FILE = "from qlora_native.tool.cli.demo_model import model_file; print(model_file())"
+MODEL = f"qlora export $(python -c '{_FILE}' | tail -n 1)"
 EDITS = {
     "hf download ": f"{MODEL} --to safetensors --out base-model",
     "pip install '.[test]' && pytest": "pip install '.[test]' && pytest tests/test_quantize_4bit.py",  # all: .ci/run

@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 
 from qlora_native import _threads
 from qlora_native.calibration.data import FILE, TENSOR
-from qlora_native.cli.demo_model import model_file
-from qlora_native.cli.standard_library import write_split
-from qlora_native.config import TrainConfig
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli.demo_model import model_file
+from qlora_native.tool.cli.standard_library import write_split
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 
 THREADS = {"ours": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "libgomp": {"GOMP_SPINCOUNT": "300000"}}
 METHODS = {"idle": "rtn", "busy": "rtn", "calibrated": "wmse"}  # by state

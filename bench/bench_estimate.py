@@ -63,7 +63,7 @@ def write_model(name: str, folder: Path, vocabulary: int = 32000, **changes: Any
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
     if name == "smollm2":
-        from qlora_native.cli.demo import model_file
+        from qlora_native.tool.cli.demo import model_file
 
         source = model_file()
         options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -85,7 +85,7 @@ def write_model(name: str, folder: Path, vocabulary: int = 32000, **changes: Any
 
 def config_of(folder: Path, length: int, checkpointing: bool, steps: int) -> Any:
     """The run of one cell, with its rows written."""
-    from qlora_native.config import TrainConfig
+    from qlora_native.tool.config import TrainConfig
 
     rows = folder / f"rows{length}.jsonl"
     text = json.dumps({"text": " ".join(f"w{number * 7 % 100}" for number in range(length + 9))})
@@ -115,7 +115,7 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_native.train import loop, memory
+    from qlora_native.tool.train import loop, memory
     from qlora_native.weights.open import open_source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

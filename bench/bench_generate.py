@@ -188,7 +188,7 @@ def smollm2(folder: Path) -> Tensor:
     """Writes the bf16 model to the folder and returns the prompt, int64 [1, T]."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from qlora_native.cli.demo import model_file
+    from qlora_native.tool.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     source = model_file()

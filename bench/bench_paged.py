@@ -217,10 +217,10 @@ def idle(folder: str, repeats: int) -> list[Row]:
 
 def learn(folder: str, steps: int) -> list[Row]:
     """Held-out loss after a run of the demo, with both forms of the states."""
-    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, demo_config, model_file
-    from qlora_native.cli.standard_library import write_split
-    from qlora_native.config import TrainConfig
-    from qlora_native.train.loop import Trainer
+    from qlora_native.tool.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, demo_config, model_file
+    from qlora_native.tool.cli.standard_library import write_split
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.train.loop import Trainer
 
     for name in ("transformers", "qlora_native"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -33,8 +33,8 @@ RUNS = [*((kind, "ours", kept) for kept in (True, False) for kind in KINDS), *((
 
 def rows(kind: str) -> list[dict[str, Any]]:
     """Texts that are longer than LENGTH tokens, in the columns of a trainer."""
-    from qlora_native.cli.demo import MAX_CHARACTERS
-    from qlora_native.cli.standard_library import examples
+    from qlora_native.tool.cli.demo import MAX_CHARACTERS
+    from qlora_native.tool.cli.standard_library import examples
 
     text = "".join(example.source for example in examples(MAX_CHARACTERS))
     size, found = 8 * LENGTH, []
@@ -59,7 +59,7 @@ def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float
     from datasets import Dataset
 
     import qlora_native as qn
-    from qlora_native.cli.demo import model_file
+    from qlora_native.tool.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     imported = private_megabytes("VmRSS")

@@ -41,8 +41,8 @@ CHECKED_ROWS, TOLERANCE = 2, 5e-3
 def make_base(folder: Path, ids: torch.Tensor) -> None:
     """Write one base."""
     import qlora_native as qn
-    from qlora_native.cli.demo import model_file
     from qlora_native.models.load import load_dense
+    from qlora_native.tool.cli.demo import model_file
 
     if folder.name == REFERENCE:
         model = load_dense(model_file())
@@ -59,8 +59,8 @@ def matches(model: Any, base: Path, ids: torch.Tensor) -> bool:
     from transformers import AutoModelForCausalLM
 
     from qlora_native import reference
-    from qlora_native.evaluate.measure import measure
     from qlora_native.nn import QuantizedLinear
+    from qlora_native.tool.evaluate.measure import measure
 
     twin: Any = AutoModelForCausalLM.from_pretrained(base.with_name(REFERENCE), dtype=torch.float32)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
     """What each base makes of each text, from FOLDER/scores or measured now; row by row."""
     from tempfile import TemporaryDirectory
 
-    from qlora_native.evaluate.measure import Reference, measure
+    from qlora_native.tool.evaluate.measure import Reference, measure
 
     folder = work / "scores"
     folder.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
 
 def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) -> list[dict[str, Any]]:
     """A row of the result for each base: figures with standard errors, and the bars on the share of the gap closed."""
-    from qlora_native.evaluate.measure import Scores
+    from qlora_native.tool.evaluate.measure import Scores
 
     def scores(name: str, text: str) -> Scores:
         return Scores(**{key: torch.tensor(value, dtype=torch.float64) for key, value in scored[name][text].items()})
@@ -132,7 +132,7 @@ def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) ->
 
 def learning_rows(work: Path) -> list[dict[str, Any]]:
     """A row for each base that learned: end losses and gaps to the 16-bit base's run of the same seed and rate."""
-    from qlora_native.evaluate.measure import Scores
+    from qlora_native.tool.evaluate.measure import Scores
 
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for path in sorted((work / "runs").glob("*.json")):
@@ -189,7 +189,7 @@ def _bar(measure: str, limit: float, value: float, at_least: bool) -> dict[str, 
 
 def main() -> None:
     """Make what is missing, then put it together."""
-    from qlora_native.cli.demo import model_file
+    from qlora_native.tool.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

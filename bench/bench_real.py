@@ -62,7 +62,7 @@ from common import (
 from real_sides import PARTS, generate, prepare, train
 from train_sides import LENGTH, RANK, ROWS
 
-from qlora_native.cli.demo_model import model_file
+from qlora_native.tool.cli.demo_model import model_file
 
 MODELS = ("gemma-270m", "0.5b", "1.5b")
 BARS = {"amx": (2.4, 0.45), "avx512_bf16": (1.5, 0.5), "avx2": (1.35, 0.5)}  # of 1.5b with checkpointing

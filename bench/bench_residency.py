@@ -119,8 +119,8 @@ def passes(folder: Path, residency: str, tokens: int) -> None:
 def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
     """The run in this process."""
     from qlora_native._memory import peak_rss_bytes
-    from qlora_native.config import TrainConfig
-    from qlora_native.train.loop import Trainer
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.train.loop import Trainer
 
     text = "what is red? apple and what is blue? plum. " * (length // 8)
     (out / "rows.jsonl").write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(4)))

@@ -45,8 +45,8 @@ def read_runs(work: Path, text: str, setting: str) -> dict[int, dict[str, Any]]:
 
 def rows_of(work: Path) -> list[dict[str, Any]]:
     """A row of the result for each setting and form."""
-    from qlora_native.evaluate.measure import Scores
-    from qlora_native.evaluate.retention import retention
+    from qlora_native.tool.evaluate.measure import Scores
+    from qlora_native.tool.evaluate.retention import retention
 
     def scores(*found: dict[str, Any]) -> Scores:
         tokens, nats = (torch.tensor([one[key] for one in found]).double().sum(0) for key in ("tokens", "nats"))

@@ -43,8 +43,8 @@ def prepare(folder: Path, steps: int) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from qlora_native.cli.demo import MAX_CHARACTERS, model_file
-    from qlora_native.cli.standard_library import examples
+    from qlora_native.tool.cli.demo import MAX_CHARACTERS, model_file
+    from qlora_native.tool.cli.standard_library import examples
     from qlora_native.weights.open import load_tokenizer
 
     disable_progress_bar()

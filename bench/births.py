@@ -39,9 +39,9 @@ _PAGED = (*_OPTIMIZER, "cpp/cpu/paging*", "cpp/cpu/file_store*", "bench/bench_pa
 _ROOMS = ("ops", "nn", "lora", "weights", "models", "functional.py")
 _MODEL = ("cpp/core", "cpp/cpu", *(f"{_PACKAGE}/{name}" for name in _ROOMS))
 _STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_memory.py", "_pages.py")))
-_RUN = (*_STEP, f"{_PACKAGE}/train", f"{_PACKAGE}/data")
+_RUN = (*_STEP, f"{_PACKAGE}/tool/train", f"{_PACKAGE}/data")
 _TRAIN = (*_STEP, "bench/bench_train.py", "bench/train_sides.py")
-_RESIDENCY = (*_RUN, "cpp/cpu/mapped_file*", f"{_PACKAGE}/estimate", "bench/bench_residency.py")
+_RESIDENCY = (*_RUN, "cpp/cpu/mapped_file*", f"{_PACKAGE}/tool/estimate", "bench/bench_residency.py")
 _QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels-quantize", "kernels-nearest", "kernels-scales")
 
 # Name of the results -> what a figure of them depends on, as git's pathspecs.
@@ -60,7 +60,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "switch": (*_STEP, f"{_PACKAGE}/weight.py", "bench/bench_switch.py"),
     "busy": (*_RUN, "bench/bench_busy.py"),
     "preference": (*_STEP, "bench/bench_preference.py"),
-    "estimate": (*_RUN, f"{_PACKAGE}/estimate", "bench/bench_estimate.py"),
+    "estimate": (*_RUN, f"{_PACKAGE}/tool/estimate", "bench/bench_estimate.py"),
     "residency": _RESIDENCY,
     "residency_70b": _RESIDENCY,
     "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/shipping_runs.py"),

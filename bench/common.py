@@ -1,4 +1,4 @@
-"""What the benches share beside the timing itself (qlora_native.cli.bench): bars, the machine, JSON."""
+"""What the benches share beside the timing itself (qlora_native.tool.cli.bench): bars, the machine, JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 from pages import RESULTS, ROOT
 
 import qlora_native as qn
-from qlora_native.cli.bench import (
+from qlora_native.tool.cli.bench import (
     Functions,
     Seconds,
     cache_bytes,

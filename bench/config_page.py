@@ -5,8 +5,8 @@ python bench/config_page.py > docs/config.md
 
 from __future__ import annotations
 
-from qlora_native.cli.train import as_text, values_of
-from qlora_native.config import keys
+from qlora_native.tool.cli.train import as_text, values_of
+from qlora_native.tool.config import keys
 
 BLOCKS = {"": "The run", "data": "Rows", "quant": "Frozen weights", "lora": "Adapter", "train": "Training"}
 

@@ -1,6 +1,6 @@
 """Training steps of whole models on a GPU: Llama as transformers builds it from a config, with weights made up.
 
-Our step is `qlora train`'s own (qlora_native.train.loop.Trainer) over random codes of 4 bits. The rivals' are PEFT's
+Our step is `qlora train`'s own (tool.train.loop.Trainer) over random codes of 4 bits. The rivals' are PEFT's
 over the same architecture: 16-bit weights, eager and compiled, bitsandbytes NF4, torchao NF4, and unsloth's own. All
 have adapters of rank 16 on every linear layer, gradient checkpointing, and the same number of tokens. Their times
 depend on shapes alone. Each row is a group of its own: none shares a process, or memory, with another.
@@ -164,8 +164,8 @@ def train_row(model: str, dry: bool) -> dict[str, Any]:
     from tiny import write_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_native.config import TrainConfig
-    from qlora_native.train.loop import Trainer
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.train.loop import Trainer
 
     name = "tiny" if dry else model
     batch, length = BATCHES[name]

@@ -33,9 +33,9 @@ def sizes(device: str) -> list[str]:
     """GiB of a step by size of the model: with checkpointing, without, and streamed with it."""
     from transformers import AutoConfig
 
-    from qlora_native.estimate import Estimator, Setting
     from qlora_native.models.device_layers import layer_units
     from qlora_native.models.residency import least_residency
+    from qlora_native.tool.estimate import Estimator, Setting
 
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     body = []
@@ -92,8 +92,8 @@ def saved() -> list[str]:
     """What each idea saves for the sizes of Llama 3 8B."""
     from transformers import AutoConfig
 
-    from qlora_native.estimate import Estimator, Setting
-    from qlora_native.estimate.memory import state_bytes
+    from qlora_native.tool.estimate import Estimator, Setting
+    from qlora_native.tool.estimate.memory import state_bytes
 
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
@@ -125,8 +125,8 @@ def streamed() -> list[str]:
     """Llama 3 70B on 16 GB: which layers stream, and the bytes that are copied."""
     from transformers import AutoConfig
 
-    from qlora_native.estimate import Estimator, Setting
-    from qlora_native.estimate.cards import streamed_on
+    from qlora_native.tool.estimate import Estimator, Setting
+    from qlora_native.tool.estimate.cards import streamed_on
 
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)

@@ -45,9 +45,9 @@ def load(folder: Path) -> Any:
 def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
     """One adapter of rank 16 on every linear layer, as `qlora train` makes it: AdamW, clipping, warm-up, cosine."""
     import qlora_native as qn
-    from qlora_native.evaluate.measure import measure
     from qlora_native.models.loss import causal_lm_loss
-    from qlora_native.train.setup import learning_rate
+    from qlora_native.tool.evaluate.measure import measure
+    from qlora_native.tool.train.setup import learning_rate
 
     began = time.monotonic()
     model = qn.add_lora(load(base), qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed)).train()
@@ -73,7 +73,7 @@ def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
 def main() -> None:
     """Make the runs that are missing."""
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.cli.demo import model_file
+    from qlora_native.tool.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

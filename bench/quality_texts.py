@@ -1,7 +1,7 @@
 """The texts of bench_quality: windows of tokens from what every installation has, named and hashed.
 
 ``train``, ``calibration`` and ``A`` are source code of the running Python's standard library, as
-qlora_native.cli.standard_library splits it: whole modules are held out, and A is taken from these alone. ``B`` is
+qlora_native.tool.cli.standard_library splits it: whole modules are held out, and A is taken from these alone. ``B`` is
 English prose with examples: the language reference that CPython ships as pydoc_data.topics. ``C`` is the long
 descriptions (READMEs) of installed packages, Markdown and prose.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from qlora_native.cli.standard_library import SKIPPED_FOLDERS, is_held_out
 from qlora_native.data.batching import permutation
+from qlora_native.tool.cli.standard_library import SKIPPED_FOLDERS, is_held_out
 
 PACKAGES = (
     "accelerate",

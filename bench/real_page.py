@@ -7,7 +7,7 @@ from typing import Any
 
 from pages import side_by_side, table
 
-from qlora_native.cli.demo_models import MODELS
+from qlora_native.tool.cli.demo_models import MODELS
 
 Results = Mapping[str, dict[str, Any]]  # CPU class -> what bench_real found there
 

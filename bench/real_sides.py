@@ -31,10 +31,10 @@ def prepare(folder: Path, source: Path, steps: dict[str, int], seed: int) -> dic
         ours has the file's own weights. prompt: token ids.
     """
     import qlora_native as qn
-    from qlora_native.cli.main import main
     from qlora_native.data.template import ChatEncoder
     from qlora_native.models.load import load_dense
     from qlora_native.nn import QuantizedLinear
+    from qlora_native.tool.cli.main import main
     from qlora_native.weights.open import load_tokenizer
 
     tokenizer: Any = load_tokenizer(str(source))

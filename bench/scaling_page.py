@@ -45,9 +45,9 @@ def rank_of(case: Case) -> tuple[Any, int]:
     """A rank under fsdp, and the bytes of the whole model's frozen weights."""
     from transformers import AutoConfig
 
-    from qlora_native.cli.estimate import each_rank
-    from qlora_native.config import TrainConfig
-    from qlora_native.estimate import Estimator, Setting
+    from qlora_native.tool.cli.estimate import each_rank
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.estimate import Estimator, Setting
 
     sizes = {**SIZES[case.model], "num_key_value_heads": GROUPS, "vocab_size": WORDS, "tie_word_embeddings": False}
     options = {"batch_size": 1, "grad_accum": case.gpus, "optimizer": case.optimizer}

@@ -50,8 +50,8 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
 
     import qlora_native as qn
     from qlora_native import reference
-    from qlora_native.cli.demo import model_file
     from qlora_native.nn import QuantizedLinear
+    from qlora_native.tool.cli.demo import model_file
     from qlora_native.weights.open import load_tokenizer
 
     source = model_file()
@@ -86,11 +86,11 @@ def task_batches(
     folder: Path, tokenizer: Any, steps: int, seed: int, full_length: bool
 ) -> dict[str, list[dict[str, torch.Tensor]]]:
     """The batches of every step, and the held-out ones, of the demo's task, whose rows go to ``folder``."""
-    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS
-    from qlora_native.cli.standard_library import write_split
     from qlora_native.data.batching import BatchSampler, collate
     from qlora_native.data.dataset import load_dataset
     from qlora_native.data.template import padding_id
+    from qlora_native.tool.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS
+    from qlora_native.tool.cli.standard_library import write_split
 
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")

@@ -131,7 +131,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def real_model() -> Callable[[str], Path]:
     """The file of a model of `qlora demo`, by its name there, downloaded into the user's cache; for tests marked so."""
-    from qlora_native.cli.demo_model import model_file
+    from qlora_native.tool.cli.demo_model import model_file
 
     return model_file
 
@@ -141,7 +141,7 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command line that must end with exit code 2 and one sentence, which is returned."""
 
     def run(*words: object) -> str:
-        from qlora_native.cli.main import main
+        from qlora_native.tool.cli.main import main
 
         capsys.readouterr()
         assert main([str(word) for word in words]) == 2, words

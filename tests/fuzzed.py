@@ -111,9 +111,9 @@ def write_sound(place: Path) -> None:
     import yaml
     from safetensors.torch import load_file
 
-    from qlora_native.cli.main import main
     from qlora_native.distributed.sharding import save_sharded_states
     from qlora_native.models.convert import convert
+    from qlora_native.tool.cli.main import main
 
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
     model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
@@ -276,7 +276,7 @@ def made(name: str, number: int, place: Path) -> Edits:
 
 def outcome(name: str, edits: Edits, command: str, place: Path) -> str:
     """Damages the file, runs the command, and puts everything back."""
-    from qlora_native.cli.main import MOST_CHARACTERS, main
+    from qlora_native.tool.cli.main import MOST_CHARACTERS, main
 
     reader, out = READERS[name], place / "out"
     sound = place / "sound" / reader.file

@@ -11,7 +11,7 @@ import tiny
 import torch
 from helpers import gguf_weight
 
-from qlora_native.cli import main
+from qlora_native.tool.cli import main
 from qlora_native.weights.gguf import KEPT
 
 gguf = pytest.importorskip("gguf")

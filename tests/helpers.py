@@ -31,7 +31,7 @@ needs_page_files = pytest.mark.skipif(
 
 def demo_model_or_skip() -> Path:
     """The demo's model, from the cache or from its package."""
-    from qlora_native.cli.demo_model import available_model_file
+    from qlora_native.tool.cli.demo_model import available_model_file
 
     file = available_model_file()
     if file is None:

@@ -154,19 +154,18 @@ LAYERS: tuple[set[str], ...] = (
     {"lora"},
     {"__init__"},
     {"data", "bitsandbytes"},
-    {"calibration", "config"},
+    {"calibration"},
     {"weights"},
     {"models"},
-    {"interop", "distributed", "hf"},
-    {"estimate", "export", "evaluate"},
-    {"train"},
-    {"cli"},
+    {"interop", "distributed"},
+    {"tool"},
+    {"tool.config"},
+    {"tool.estimate", "tool.export", "tool.evaluate"},
+    {"tool.train"},
+    {"tool.cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {
-    *("data", "config", "calibration", "weights", "models", "interop", "distributed"),
-    *("estimate", "export", "evaluate", "train", "cli"),
-}
+USES_THE_ECOSYSTEM = {"data", "calibration", "weights", "models", "interop", "distributed", "tool"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 
@@ -175,8 +174,9 @@ def package_files(files: Tree) -> Iterator[tuple[str, str]]:
 
 
 def unit_of(path: str) -> str:
-    """The unit of a file of the package: `ops` for ops.py and for ops/linear_4bit.py."""
-    return path.removeprefix(PACKAGE).split("/")[0].removesuffix(".py")
+    """The unit of a file of the package: `ops` for ops.py and ops/linear_4bit.py, `tool.cli` for tool/cli/main.py."""
+    parts = path.removeprefix(PACKAGE).removesuffix(".py").removesuffix("/__init__").split("/")
+    return ".".join(parts[: 1 + (parts[0] == "tool")])
 
 
 def lazy_attributes(files: Tree) -> dict[str, str]:
@@ -223,7 +223,8 @@ def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
         for name in imported_modules(path, text, lazy):
             parts = name.split(".")
             if parts[0] == "qlora_native":
-                target = parts[1] if len(parts) > 1 and parts[1] in units else "__init__"
+                named = (".".join(parts[1:length]) for length in (3, 2))
+                target = next((unit for unit in named if unit in units), "__init__")
                 if target != unit_of(path):
                     yield path, unit_of(path), target
 
@@ -279,11 +280,11 @@ def files_do_not_import_each_other(files: Tree) -> list[str]:
 
 def train_is_imported_by_its_commands(files: Tree) -> list[str]:
     """The training loop is no library for the other units; what they share with it lies below it."""
-    commands = tuple(f"{PACKAGE}cli/{name}.py" for name in ("train", "demo"))
+    commands = tuple(f"{PACKAGE}tool/cli/{name}.py" for name in ("train", "demo"))
     return [
         f"{path}: only `qlora train` and `qlora demo` may import train; move what is shared below it"
         for path, _, target in package_imports(files)
-        if target == "train" and path not in commands
+        if target == "tool.train" and path not in commands
     ]
 
 
@@ -293,7 +294,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
         for name in imported_modules(path, text):
             top = name.split(".")[0]
             third_party = top not in CORE_PACKAGES and top not in sys.stdlib_module_names
-            if top == "bitsandbytes" or (third_party and unit_of(path) not in USES_THE_ECOSYSTEM):
+            if top == "bitsandbytes" or (third_party and unit_of(path).split(".")[0] not in USES_THE_ECOSYSTEM):
                 breaches.append(f"{path}: {unit_of(path)} must not import {top}")
     return breaches
 

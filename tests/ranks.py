@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 PRELOADED = ["tiny_models", "qlora_native.distributed.loading", "qlora_native.distributed.ranks"]
-PRELOADED += ["qlora_native.train.loop"]
+PRELOADED += ["qlora_native.tool.train.loop"]
 SECONDS = 240  # a hang is a failure, not a long test
 
 

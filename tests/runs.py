@@ -67,7 +67,7 @@ def start(config: dict[str, Any], folder: Path, driver: str = "", **environment:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     hup = "import signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it is ignored
-    code = f"{hup}{driver}\nfrom qlora_native.cli.main import main\nsys.exit(main(['train', sys.argv[1]]))\n"
+    code = f"{hup}{driver}\nfrom qlora_native.tool.cli.main import main\nsys.exit(main(['train', sys.argv[1]]))\n"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

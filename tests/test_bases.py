@@ -20,10 +20,10 @@ import yaml
 from runs import Crash, crash_at
 
 import qlora_native as qn
-from qlora_native.cli import main
 from qlora_native.models.load import load_dense
 from qlora_native.models.trained import RECORD, STORED, read_record, stored_base
-from qlora_native.train.progress import read_metrics
+from qlora_native.tool.cli import main
+from qlora_native.tool.train.progress import read_metrics
 from qlora_native.weights.open import open_source
 
 IDS = torch.arange(5, 45)[None]

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
-from qlora_native.cli import bench, main
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library
+from qlora_native.tool.cli import bench, main
 
 
 @pytest.fixture(scope="module")

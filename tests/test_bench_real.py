@@ -11,7 +11,7 @@ import bench_real as bench
 import pytest
 import real_page
 
-from qlora_native.cli import standard_library
+from qlora_native.tool.cli import standard_library
 
 pytest.importorskip("gguf")
 CEILINGS = {"read_gb_per_s": 20.0, "write_gb_per_s": 20.0, "copy_gb_per_s": 20.0, "bf16_gflop_per_s": 100.0}

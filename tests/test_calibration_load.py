@@ -27,10 +27,10 @@ from transformers.pytorch_utils import Conv1D
 import qlora_native as qn
 from qlora_native.calibration.layers import FinishedLayers, decoder_layers
 from qlora_native.calibration.quantize import CalibratedWeight, quantize_calibrated
-from qlora_native.cli.main import main
 from qlora_native.models import calibrate as calibrated
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
+from qlora_native.tool.cli.main import main
 
 IDS = tokens(6, 40)
 Seen = list[tuple[Tensor, str, Any, Any]]  # weight, method, moment, hessian
@@ -346,7 +346,7 @@ def test_a_terminal_sees_a_bar(files: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from qlora_native.calibration.layers import HiddenStates
-from qlora_native.cli.main import main
+from qlora_native.tool.cli.main import main
 write, written = HiddenStates.write, []
 def killing(self, row, value, layer):
     write(self, row, value, layer)
@@ -417,9 +417,9 @@ def test_layers_of_an_older_format_are_discarded(tmp_path: Path) -> None:
 
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
     from qlora_native.calibration.data import quantize_command
-    from qlora_native.config import TrainConfig
-    from qlora_native.train.batches import load_rows
-    from qlora_native.train.setup import prepare_model
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.train.batches import load_rows
+    from qlora_native.tool.train.setup import prepare_model
     from qlora_native.weights.open import load_tokenizer
 
     def config(model: Path = files / "model", **quant: Any) -> TrainConfig:

@@ -20,7 +20,7 @@ from tiny import write_rows
 from tiny_models import edit_config
 from transformers import AutoConfig, dynamic_module_utils
 
-from qlora_native.cli.main import main
+from qlora_native.tool.cli.main import main
 
 CODE = """
 with open({mark!r}, "a") as file:

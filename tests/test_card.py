@@ -21,10 +21,10 @@ import yaml
 from sentences import Check
 
 import qlora_native as qn
-from qlora_native.cli import main
-from qlora_native.cli._weights import as_trained, merge_base
 from qlora_native.errors import UserError
-from qlora_native.train.progress import make_loggers, read_metrics
+from qlora_native.tool.cli import main
+from qlora_native.tool.cli._weights import as_trained, merge_base
+from qlora_native.tool.train.progress import make_loggers, read_metrics
 
 Run = tuple[Path, list[tuple[str, Any]]]  # the folder, and the calls of the package trackio
 

@@ -18,9 +18,9 @@ from adapters import write_model_and_adapter
 from transformers import AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.cli import chat, main
 from qlora_native.lora.layer import adapters_off
 from qlora_native.models import generate
+from qlora_native.tool.cli import chat, main
 
 PROMPT = "what is green?"
 TOKENS = 12

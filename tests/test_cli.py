@@ -25,11 +25,11 @@ from sentences import Check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.cli import doctor, main
-from qlora_native.cli._run import DISTRIBUTIONS
-from qlora_native.cli.main import COMMANDS
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import _library
+from qlora_native.tool.cli import doctor, main
+from qlora_native.tool.cli._run import DISTRIBUTIONS
+from qlora_native.tool.cli.main import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == f"qlora_native {qn.__version__}\n"
 
 
-@pytest.mark.parametrize("module", ["qlora_native", "qlora_native.cli.main"])
+@pytest.mark.parametrize("module", ["qlora_native", "qlora_native.tool.cli.main"])
 def test_runs_as_a_module(module: str, sentence: Check) -> None:
     done = python("-m", module, "trian", "x")
     assert done.returncode == 2
@@ -107,7 +107,7 @@ def test_runs_as_a_module(module: str, sentence: Check) -> None:
 
 
 def test_a_bug_shows_its_trace_and_exits_with_1() -> None:
-    code = "from qlora_native.cli import doctor, main\ndoctor.examine = lambda: 1 / 0\nmain.main(['doctor'])"
+    code = "from qlora_native.tool.cli import doctor, main\ndoctor.examine = lambda: 1 / 0\nmain.main(['doctor'])"
     done = python("-c", code)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
@@ -125,7 +125,7 @@ def test_ctrl_c_outside_the_loop_exits_with_130(
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    code = "import sys\nfrom qlora_native.cli.main import main\nsys.exit(main(['config', 'init']))"
+    code = "import sys\nfrom qlora_native.tool.cli.main import main\nsys.exit(main(['config', 'init']))"
     script = '"$0" -c "$1" | true; echo "${PIPESTATUS[0]}"'
     done = subprocess.run(["bash", "-c", script, sys.executable, code], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("0\n", "")

@@ -18,9 +18,9 @@ from tiny import write_model, write_rows, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
-from qlora_native.cli import main
 from qlora_native.data.dataset import load_dataset
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli import main
+from qlora_native.tool.train.loop import Trainer
 from qlora_native.weights.open import load_tokenizer
 
 

@@ -19,9 +19,9 @@ import yaml
 from adapters import make_adapter
 
 import qlora_native as qn
-from qlora_native.cli import demo, doctor, main, standard_library
-from qlora_native.cli._run import DISTRIBUTIONS
-from qlora_native.cli.main import COMMANDS
+from qlora_native.tool.cli import demo, doctor, main, standard_library
+from qlora_native.tool.cli._run import DISTRIBUTIONS
+from qlora_native.tool.cli.main import COMMANDS
 
 # Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES = {
@@ -129,7 +129,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 plain = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in blocked else plain(name, package)
-from qlora_native.cli.main import main
+from qlora_native.tool.cli.main import main
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -258,7 +258,7 @@ def test_the_demo_in_float16(is_asked: bool, model: Path, tmp_path: Path, monkey
     """The model and the run have the dtype, by the option, or as on a card without bfloat16."""
     if not is_asked:
         card = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda **_: False)
-        monkeypatch.setattr("qlora_native.config.torch", SimpleNamespace(cuda=card))
+        monkeypatch.setattr("qlora_native.tool.config.torch", SimpleNamespace(cuda=card))
     dtypes: list[torch.dtype] = []
 
     def answer(model: Any, *_: Any) -> str:

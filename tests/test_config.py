@@ -14,13 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from sentences import Check
 
 from qlora_native._mistakes import ALIASES
-from qlora_native.cli.config import PRESETS, preset, shipped
-from qlora_native.cli.main import main
-from qlora_native.config import LoraSection, TrainConfig, keys
 from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.config import LoraSettings
+from qlora_native.tool.cli.config import PRESETS, preset, shipped
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import LoraSection, TrainConfig, keys
 
 LORA = [key.removeprefix("lora.") for key in keys() if key.startswith("lora.")]
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"

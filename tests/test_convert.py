@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cli.main import main
 from qlora_native.models.convert import convert
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
+from qlora_native.tool.cli.main import main
 from qlora_native.weights import stream as module
 
 

@@ -16,9 +16,9 @@ import tiny
 from helpers import demo_model_or_skip
 from transformers import AutoTokenizer
 
-from qlora_native.cli.main import main
 from qlora_native.data.check import iter_findings
 from qlora_native.data.dataset import load_dataset
+from qlora_native.tool.cli.main import main
 
 Rows = list[dict[str, Any]]
 Prepare = Callable[[Any], None]
@@ -101,8 +101,8 @@ def test_a_correct_set_has_none(name: str, rows: Rows, model: Path, tmp_path: Pa
 
 
 def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
-    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, MAX_LENGTH
-    from qlora_native.cli.standard_library import write_split
+    from qlora_native.tool.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, MAX_LENGTH
+    from qlora_native.tool.cli.standard_library import write_split
     from qlora_native.weights.open import load_tokenizer
 
     write_split(tmp_path, MAX_CHARACTERS, HELD_OUT_ROWS)

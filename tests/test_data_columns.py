@@ -12,12 +12,12 @@ import tiny
 import yaml
 from sentences import Check
 
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.data.formats import infer_format
 from qlora_native.data.readers import SourceRow
 from qlora_native.errors import UserError
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
 from qlora_native.weights.open import load_tokenizer
 
 COLUMNS = {"instruction": "question", "output": "sql"}

@@ -16,13 +16,13 @@ import tiny
 from runs import metrics
 from test_data_template import byte_tokenizer
 
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, mixed_rows
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
-from qlora_native.train.batches import make_sampler
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.batches import make_sampler
+from qlora_native.tool.train.loop import Trainer
 from qlora_native.weights.open import load_tokenizer
 
 LENGTHS = np.arange(3, 23)

@@ -15,8 +15,8 @@ import pytest
 import tiny
 from sentences import Check
 
-from qlora_native.cli.data import histogram
-from qlora_native.cli.main import main
+from qlora_native.tool.cli.data import histogram
+from qlora_native.tool.cli.main import main
 
 QUESTION = {"role": "user", "content": "\x1b[31mred"}
 LONG = {"role": "assistant", "content": "apple " * 40}

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from laws import ROOT
 
-from qlora_native.cli import demo_model, demo_models
 from qlora_native.errors import UserError
+from qlora_native.tool.cli import demo_model, demo_models
 
 CONTENT = b"GGUF, and then a model" * 1000
 PART = 8_000  # bytes of a part: the file has three, the last of them shorter

@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 import qlora_native as qn
-from qlora_native.cli import main
-from qlora_native.config import TrainConfig
-from qlora_native.estimate import Estimator, Setting
-from qlora_native.estimate.memory import CUDA_CONTEXT
 from qlora_native.models import device_layers, fuse
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.device_layers import StreamedLayers, stream_layers
 from qlora_native.models.loss import causal_lm_loss, check_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
-from qlora_native.train import loop, memory
-from qlora_native.train.loop import Trainer
-from qlora_native.train.passes import why_eager
+from qlora_native.tool.cli import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.estimate import Estimator, Setting
+from qlora_native.tool.estimate.memory import CUDA_CONTEXT
+from qlora_native.tool.train import loop, memory
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.passes import why_eager
 from qlora_native.weights.open import open_source
 
 LAYERS, STEPS, PROMPT = 5, 2, 4

@@ -21,8 +21,8 @@ from tiny import write_model, write_rows
 
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
-from qlora_native.cli.main import COMMANDS, main
 from qlora_native.ops._library import SCHEMAS
+from qlora_native.tool.cli.main import COMMANDS, main
 
 sys.path.insert(0, str(ROOT / "bench"))
 import any_file_page

@@ -22,20 +22,20 @@ from transformers.models.llama import modeling_llama
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native.cli.config import PRESETS, preset, shipped
-from qlora_native.cli.estimate import card_bytes, each_rank
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig, keys
-from qlora_native.estimate import Estimator, Setting
-from qlora_native.estimate.activations import head_shape, layer_bytes
-from qlora_native.estimate.cards import streamed_on
-from qlora_native.estimate.memory import CUDA_CONTEXT, THREAD_SCRATCH, state_bytes
 from qlora_native.lora import LoraConfig
 from qlora_native.models import fuse
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_copies
 from qlora_native.ops.causal_attention import ALIGNMENT
-from qlora_native.train.setup import make_optimizer
+from qlora_native.tool.cli.config import PRESETS, preset, shipped
+from qlora_native.tool.cli.estimate import card_bytes, each_rank
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig, keys
+from qlora_native.tool.estimate import Estimator, Setting
+from qlora_native.tool.estimate.activations import head_shape, layer_bytes
+from qlora_native.tool.estimate.cards import streamed_on
+from qlora_native.tool.estimate.memory import CUDA_CONTEXT, THREAD_SCRATCH, state_bytes
+from qlora_native.tool.train.setup import make_optimizer
 
 GIB = 1 << 30
 RANK, ROWS, LENGTH = 8, 2, 64

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.errors import UserError
-from qlora_native.evaluate import measure as measuring
-from qlora_native.evaluate.comparison import Comparison, VariantResult, compare
-from qlora_native.evaluate.measure import Scores, measure
-from qlora_native.evaluate.report import tables, write_report
-from qlora_native.evaluate.retention import retention
-from qlora_native.evaluate.texts import load_text
-from qlora_native.evaluate.variants import Variants
+from qlora_native.tool.evaluate import measure as measuring
+from qlora_native.tool.evaluate.comparison import Comparison, VariantResult, compare
+from qlora_native.tool.evaluate.measure import Scores, measure
+from qlora_native.tool.evaluate.report import tables, write_report
+from qlora_native.tool.evaluate.retention import retention
+from qlora_native.tool.evaluate.texts import load_text
+from qlora_native.tool.evaluate.variants import Variants
 
 CALIBRATION = torch.arange(320).remainder(299).view(10, 32)
 

@@ -19,9 +19,9 @@ from laws import ROOT
 from safetensors.torch import save_file
 from test_docs import NOT_RUN, blocks_of, pages, runs_in_test
 
-from qlora_native.cli import main
-from qlora_native.config import TrainConfig, keys
 from qlora_native.errors import UserError
+from qlora_native.tool.cli import main
+from qlora_native.tool.config import TrainConfig, keys
 
 Capture = pytest.CaptureFixture[str]
 SPAN = re.compile(r"(?<!`)`((?:qlora|python|bash|torchrun|pip) [^`]+)`(?!`)")
@@ -43,7 +43,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> C
     def check(words: list[str]) -> None:
         assert words and words[0] in main.COMMANDS, words
         taken: list[argparse.Namespace] = []
-        monkeypatch.setattr(importlib.import_module(f"qlora_native.cli.{words[0]}"), "run", taken.append)
+        monkeypatch.setattr(importlib.import_module(f"qlora_native.tool.cli.{words[0]}"), "run", taken.append)
         assert main.main(words) == 0, capsys.readouterr().err
         TrainConfig.from_values(merged(MINIMAL, {}), getattr(taken[0], "overrides", ()))
 
@@ -105,7 +105,7 @@ def check_span(span: str) -> None:
         assert name == "COMMAND", span
         return
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"qlora_native.cli.{name}").configure(parser)
+    importlib.import_module(f"qlora_native.tool.cli.{name}").configure(parser)
     known = {*parser._option_string_actions}
     if main.COMMANDS[name].first:
         known |= {f"--{key}" for key in keys()} | {f"--{key.rpartition('.')[2]}" for key in keys()}

@@ -25,8 +25,8 @@ from tiny_models import distance, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.cli import main
-from qlora_native.export.gguf_encode import encode
+from qlora_native.tool.cli import main
+from qlora_native.tool.export.gguf_encode import encode
 
 gguf = pytest.importorskip("gguf")
 

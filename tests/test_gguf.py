@@ -22,14 +22,14 @@ from tiny_models import distance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.cli import main
-from qlora_native.cli._weights import as_trained
 from qlora_native.data.dataset import load_dataset
-from qlora_native.evaluate.measure import measure
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.load import load_dense, load_model
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.nn import QuantizedEmbedding, QuantizedLinear
+from qlora_native.tool.cli import main
+from qlora_native.tool.cli._weights import as_trained
+from qlora_native.tool.evaluate.measure import measure
 from qlora_native.weights.files import mapped_part
 from qlora_native.weights.gguf import KEPT
 from qlora_native.weights.open import load_tokenizer, open_source

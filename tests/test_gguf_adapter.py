@@ -17,10 +17,10 @@ from helpers import relative_error
 from test_export import export, model_of
 from torch.nn.functional import cross_entropy
 
-from qlora_native.cli.demo import demo_config, model_file
-from qlora_native.cli.standard_library import write_split
 from qlora_native.data.dataset import load_dataset
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli.demo import demo_config, model_file
+from qlora_native.tool.cli.standard_library import write_split
+from qlora_native.tool.train.loop import Trainer
 from qlora_native.weights.open import load_tokenizer
 
 gguf = pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ from helpers import bytes_of, gguf_weight, relative_error, same_bytes, same_byte
 from torch import Tensor
 
 from qlora_native import gguf_blocks
-from qlora_native.export.gguf_encode import encode
+from qlora_native.tool.export.gguf_encode import encode
 from qlora_native.weights.gguf import KEPT
 
 gguf = pytest.importorskip("gguf")

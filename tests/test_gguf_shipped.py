@@ -22,13 +22,13 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native import gguf_blocks
 from qlora_native.calibration.data import as_calibration, take_tokens
-from qlora_native.cli.demo import demo_config, model_file
-from qlora_native.cli.standard_library import write_split
-from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.lora import lora_layers
 from qlora_native.models.load import load_model
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli.demo import demo_config, model_file
+from qlora_native.tool.cli.standard_library import write_split
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 from qlora_native.weight import quant_type_number
 from qlora_native.weights.gguf import DENSE_NAMES
 from qlora_native.weights.open import load_tokenizer

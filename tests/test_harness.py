@@ -15,9 +15,9 @@ import torch
 from tiny import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_native.cli import main
 from qlora_native.errors import UserError
-from qlora_native.evaluate.harness import run_tasks
+from qlora_native.tool.cli import main
+from qlora_native.tool.evaluate.harness import run_tasks
 
 ROWS = (("what is red?", 0), ("what is blue?", 1), ("what is green?", 2), ("say, what is red and good?", 0))
 CHOICES = ("blood", "sky", "grass")

@@ -29,10 +29,10 @@ from tiny_models import edit_config, edit_tensors
 
 import qlora_native as qn
 from qlora_native import _io
-from qlora_native.cli import doctor
-from qlora_native.cli.main import MOST_CHARACTERS, main
 from qlora_native.data import _limits, template
 from qlora_native.models.convert import convert as convert_folder
+from qlora_native.tool.cli import doctor
+from qlora_native.tool.cli.main import MOST_CHARACTERS, main
 
 SECONDS = 20  # in which a sentence must come
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -396,7 +396,7 @@ def test_a_second_signal_interrupts_no_cleaning_up(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("where", ["2>/dev/full", "<&- >&- 2>&-"])
 def test_output_that_cannot_be_written(sound: Path, tmp_path: Path, where: str) -> None:
     """A sentence that is lost changes neither the exit code nor the files."""
-    code = "import sys\nfrom qlora_native.cli.main import main\n"
+    code = "import sys\nfrom qlora_native.tool.cli.main import main\n"
     code += "code = main(sys.argv[1:4]) * 10\nprint('a library says', file=sys.stderr)\n"
     code += "sys.exit(code + main(['quantize', *sys.argv[2:]]))"
     words = [sys.executable, "-c", code, "trian", str(sound / "model"), "--out", str(tmp_path / "out")]

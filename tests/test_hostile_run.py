@@ -14,9 +14,9 @@ import torch
 import qlora_native as qn
 from qlora_native.distributed.sharding import load_sharded_states, save_sharded_states
 from qlora_native.optim import AdamW
-from qlora_native.train.checkpoint import STATE as TRAINER
-from qlora_native.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from qlora_native.train.progress import Metrics, Progress, RunPage, plot_losses, read_metrics
+from qlora_native.tool.train.checkpoint import STATE as TRAINER
+from qlora_native.tool.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from qlora_native.tool.train.progress import Metrics, Progress, RunPage, plot_losses, read_metrics
 
 DEEP = "[" * 200_000
 

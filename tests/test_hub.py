@@ -16,11 +16,11 @@ import pytest
 import runs
 from sentences import Check
 
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.data.readers import content_hash, hub_id, read_rows
 from qlora_native.errors import UserError
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 from qlora_native.weights.open import open_source
 
 MODEL = "tiny-org/tiny.model-1"

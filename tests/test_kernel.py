@@ -11,7 +11,7 @@ import pytest
 import runs
 from runs import steps_made, wait_until, write_files
 
-from qlora_native.train.checkpoint import checkpoints
+from qlora_native.tool.train.checkpoint import checkpoints
 
 client = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel")
@@ -22,7 +22,7 @@ TRAINED = "adapter/adapter_model.safetensors"
 BEGIN = """
 import gc, json, signal, time, weakref
 import torch, qlora_native as qn
-from qlora_native.train import loop
+from qlora_native.tool.train import loop
 torch.set_num_threads(1)
 plain, begun = loop.learning_rate, signal.getsignal(signal.SIGTERM)
 def run(name, slow=False, **changes):

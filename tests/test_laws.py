@@ -35,13 +35,16 @@ BREACHES: list[tuple[Law, Tree]] = [
     (laws.launchers_never_synchronize, {"cuda/a.cu": "  cudaStreamSynchronize(stream);\n"}),
     (laws.imports_point_one_way, {P + "ops.py": "from . import nn\n", P + "nn.py": ""}),
     (laws.imports_point_one_way, {P + "ops/a.py": "from ..lora import x\n", P + "lora/__init__.py": ""}),
-    (laws.imports_point_one_way, {P + "nn.py": "def f():\n import qlora_native.cli.main\n", P + "cli/main.py": ""}),
+    (
+        laws.imports_point_one_way,
+        {P + "nn.py": "def f():\n import qlora_native.tool.cli.main\n", P + "tool/cli/main.py": ""},
+    ),
     (laws.imports_point_one_way, {P + "lora.py": "from . import __version__\n"}),
-    (laws.imports_point_one_way, {P + "__init__.py": "from . import train\n", P + "train.py": ""}),
+    (laws.imports_point_one_way, {P + "__init__.py": "from .tool import train\n", P + "tool/train.py": ""}),
     (laws.imports_point_one_way, {P + "a_new_room.py": ""}),
     (
         laws.units_do_not_import_each_other,
-        {P + "data/a.py": "from .. import train\n", P + "train/b.py": "from ..data import a\n"},
+        {P + "data/a.py": "from ..tool import train\n", P + "tool/train/b.py": "from ...data import a\n"},
     ),
     (
         laws.units_do_not_import_each_other,
@@ -61,7 +64,7 @@ BREACHES: list[tuple[Law, Tree]] = [
     ),
     (
         laws.train_is_imported_by_its_commands,
-        {P + "cli/chat.py": "from ..train import loop\n", P + "train/loop.py": ""},
+        {P + "tool/cli/chat.py": "from ..train import loop\n", P + "tool/train/loop.py": ""},
     ),
     (laws.core_needs_only_the_core_packages, {P + "lora.py": "def f():\n    from transformers import X\n"}),
     (laws.core_needs_only_the_core_packages, {P + "nn.py": "import scipy.stats\n"}),
@@ -117,7 +120,7 @@ ALLOWED: Tree = {
     P + "nn.py": "from . import ops",
     P + "bitsandbytes/nn.py": "from ..nn import QuantizedLinear\n",
     P + "__init__.py": "_LAZY = {'load_model': 'models.load'}\ndef f():\n    from . import models\n",
-    P + "cli/main.py": "import qlora_native as qn\nfrom ..models import load\nqn.load_model\n",
+    P + "tool/cli/main.py": "import qlora_native as qn\nfrom ...models import load\nqn.load_model\n",
     "tests/test_quantize_4bit.py": "def test_bytes(x): ...\n",
     "tests/test_export.py": "assert 'five words stand in a\\nline' in x, 'and six of them in the message'\n",
     "tests/sentences.json": '{"test_quantize_4bit.py::test_bytes[a::b]": []}',
@@ -156,7 +159,7 @@ def test_the_tree_is_read() -> None:
 def test_import_and_help_bring_only_the_core_packages() -> None:
     """Both must work, and stay quick, with nothing but torch, numpy and safetensors installed."""
     script = (
-        "import sys\nfrom qlora_native.cli.main import main\n"
+        "import sys\nfrom qlora_native.tool.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print({name.partition('.')[0] for name in sys.modules} & {'transformers', 'peft', 'trl', 'datasets', "
         "'accelerate', 'bitsandbytes', 'pydantic', 'rich', 'yaml'})"

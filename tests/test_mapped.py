@@ -97,7 +97,7 @@ def test_mapped_weights_compute_the_same_and_stay_the_files(folder: Path) -> Non
 
 
 def test_tensors_begin_at_cache_lines_whoever_writes_the_folder(folder: Path, tmp_path: Path) -> None:
-    from qlora_native.cli.main import main
+    from qlora_native.tool.cli.main import main
 
     assert main(["quantize", str(folder.with_name("dense")), "--out", str(tmp_path / "four")]) == 0
     for place in (folder, tmp_path / "four"):
@@ -314,7 +314,7 @@ def test_a_wait_ends_when_another_thread_wants_other_units(tmp_path: Path) -> No
 
 
 def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qlora_native.cli.main import main
+    from qlora_native.tool.cli.main import main
 
     def streamed(*words: str) -> dict[str, Any]:
         short = ["--cpu", "--json", "--seq-length", "32", "--batch-size", "1", "--grad_accum", "3"]
@@ -335,7 +335,7 @@ def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsy
 
 
 def test_reading_beside_a_measurement_goes_on_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.estimate import streaming
+    from qlora_native.tool.estimate import streaming
 
     monkeypatch.setattr(streaming, "SLOT", 1 << 16)
     (tmp_path / "file").write_bytes(bytes(1 << 18))

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native._io import atomic_folder
-from qlora_native.cli import main
-from qlora_native.evaluate import check
-from qlora_native.evaluate.measure import measure
-from qlora_native.evaluate.texts import load_text
 from qlora_native.lora import adapter as stored_adapter
 from qlora_native.models.load import load_dense
 from qlora_native.models.merge_files import Merging
+from qlora_native.tool.cli import main
+from qlora_native.tool.evaluate import check
+from qlora_native.tool.evaluate.measure import measure
+from qlora_native.tool.evaluate.texts import load_text
 from qlora_native.weights import stream
 from qlora_native.weights.files import Checkpoint
 

@@ -23,8 +23,8 @@ from qlora_native import _native, gguf_blocks, reference
 from qlora_native.calibration import adapted
 from qlora_native.calibration.adapted import DAMPING, adapted_codes, correction, least_gain
 from qlora_native.calibration.quantize import feedback_factor
-from qlora_native.cli import main
 from qlora_native.lora import lora_layers
+from qlora_native.tool.cli import main
 
 CALIBRATION = "calibration.jsonl"
 

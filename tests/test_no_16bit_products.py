@@ -28,12 +28,12 @@ from laws import ROOT
 from transformers import AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.config import TrainConfig
-from qlora_native.evaluate.comparison import compare
-from qlora_native.evaluate.texts import load_text
-from qlora_native.evaluate.variants import Variants
 from qlora_native.models.generate import Sampling, stream
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.evaluate.comparison import compare
+from qlora_native.tool.evaluate.texts import load_text
+from qlora_native.tool.evaluate.variants import Variants
+from qlora_native.tool.train.loop import Trainer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT = qn.build_info()

@@ -20,7 +20,7 @@ from qlora_native.data.batching import BatchSampler, PackedBatchSampler, collate
 from qlora_native.errors import UserError
 from qlora_native.models.fuse import documents_of, fuse
 from qlora_native.models.loss import causal_lm_loss, trained_tokens
-from qlora_native.train.batches import check_packing
+from qlora_native.tool.train.batches import check_packing
 
 
 def lengths(rows: int, low: int = 10, high: int = 100) -> np.ndarray:

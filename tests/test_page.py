@@ -20,13 +20,13 @@ from helpers import program
 from PIL import Image
 from runs import Crash, crash_at
 
-from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.evaluate import page
-from qlora_native.train import progress
-from qlora_native.train.checkpoint import TrainState
-from qlora_native.train.loop import Trainer
-from qlora_native.train.progress import Progress, RunPage, read_metrics
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.evaluate import page
+from qlora_native.tool.train import progress
+from qlora_native.tool.train.checkpoint import TrainState
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.progress import Progress, RunPage, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_CURVE = {"loss", "eval_loss", "lr", "grad_norm", "tokens_per_second"}

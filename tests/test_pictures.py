@@ -21,7 +21,7 @@ import plot_train
 import quality_page
 import shipping_page
 
-from qlora_native.train.progress import plot_losses
+from qlora_native.tool.train.progress import plot_losses
 
 figures = pytest.importorskip("matplotlib.figure")
 text_class = pytest.importorskip("matplotlib.text")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_native.cli import main
-from qlora_native.cli.demo import demo_config
-from qlora_native.cli.demo_models import MODELS
-from qlora_native.cli.standard_library import write_split
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.cli import main
+from qlora_native.tool.cli.demo import demo_config
+from qlora_native.tool.cli.demo_models import MODELS
+from qlora_native.tool.cli.standard_library import write_split
+from qlora_native.tool.train.loop import Trainer
 
 pytestmark = pytest.mark.real
 

@@ -13,14 +13,14 @@ from runs import Crash, crash_at
 from sentences import Check
 from test_page import config
 
-from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
-from qlora_native.evaluate.answers import LONGEST
-from qlora_native.train.loop import Trainer
-from qlora_native.train.passes import Learner
-from qlora_native.train.progress import read_metrics
-from qlora_native.train.samples import Samples
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.evaluate.answers import LONGEST
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.passes import Learner
+from qlora_native.tool.train.progress import read_metrics
+from qlora_native.tool.train.samples import Samples
 from qlora_native.weights.open import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

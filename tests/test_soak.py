@@ -11,8 +11,8 @@ import pytest
 import runs
 from helpers import needs_page_files
 
-from qlora_native.config import TrainConfig
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 
 pytestmark = [needs_page_files, pytest.mark.usefixtures("one_thread")]
 

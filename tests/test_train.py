@@ -23,21 +23,21 @@ from helpers import relative_error
 from runs import events, settings
 from safetensors.torch import load_file
 
-from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train import loop, passes, setup
-from qlora_native.train.checkpoint import LARGEST_SCALE, LossScale
-from qlora_native.train.loop import Trainer, TrainSummary
-from qlora_native.train.passes import Learner
-from qlora_native.train.progress import Observer, Recorder
-from qlora_native.train.samples import Samples
-from qlora_native.train.setup import learning_rate, make_optimizer
-from qlora_native.train.shipping import Shipping
+from qlora_native.tool.config import LoopSection, TrainConfig
+from qlora_native.tool.train import loop, passes, setup
+from qlora_native.tool.train.checkpoint import LARGEST_SCALE, LossScale
+from qlora_native.tool.train.loop import Trainer, TrainSummary
+from qlora_native.tool.train.passes import Learner
+from qlora_native.tool.train.progress import Observer, Recorder
+from qlora_native.tool.train.samples import Samples
+from qlora_native.tool.train.setup import learning_rate, make_optimizer
+from qlora_native.tool.train.shipping import Shipping
 from qlora_native.weights.open import load_tokenizer
 from qlora_native.weights.source import SafetensorsSource
 
@@ -339,7 +339,7 @@ def test_a_run_opens_the_model_once(make: Make) -> None:
 
 def test_one_process_imports_few_files() -> None:
     """A reader of the training loop has at most 70 files of ours to read."""
-    code = "import sys, qlora_native.train.loop\n"
+    code = "import sys, qlora_native.tool.train.loop\n"
     code += "print(*(name for name, module in sys.modules.items() if getattr(module, '__file__', None)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = [name for name in done.stdout.split() if name.startswith("qlora_native")]

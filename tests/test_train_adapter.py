@@ -18,9 +18,9 @@ from sentences import Check
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
-from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer, TrainSummary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = {"r": 8, "alpha": 24, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 4}}

@@ -20,20 +20,20 @@ from safetensors.torch import load_file
 from tiny_models import dense_twin, distance, logits, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.distributed.loading import load_model as sharded
 from qlora_native.errors import UserError
-from qlora_native.estimate import Estimator, Setting
 from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter
 from qlora_native.lora.tokens import token_rows
 from qlora_native.models.load import load_model
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.models.merge import merge
-from qlora_native.train import loop
-from qlora_native.train.batches import load_rows, make_sampler, micro_batches
-from qlora_native.train.loop import Trainer
-from qlora_native.train.setup import learning_rate, prepare_model
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.estimate import Estimator, Setting
+from qlora_native.tool.train import loop
+from qlora_native.tool.train.batches import load_rows, make_sampler, micro_batches
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.setup import learning_rate, prepare_model
 from qlora_native.weights.open import load_tokenizer
 
 STEPS, LR = 4, 5e-3

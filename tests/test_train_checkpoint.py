@@ -24,14 +24,14 @@ from runs import Crash, crash_at, metrics, steps_made, wait_until, write_files
 
 from qlora_native import _io as disk
 from qlora_native.calibration.data import LEAST_TOKENS
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import checkpoint, loop
-from qlora_native.train.checkpoint import Interrupted, StoppedBySignal, stop_request
-from qlora_native.train.loop import Trainer, describe
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train import checkpoint, loop
+from qlora_native.tool.train.checkpoint import Interrupted, StoppedBySignal, stop_request
+from qlora_native.tool.train.loop import Trainer, describe
 
 STEPS = 7
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -19,12 +19,12 @@ from transformers.utils import import_utils
 
 import qlora_native as qn
 from qlora_native import lora
-from qlora_native.config import TrainConfig
 from qlora_native.models import fuse
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
-from qlora_native.train import passes
-from qlora_native.train.passes import Passes, is_random, why_eager
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train import passes
+from qlora_native.tool.train.passes import Passes, is_random, why_eager
 
 
 @pytest.fixture

@@ -57,9 +57,9 @@ def test_the_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 RUNS = """
 import json, sys, torch
 from pathlib import Path
-from qlora_native.config import TrainConfig
-from qlora_native.train import memory
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train import memory
+from qlora_native.tool.train.loop import Trainer
 write = Path.write_text
 def refused(path, *args, **options):
     if path.name == "clear_refs":

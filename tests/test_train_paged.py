@@ -15,11 +15,11 @@ from helpers import needs_page_files
 from runs import events, metrics, steps_made, write_files
 
 from qlora_native._memory import Free
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import paging, pressure
-from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer, TrainSummary
 
 # One thread as in the subprocesses: their number changes the order of sums.
 pytestmark = [needs_page_files, pytest.mark.usefixtures("one_thread")]

@@ -25,15 +25,15 @@ from runs import Crash, crash_at, metrics, settings, steps_made, wait_until, wri
 from safetensors.torch import load_file
 from tiny import write_rows
 
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.distributed import RankLost
 from qlora_native.distributed.ranks import Ranks
 from qlora_native.errors import UserError
 from qlora_native.models.convert import convert
 from qlora_native.models.load import load_model
-from qlora_native.train.loop import Trainer
-from qlora_native.train.setup import prepare_model
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.setup import prepare_model
 
 TOLERANCE = 1e-5
 ROWS = {"r": 3, "trainable_tokens": [2, 4]}

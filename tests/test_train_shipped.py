@@ -13,15 +13,15 @@ from runs import Crash, crash_at, metrics, write_files
 from tiny_models import four_bit_layers
 
 import qlora_native as qn
-from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.evaluate.retention import describe
 from qlora_native.lora import lora_layers
 from qlora_native.models import recode as module
 from qlora_native.models.calibrate import side_by_side
-from qlora_native.train import shipping
-from qlora_native.train.loop import Trainer, TrainSummary
-from qlora_native.train.shipping import Shipping
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.evaluate.retention import describe
+from qlora_native.tool.train import shipping
+from qlora_native.tool.train.loop import Trainer, TrainSummary
+from qlora_native.tool.train.shipping import Shipping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from runs import metrics, settings, write_files
 
-from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import memory, passes
-from qlora_native.train.loop import Trainer
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train import memory, passes
+from qlora_native.tool.train.loop import Trainer
 
 STEPS = 5
 TOO_MUCH = 1 << 60  # bytes

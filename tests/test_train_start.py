@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from sentences import Check
 
 import qlora_native as qn
-from qlora_native.cli._start import MOST_EPOCHS, schedule
-from qlora_native.cli.main import main
-from qlora_native.cli.train import config_of
-from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
+from qlora_native.tool.cli._start import MOST_EPOCHS, schedule
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.cli.train import config_of
+from qlora_native.tool.config import TrainConfig
 from qlora_native.weights.open import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

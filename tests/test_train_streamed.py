@@ -25,12 +25,12 @@ from transformers import AutoTokenizer
 import qlora_native as qn
 from qlora_native import _C
 from qlora_native._memory import Free
-from qlora_native.cli.main import main
-from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.models import mapped
 from qlora_native.models.convert import convert
-from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.tool.cli.main import main
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer, TrainSummary
 from qlora_native.weights.files import read_header
 
 pytestmark = [

@@ -19,7 +19,7 @@ import yaml
 from helpers import needs_page_files
 from write_faults import Commands, Fault, Outcome
 
-from qlora_native.train.checkpoint import checkpoints
+from qlora_native.tool.train.checkpoint import checkpoints
 
 pytestmark = needs_page_files
 

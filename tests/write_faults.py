@@ -83,7 +83,7 @@ class Commands:
 
 def serve() -> None:
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a second for each picture of the losses
-    from qlora_native.cli.main import main
+    from qlora_native.tool.cli.main import main
 
     shim = ctypes.CDLL(None)
     shim.faults_log.restype = ctypes.c_char_p

@@ -7,11 +7,12 @@ functions and the linear layer. Whatever needs transformers is imported when it 
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 # In this order: ops imports torch, during which Ctrl-C ends a command, and registers itself.
-from qlora_native import _import_hooks, _interrupt, ops  # noqa: F401
+from qlora_native import _import_hooks, _interrupt, _moved, ops  # noqa: F401
 from qlora_native._native import build_info
 from qlora_native._version import __version__
 from qlora_native.errors import UserError
@@ -21,7 +22,6 @@ from qlora_native.weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from qlora_native import distributed, nn, optim
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.config import TrainConfig
     from qlora_native.interop.config import QLoRANativeConfig
     from qlora_native.interop.peft import peft_config
     from qlora_native.interop.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from qlora_native.models.fuse import fuse
     from qlora_native.models.load import load_model
     from qlora_native.models.merge import merge
-    from qlora_native.train.loop import Trainer
+    from qlora_native.tool.config import TrainConfig
+    from qlora_native.tool.train.loop import Trainer
     from qlora_native.weights.open import load_tokenizer
 
 _LAZY = {
@@ -54,8 +55,8 @@ _LAZY = {
     "load_adapter": "lora",
     "unload_adapter": "lora",
     "merge": "models.merge",
-    "TrainConfig": "config",
-    "Trainer": "train.loop",
+    "TrainConfig": "tool.config",
+    "Trainer": "tool.train.loop",
 }
 
 __all__ = [
@@ -110,4 +111,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+sys.meta_path.append(_moved.Finder())  # after the finders of files
 _import_hooks.watch()  # so that transformers and PEFT know our classes, whichever is imported first

@@ -1,0 +1,267 @@
+"""``qlora data``: a data file as the model will see it, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlora_native.errors import UserError
+from qlora_native.tool.cli._run import has_rich_terminal, printable, require
+
+if TYPE_CHECKING:
+    from qlora_native.data.dataset import TokenizedDataset
+    from qlora_native.data.readers import SourceRow
+    from qlora_native.data.template import ChatEncoder, Encoded
+    from qlora_native.tool.config import TrainConfig
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+BINS = 12  # of the histogram of lengths
+BAR = 40  # characters of its longest bar
+MOST_LINES = 10  # named of the rows that were truncated or dropped
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments."""
+    parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
+    parser.add_argument("action", choices=("show", "check"))
+    help = "a config of qlora train, or a data file, which --train FILE names too"
+    parser.add_argument("source", metavar="CONFIG|FILE", nargs="?", help=help)
+    parser.add_argument("--train", metavar="FILE", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
+    parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
+    parser.add_argument("--row", metavar="LINE", type=int, help="show the row on this line of the file (Parquet: row)")
+    parser.add_argument("--limit", metavar="N", type=int, help="read the first N rows of a file only")
+    parser.add_argument("--png", metavar="FILE", help="draw the histogram of lengths too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = """Prints the format of the file, how long its rows are, which are truncated or dropped and why, and
+rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
+Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.
+
+check names what trains nothing or the wrong thing, and exits with 2 if there is any; `qlora train` does it first.
+
+examples:
+  qlora data show config.yaml
+  qlora data check config.yaml
+  qlora data show train.jsonl --model models/llama --max_length 512 --row 17"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, count, show."""
+    config = _config(args)
+    from qlora_native.data.batching import evaluation_order
+    from qlora_native.data.readers import read_rows
+    from qlora_native.data.template import ChatEncoder
+    from qlora_native.weights.open import load_tokenizer
+
+    if args.rows < 0 or (args.limit is not None and args.limit < 1):
+        raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
+    data = config.data
+    paths = [*data.files, *([data.eval] if data.eval is not None else [])]
+    for path in paths:
+        read_rows(path)  # a missing file is reported before the tokenizer is loaded
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
+    if args.action == "check":
+        return _check(args, config, tokenizer)
+    files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
+    lengths = np.concatenate([file.lengths for file in files[: len(data.files)]])
+    encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
+    rows = []
+    for path, file in zip(data.files, files, strict=False):
+        sources = read_rows(path, limit=args.limit, columns=data.columns)
+        wanted = islice(sources, args.rows) if args.row is None else (row for row in sources if row.line == args.row)
+        rows += [{"file": path, **_row(encoder, row, file.stats.format)} for row in wanted]
+    if args.row is not None and not rows:
+        last = max(int(lines[-1]) for file in files for lines in (file.lines, file.dropped.lines) if len(lines))
+        raise UserError(f"{' and '.join(data.files)}: no row is on line {args.row}, the last one is on line {last:,}")
+    if args.png:
+        _plot_lengths(lengths, data.max_length, Path(args.png))
+    summaries = [_summary(file) for file in files]
+    packed = None
+    if data.packing:
+        count = len(evaluation_order(lengths, data.max_length))
+        length = data.max_length
+        packed = {"sequences": count, "length": length, "filled": int(lengths.sum()) / (count * length)}
+    if args.json:
+        print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
+        return 0
+    for file, numbers in zip(files, summaries, strict=True):
+        _print_file(file, numbers)
+    if packed is not None:
+        sequences = f"{packed['sequences']:,} sequences of {packed['length']:,} tokens"
+        print(f"packed: about {sequences} an epoch, {packed['filled']:.1%} full")
+    for row in rows:
+        _print_row(row)
+    return 0
+
+
+def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
+    from qlora_native._io import user_path
+    from qlora_native.data.check import iter_findings
+    from qlora_native.data.dataset import load_split
+    from qlora_native.weights.open import open_source
+
+    text: Any = open_source(user_path(config.model)).config.get_text_config()
+    rows, held_out = load_split(config.data, tokenizer, config.train.seed, limit=args.limit)
+    positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
+    embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])
+    findings = list(iter_findings(rows, held_out, tokenizer, positions, embeddings))
+    if args.json:
+        print(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=2))
+        return 2 if findings else 0
+    if findings:
+        raise UserError(*(f"{rows.stats.path}: {finding}" for finding in findings))
+    print(f"{rows.stats.describe()}\nnothing found")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    from qlora_native.data.readers import DATA_SUFFIXES, hub_id, read_rows
+    from qlora_native.tool.config import TrainConfig
+
+    overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
+    source = args.source
+    files = args.train
+    if source is None and args.overrides and not args.overrides[0].startswith("--"):  # it stands behind an option,
+        source = overrides.pop(-len(args.overrides))  # where argparse does not look for what can be left out
+    if source is not None and Path(source).suffix.lower() in CONFIG_SUFFIXES:
+        return TrainConfig.from_file(source, [*overrides, *(["--train", *files] if files else [])])
+    if (source is None) == (files is None):
+        raise UserError(f"qlora data {args.action}: expected a config, or one of FILE and --train FILE")
+    files = files or [source]
+    for source in files:
+        suffix = Path(source).suffix.lower()
+        if suffix not in DATA_SUFFIXES and not hub_id(source):
+            raise UserError(
+                f"{source}: got a '{suffix}' file, expected a config ({', '.join(CONFIG_SUFFIXES)}) or data "
+                f"({', '.join(DATA_SUFFIXES)})"
+            )
+        read_rows(source)
+    if not args.model:
+        raise UserError(
+            f"qlora data {args.action} {files[0]}: which tokens are trained depends on the model's tokenizer and "
+            "chat template; name its folder with --model DIR"
+        )
+    return TrainConfig.from_values({"data": {"train": files if files[1:] else files[0], "eval_fraction": 0}}, overrides)
+
+
+# ---- a file
+
+
+def _summary(rows: TokenizedDataset) -> dict[str, Any]:
+    """Stats, lengths, and the lines of the first rows that were truncated or dropped."""
+    lengths, (dropped, too_long) = rows.lengths, rows.dropped
+    return {
+        **rows.stats.as_dict(),
+        "shortest": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "histogram": histogram(lengths),
+        "truncated_lines": rows.lines[rows.truncated][:MOST_LINES].tolist(),
+        "dropped_too_long_lines": dropped[too_long][:MOST_LINES].tolist(),
+        "dropped_untrained_lines": dropped[~too_long][:MOST_LINES].tolist(),
+    }
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(shortest, longest, rows) of up to twelve ranges of equal width that cover ``lengths``, int64 [rows]."""
+    low = int(lengths.min())
+    high = int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    counts = np.bincount((lengths - low) // width)
+    return [(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
+
+
+def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
+    require("--png", "matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
+    axes.hist(lengths, bins=50)
+    axes.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length:,}")
+    axes.legend()
+    try:
+        figure.savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
+    stats = rows.stats
+    too_long = stats.dropped_too_long
+    untrained = stats.dropped - stats.dropped_too_long
+    print(stats.describe())
+    for count, why, key in (
+        (stats.truncated, f"truncated: longer than max_length={stats.max_length}", "truncated_lines"),
+        (too_long, f"dropped: no trained token within max_length={stats.max_length}", "dropped_too_long_lines"),
+        (untrained, "dropped: nothing to train on", "dropped_untrained_lines"),
+    ):
+        if count:
+            lines = numbers[key]
+            named = ", ".join(map(str, lines)) + (", ..." if count > len(lines) else "")
+            row, line = ("row", "line") if count == 1 else ("rows", "lines")
+            print(f"  {why}: {count:,} {row}, on {line} {named}")
+    print(f"tokens a row: {numbers['shortest']:,} to {numbers['longest']:,}, median {numbers['median']:,.0f}")
+    most = max(count for *_, count in numbers["histogram"])
+    width = len(f"{numbers['histogram'][-1][1]:,}")
+    for low, high, count in numbers["histogram"]:
+        print(f"  {low:>{width},} to {high:>{width},}  {'#' * -(-BAR * count // most):<{BAR}} {count:,}".rstrip())
+
+
+# ---- a row
+
+
+def _row(encoder: ChatEncoder, source: SourceRow, format: str) -> dict[str, Any]:
+    """One row for JSON: its counts, why it is dropped if it is, and its text in parts that are trained or not."""
+    from qlora_native.data.formats import normalize
+
+    encoded = encoder.encode(normalize(source, format))
+    dropped = f"no trained token within max_length={encoder.max_length}" if encoded.truncated else "nothing to train on"
+    return {
+        "line": source.line,
+        "tokens": len(encoded.input_ids),
+        "trained": encoded.trained,
+        "cut": encoded.truncated,
+        "dropped": None if encoded.trained else dropped,
+        "parts": _parts(encoder.tokenizer, encoded),
+    }
+
+
+def _parts(tokenizer: Any, encoded: Encoded) -> list[dict[str, Any]]:
+    """The text of each run of tokens that are trained or are not."""
+    from qlora_native.data.template import IGNORE_INDEX
+
+    parts: list[dict[str, Any]] = []
+    done = ""
+    end = 0
+    for trained, run in groupby(label != IGNORE_INDEX for label in encoded.labels):
+        end += len(list(run))
+        # Decoded from the start: a tokenizer may drop the space before the first token that it is given.
+        ids = encoded.input_ids[:end]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        parts.append({"text": text[len(done) :], "trained": trained})
+        done = text
+    return parts
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    truncated = f", {row['cut']:,} more truncated" if row["cut"] else ""
+    dropped = f"; dropped: {row['dropped']}" if row["dropped"] else ""
+    counts = f"{row['tokens']:,} tokens, {row['trained']:,} of them trained"
+    print(f"\n{row['file']}:{row['line']}: {counts}{truncated}{dropped}")
+    parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
+    if not has_rich_terminal() or "NO_COLOR" in os.environ:
+        print("".join(f"[[{text}]]" if trained else text for text, trained in parts))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    colored = Text.assemble(*((text, "bold green" if trained else "") for text, trained in parts))
+    Console(highlight=False).print(colored, soft_wrap=True)

@@ -1,0 +1,213 @@
+"""Losses and gradients of rows: each process computes its share of a step's micro-batches, on a CUDA device by graphs,
+one for each shape of them.
+
+Eager, a layer-step of a small micro-batch waits for the host. The optimizer's step, two launches, stays outside, and so
+do the learning rate, clipping, paging and what decides whether to step at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import masking_utils
+
+from qlora_native.data.batching import evaluation_order
+from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.template import IGNORE_INDEX, padding_id
+from qlora_native.distributed import Items, OneProcess
+from qlora_native.models.loss import causal_lm_loss, has_plain_head, is_random, trained_tokens, without_needless_mask
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.batches import Batch, micro_batches
+from qlora_native.tool.train.checkpoint import LossScale
+from qlora_native.weights.files import replaced
+
+EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
+MOST_GRAPHS = 32  # their activations share memory, their launches do not
+
+Shape = tuple[tuple[str, torch.Size], ...]
+Replay = Callable[[], None]
+
+
+def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
+    """Why the passes of a run are not captured, "" where nobody would expect it; None if they are."""
+    if config.train.cuda_graph == "off" or model.device.type != "cuda":
+        return ""
+    if world > 1:
+        return f"{world} processes exchange gradients"
+    if getattr(model, "streamed_layers", None) is not None:
+        return "layers stream to the device"
+    if config.train.grad_checkpointing and is_random(model):
+        return "gradient checkpointing takes the random state of dropout to the host"
+    return None
+
+
+class Passes:
+    """Forward and backward passes that leave gradients in the parameters; replayed where ``is_captured``.
+
+    ``loss_of`` is the mean loss of a micro-batch; ``note`` prints why passes are not captured any more.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss_of: Callable[[Batch], Tensor],
+        note: Callable[[str], object],
+        *,
+        is_captured: bool = False,
+    ) -> None:
+        self.model, self.loss_of, self.note, self.is_captured = model, loss_of, note, is_captured
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.grads: dict[Tensor, Tensor] = {}  # of the first step, in which all others leave theirs
+        self.seen: dict[Shape, int] = {}
+        self.graphs: dict[Shape, tuple[Batch, Replay]] = {}
+        self.last: torch.cuda.CUDAGraph | None = None
+        self.weight, self.loss = (torch.zeros((), device=model.device) for _ in range(2))
+
+    def begin(self) -> None:
+        """Before the micro-batches of a step: no gradients, and no loss."""
+        self.loss.zero_()
+        for parameter, grad in self.grads.items():
+            parameter.grad = grad.zero_()
+
+    def run(self, batch: Batch, weight: float, factor: int = 1) -> None:
+        """Adds ``weight`` times a micro-batch's loss to ``loss``, and ``factor`` times its gradient."""
+        self.weight.fill_(weight)
+        plain = self._without_mask(batch) if self.is_captured else None
+        if plain is None:
+            self._pass(batch, factor)
+            return
+        shape = tuple((key, value.shape) for key, value in plain.items())
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        is_new = shape not in self.graphs and len(self.graphs) < MOST_GRAPHS
+        if is_new and self.grads and self.seen[shape] > EAGER_PASSES:
+            self._capture(shape, plain, factor)
+        if shape not in self.graphs:
+            self._pass(plain, factor)
+            return
+        inputs, replay = self.graphs[shape]
+        for key, value in plain.items():
+            inputs[key].copy_(value)
+        replay()
+
+    def end(self) -> None:
+        """After the last micro-batch of a step, with gradients in the parameters."""
+        if self.is_captured and not self.grads:
+            self.grads = {p: p.grad for p in self.parameters if p.grad is not None}
+
+    def _pass(self, batch: Batch, factor: int) -> None:
+        share = self.loss_of(batch) * self.weight
+        (share * factor).backward()
+        self.loss += share.detach()
+
+    def _without_mask(self, batch: Batch) -> Batch | None:
+        """The batch without a mask that hides nothing a trained token sees; None if it hides something, or the loss
+        is taken from logits, of which a graph cannot choose some. Both wait for the device, as no graph can."""
+        if not has_plain_head(self.model, batch):
+            return None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        mask = without_needless_mask(self.model, inputs, targets).get("attention_mask")
+        if mask is not None and not bool((mask != 0).all()):
+            return None
+        return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+    def _capture(self, shape: Shape, batch: Batch, factor: int) -> None:
+        inputs = {key: value.clone() for key, value in batch.items()}
+        # Transformers cannot find out in a capture that rows are not packed, and would build a table for attention
+        # across them.
+        alone = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        try:
+            with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else alone:
+                self._pass(inputs, factor)
+            if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
+                raise RuntimeError("which parameters have a gradient depends on the batch")
+        except RuntimeError as error:  # all passes from here on are eager
+            self.is_captured = False
+            self.graphs = {}
+            self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
+        else:
+            self.last = graph
+            self.graphs[shape] = (inputs, graph.replay)
+
+
+@contextmanager
+def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
+    graph = torch.cuda.CUDAGraph()
+    pool = None if last is None else last.pool()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
+        yield graph
+
+
+class Learner:
+    """Computes with ``model`` as the config says, through CUDA graphs if its passes are captured; ``note`` prints why
+    they are not any more. On one process ``ranks`` does nothing."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        ranks: OneProcess,
+        note: Callable[[str], object] = print,
+        *,
+        is_captured: bool = False,
+    ) -> None:
+        self.config, self.model, self.ranks = config, model, ranks
+        self._pad_id = padding_id(tokenizer)
+        self._passes = Passes(model, self._loss, note, is_captured=is_captured)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return causal_lm_loss(self.model, batch)
+
+    def learn(self, rows: TokenizedDataset, items: Items, scale: LossScale) -> tuple[float, int, int]:
+        """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained.
+
+        Each micro-batch weighs as much as its share of the step's trained tokens, on all processes together. So the
+        gradient is that of the mean over these tokens, however the rows are divided.
+        """
+        ranks = self.ranks
+        passes = self._passes
+        batches = list(self._micro_batches(rows, items))
+        trained = int(ranks.sum(sum(count for _, count in batches))[0])
+        passes.begin()
+        for batch, count in batches:
+            passes.run(batch, scale.value * count / trained, ranks.averaged_over)
+        passes.end()
+        ranks.add_gradients(passes.parameters)
+        scale.unscale(passes.parameters)
+        tokens = int(sum(rows.lengths[item].sum() for item in items))
+        return ranks.sum(passes.loss.item() / scale.value)[0], tokens, trained
+
+    def evaluate(self, rows: TokenizedDataset) -> float:
+        """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
+        parts = self.losses(rows)
+        nats, trained = self.ranks.sum(sum(nats for nats, _ in parts), sum(count for _, count in parts))
+        return nats / trained
+
+    @torch.no_grad()
+    def losses(self, rows: TokenizedDataset) -> list[tuple[float, int]]:
+        """Nats and trained tokens of each of this process's micro-batches of ``rows``."""
+        data = self.config.data
+        items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
+        self.model.eval()
+        try:
+            return [(self._loss(batch).item() * count, count) for batch, count in self._micro_batches(rows, items)]
+        finally:
+            self.model.train()
+
+    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
+        """This process's micro-batches, each with its number of trained tokens: 0 for a filler, which a sharded model
+        computes with since its processes gather weights together."""
+        size = self.config.train.batch_size
+        device = self.model.device
+        for batch in micro_batches(rows, self.ranks.mine(items), size, self._pad_id, device):
+            yield batch, trained_tokens(batch)
+        for filler in self.ranks.filler(items, size):
+            for batch in micro_batches(rows, filler, size, self._pad_id, device):
+                yield batch, 0

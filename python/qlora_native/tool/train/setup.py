@@ -1,0 +1,331 @@
+"""What a run needs before its first step: the 4-bit model with its adapters, the optimizer, the learning rate."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from qlora_native._io import announced, as_user_error, as_write_error, user_path
+from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.distributed import OneProcess
+from qlora_native.errors import UserError
+from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
+from qlora_native.models.build import four_bit_parts
+from qlora_native.models.fuse import fuse
+from qlora_native.models.load import load_model
+from qlora_native.models.progress import Progress, layer_progress
+from qlora_native.nn import QuantizedLinear
+from qlora_native.optim import AdamW, Lion
+from qlora_native.tool.config import LoopSection, TrainConfig
+from qlora_native.tool.train.checkpoint import Checkpoint
+from qlora_native.tool.train.passes import why_eager
+from qlora_native.weight import CALIBRATED
+from qlora_native.weights.config import METADATA
+from qlora_native.weights.open import notes_of, open_source
+from qlora_native.weights.shapes import dense_beside
+from qlora_native.weights.source import AUTO, Source
+
+if TYPE_CHECKING:
+    from qlora_native.calibration.data import CalibrationData
+
+
+def prepare_model(
+    config: TrainConfig,
+    model: Any = None,
+    rows: TokenizedDataset | None = None,
+    ranks: OneProcess | None = None,
+    *,
+    source: Source | None = None,
+    stored: Source | None = None,
+    tokenizer: Any = None,
+    layers_budget: int | None = None,
+    adapter: Path | None = None,
+    quiet: bool = False,
+) -> Any:
+    """The 4-bit model with adapters, in training mode, sharded over the ranks if the config says so.
+
+    Args:
+        model: used instead of loading ``config.model``; adapters are added unless it has some.
+        rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
+        source: of ``config.model``, if it is open already.
+        stored: the weights that the first part of this run made of it.
+        tokenizer: of the run, which names the rows that ``lora.trainable_tokens`` trains.
+        adapter: the folder of the adapter to start from.
+        layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
+    """
+    options = config.train
+    ranks = ranks or OneProcess()
+    lora = config.lora.as_config(options.seed, tokenizer)
+    with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
+        if model is None:
+            source = open_source(source or user_path(config.model))
+            for note in notes_of(source, config.quant.options["quant_type"]):
+                progress(note, 0, 0)
+            on_card = torch.cuda.is_available() and layers_budget is None
+            with nullcontext() if quiet or not ranks.is_first else announced(f"loading {source.path}"):
+                model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
+            model.load_report = replace(model.load_report, path=source.path)
+            if layers_budget is not None:
+                from qlora_native.models.device_layers import stream_layers
+
+                stream_layers(model, "cuda", layers_budget)
+        else:
+            fuse(model)
+        if not _has_adapters(model) and config.quant.save and ranks.world == 1 and stored is None:
+            _store(model, source, user_path(config.output_dir), tokenizer, progress)
+        if adapter is not None:
+            load_adapter(model, adapter)
+            for _, layer in lora_layers(model):
+                layer.dropout = lora.dropout
+            model.lora_config = replace(model.lora_config, dropout=lora.dropout)
+        elif not _has_adapters(model):
+            add_lora(model, lora)
+        if ranks.is_sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            from qlora_native.distributed.sharding import shard
+
+            model = model if isinstance(model, FSDPModule) else shard(model)
+        if options.grad_checkpointing:
+            # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
+            # whose input needs none, as the first one's here.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            checkpointing = {"use_reentrant": False}
+            if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
+                checkpointing["preserve_rng_state"] = False
+            enable(checkpointing)
+    return model.train()
+
+
+def check_data(
+    source: Source | None, tokenizer: Any, rows: TokenizedDataset, held_out: TokenizedDataset | None
+) -> list[str]:
+    """The mistakes in the rows, as lines to print. UserError for rows on which the model computes nonsense or fails."""
+    from qlora_native.data.check import iter_findings
+
+    text = None if source is None else source.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    findings = list(iter_findings(rows, held_out, tokenizer, positions))  # check_vocabulary has the embedding
+    if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
+        raise UserError(f"{rows.stats.path}: {wrong[0]}")
+    made_up = (
+        "the tokenizer has no chat template: rows get `### User:` and `### Assistant:`; data.chat_template sets one"
+    )
+    template = [made_up] if rows.stats.template == "default" else []
+    return [*template, *(f"data check: {finding}" for finding in findings)]
+
+
+def resolve(
+    config: TrainConfig, checkpoint: Checkpoint | None, rows: TokenizedDataset, source: Source | None, model: Any
+) -> tuple[TrainConfig, list[str]]:
+    """The config of a run with nothing left open, and lines to print where that is not what was asked for.
+
+    ``quant.method`` becomes rtn where the training rows are too few to calibrate with, and ``quant.type`` auto what it
+    means for the weights: those of the checkpoint to continue from, of ``source``, or of the ``model`` given. What
+    reads the adapter, and a resumed run, must find in its config what it was trained on.
+
+    UserError if the method is not that of the checkpoint.
+    """
+    quant = config.quant
+    notes = []
+    if source is not None and quant.falls_back and not _is_made(config, source):
+        from qlora_native.calibration.data import LEAST_TOKENS
+
+        least = LEAST_TOKENS[quant.method]
+        if rows.stats.tokens < least:
+            notes.append(
+                f"quant.method is rtn in place of {quant.method}, which calibrates on {least:,} tokens and more: the "
+                f"training rows have {rows.stats.tokens:,}; quant.calibration names a file with more"
+            )
+            quant = quant.model_copy(update={"method": "rtn"})
+    if checkpoint is not None and checkpoint.method != quant.method:
+        checkpoint.refuse(f"quant.method {checkpoint.method} -> {quant.method}")
+    if quant.type == AUTO and checkpoint is not None:
+        quant = quant.model_copy(update={"type": checkpoint.quant_type})
+    if quant.type == AUTO:
+        report = getattr(model, "load_report", None)
+        is_kept = source.keeps(quant.options["quant_type"]) if source is not None else report and report.is_kept
+        quant = quant.model_copy(update={"type": "keep" if is_kept else "nf4"})
+    return config.model_copy(update={"quant": quant}), notes
+
+
+def _is_made(config: TrainConfig, source: Source) -> bool:
+    """Whether the files hold the 4-bit weights of ``quant.method`` already."""
+    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
+    return config.quant.method != "rtn" and metadata.get("method") == config.quant.method
+
+
+def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: int) -> str:
+    """The first line of a run: what its weights are, what is trained beside them, for how long."""
+    report = getattr(model, "load_report", None)
+    frozen = [layer.quantized for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    weights = ""
+    if frozen:
+        made = "kept as" if report is not None and report.is_kept else "converted to" if is_converted else "in"
+        kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
+        method = f" by {report.method}" if report is not None and report.method in CALIBRATED else ""
+        weights = f"{len(frozen)} layers {made} {kinds}{method}, "
+    ranks = sorted(layer.r for _, layer in lora_layers(model))
+    between = " to ".join(dict.fromkeys((str(ranks[0]), str(ranks[-1]))))
+    start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
+    four_bit = four_bit_parts(model)
+    dense = {name: tensor for name, tensor in model.named_parameters() if name not in four_bit}
+    trained = sum(tensor.numel() for tensor in dense.values() if tensor.requires_grad)
+    everything = sum(part.numel() for part in (*dense.values(), *four_bit.values()))
+    step_rows = config.train.batch_size * config.train.grad_accum
+    items = "sequences" if config.data.packing else "rows"
+    return (
+        f"{Path(config.model).name}: {weights}rank {between} on {len(ranks)} layers{start}, {_in_words(trained)} of "
+        f"{_in_words(everything)} parameters trained, {total:,} steps of {step_rows} {items}"
+    )
+
+
+def _in_words(count: float) -> str:
+    """8.8 M, 494 M, 1.54 B."""
+    for unit in ("", " k", " M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
+
+
+def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
+    """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
+    from qlora_native.models.trained import STORED, can_round_again, source_of, store_base
+
+    source = source_of(model, source)
+    folder = output_dir / STORED
+    if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
+        store_base(model, folder, tokenizer)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
+
+
+def _has_adapters(model: Any) -> bool:
+    return model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def _load(
+    config: TrainConfig,
+    source: Source,
+    lora: LoraConfig,
+    rows: TokenizedDataset | None,
+    ranks: OneProcess,
+    progress: Progress,
+    device: str | None,
+) -> Any:
+    """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
+    quant = config.quant
+    is_made = _is_made(config, source)
+    calibration = None if is_made else _calibration(config, rows)
+    options: dict[str, Any] = {
+        **quant.options,
+        "dtype": getattr(torch, config.train.dtype),
+        "device": device,
+        "method": None if is_made or quant.method == "rtn" else quant.method,
+        "residency": config.residency,
+    }
+    if lora.modules_to_save or lora.trainable_tokens:
+        is_kept = source.keeps(quant.type)
+        options["skip_modules"] = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept)
+    if ranks.world == 1:
+        return load_model(source, calibration=calibration, progress=progress, **options)
+    if calibration is not None:
+        from qlora_native.calibration.data import quantize_command
+
+        text = quant.calibration or config.data.files[0]
+        command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
+        raise UserError(
+            f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: make "
+            f"the 4-bit model first (`{command}`) and set model to DIR"
+        )
+    from qlora_native.distributed.loading import load_model as load_together
+
+    return load_together(source, sharded=ranks.is_sharded, lora=lora, **options)
+
+
+def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
+    method = config.quant.method
+    path = config.quant.calibration
+    if method not in CALIBRATED:
+        if path is not None:
+            raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
+        return None
+    from qlora_native.calibration.data import FILE, CalibrationData
+
+    folder = user_path(config.output_dir)
+    with as_write_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if path is not None:
+        given: Any = user_path(path)
+    elif rows is not None:  # not their file, which also holds the rows that are held out
+        given = [torch.from_numpy(row["input_ids"].copy()) for row in rows]
+    else:
+        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
+    return CalibrationData(given, seed=config.train.seed, keep=folder / FILE)
+
+
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and torch's generators begin from ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
+    """The trainable parameters; with a ratio other than 1 in two groups: the second, of B, has it as ``lr_ratio``."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lora_plus_ratio == 1:
+        return list(trained.values())
+    of_b = [parameter for name, parameter in trained.items() if name.endswith(".lora_B")]
+    others = [parameter for name, parameter in trained.items() if not name.endswith(".lora_B")]
+    return [{"params": others}, {"params": of_b, "lr_ratio": lora_plus_ratio}]
+
+
+def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path) -> AdamW | Lion:
+    """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too."""
+    page_dir = user_path(options.page_dir) if options.page_dir else output_dir
+    with as_write_error(page_dir):
+        page_dir.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "paged": options.paged,
+        "page_dir": page_dir,
+        "page_budget": options.page_budget,
+        "max_norm": options.clip or math.inf,
+    }
+    with as_user_error():
+        if options.optimizer == "lion":
+            return Lion(parameters, options.lr, options.betas, options.weight_decay, **common)
+        bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
+        return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common)
+
+
+def learning_rate(
+    step: int,  # number of the step about to be taken, counted from 0
+    total_steps: int,
+    *,
+    peak: float,
+    warmup: float,  # steps; below 1 a share of total_steps
+    scheduler: Literal["cosine", "linear", "constant"],
+) -> float:
+    """Rises linearly to ``peak`` over the warm-up, then falls to 0 at ``total_steps`` (or stays, for "constant").
+
+    A function of the step alone, so that a resumed run needs no state of a scheduler. The first of n steps of a warm-up
+    already has peak / n: a step with a rate of 0 would be wasted.
+    """
+    warmup_steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if scheduler == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if scheduler == "linear":
+        return peak * max(0.0, 1 - done)
+    return peak
