@@ -21,28 +21,28 @@ WIDTH = 116  # of a page's line, before marks
 FOOTNOTE = "A † behind a CPU class: code of that bench has changed since (`python bench/readme.py --marks` lists it)."
 
 _PACKAGE = "python/qlora_native"
-_KERNELS = ("cpp/core", "cpp/cpu/isa*", "cpp/cpu/vec*", "cpp/cpu/parallel.h")
+_KERNELS = ("cpp/core", "cpp/cpu/isa", "cpp/cpu/kernels/kernels*", "cpp/cpu/parallel.h")
 _PRODUCTS = (
     *_KERNELS,
     *(
         f"cpp/cpu/{name}*"
-        for name in ("gemm", "linear_4bit", "tiles", "kernels-gemm", "kernels-linear", "kernels-tile")
+        for name in ("linear_4bit", "kernels/gemm", "kernels/linear", "kernels/tile")
     ),
     *(f"{_PACKAGE}/ops/{name}.py" for name in ("linear_4bit", "_engine", "_operands", "_direct")),
 )
 _OPTIMIZER = (
     *_KERNELS,
-    *(f"cpp/cpu/{name}*" for name in ("adamw_step", "lion_step", "gradient_norm", "kernels-optim")),
+    *(f"cpp/cpu/{name}*" for name in ("adamw_step", "lion_step", "gradient_norm", "kernels/optim")),
     *(f"{_PACKAGE}/{name}" for name in ("optim", "ops/_optim.py", "ops/adamw_step.py", "ops/lion_step.py")),
 )
-_PAGED = (*_OPTIMIZER, "cpp/cpu/paging*", "cpp/cpu/file_store*", "bench/bench_paged.py", "bench/paged_loop.py")
+_PAGED = (*_OPTIMIZER, "cpp/cpu/files", "bench/bench_paged.py", "bench/paged_loop.py")
 _ROOMS = ("ops", "nn", "lora", "weights", "models", "functional.py")
 _MODEL = ("cpp/core", "cpp/cpu", *(f"{_PACKAGE}/{name}" for name in _ROOMS))
 _STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_memory.py", "_pages.py")))
 _RUN = (*_STEP, f"{_PACKAGE}/tool/train", f"{_PACKAGE}/data")
 _TRAIN = (*_STEP, "bench/bench_train.py", "bench/train_sides.py")
-_RESIDENCY = (*_RUN, "cpp/cpu/mapped_file*", f"{_PACKAGE}/tool/estimate", "bench/bench_residency.py")
-_QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels-quantize", "kernels-nearest", "kernels-scales")
+_RESIDENCY = (*_RUN, "cpp/cpu/files", f"{_PACKAGE}/tool/estimate", "bench/bench_residency.py")
+_QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels/quantize", "kernels/nearest", "kernels/scales")
 
 # Name of the results -> what a figure of them depends on, as git's pathspecs.
 PATHS: dict[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "linear": (*_PRODUCTS, f"{_PACKAGE}/functional.py", "bench/bench_linear.py", "bench/linear_contenders.py"),
     "quantize": (*_KERNELS, *(f"cpp/cpu/{name}*" for name in _QUANTIZE), "bench/bench_quantize.py"),
     "optim": (*_OPTIMIZER, "bench/bench_optim.py"),
-    "gguf": (*_PRODUCTS, "cpp/cpu/kernels-gguf*", "bench/bench_gguf.py", "bench/ggml_peer.py"),
+    "gguf": (*_PRODUCTS, "cpp/cpu/kernels/gguf*", "bench/bench_gguf.py", "bench/ggml_peer.py"),
     "paged": _PAGED,
     "paged_learn": _PAGED,
     "packing": (*_RUN, "bench/bench_packing.py"),

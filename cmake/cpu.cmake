@@ -2,10 +2,11 @@
 
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   find_package(OpenMP REQUIRED COMPONENTS CXX)
-  set(file_store cpp/cpu/bus_error.cc cpp/cpu/file_store.cc cpp/cpu/mapped_file.cc cpp/cpu/weight_stream.cc)
+  set(file_store bus_error file_store mapped_file weight_stream)
+  list(TRANSFORM file_store REPLACE "(.+)" "cpp/cpu/files/\\1.cc")
 else()
   find_package(OpenMP COMPONENTS CXX)
-  set(file_store cpp/cpu/file_store_memory.cc)
+  set(file_store cpp/cpu/files/file_store_memory.cc)
   if(NOT OpenMP_CXX_FOUND)
     message(STATUS "qlora_native: the CPU kernels run on one thread (no OpenMP was found)")
   endif()
@@ -15,24 +16,24 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/adamw_step.cc
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
-  ${file_store}
-  cpp/cpu/gemm.cc
   cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
-  cpp/cpu/isa.cc
-  cpp/cpu/isa_scalar.cc
-  cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
-  cpp/cpu/lion_step.cc
   cpp/cpu/linear_cross_entropy.cc
-  cpp/cpu/paging.cc
+  cpp/cpu/lion_step.cc
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc
   cpp/cpu/search_scales_4bit.cc
-  cpp/cpu/side_thread.cc
   cpp/cpu/swiglu.cc
-  cpp/cpu/tiles.cc)
+  ${file_store}
+  cpp/cpu/files/paging.cc
+  cpp/cpu/files/side_thread.cc
+  cpp/cpu/isa/isa.cc
+  cpp/cpu/isa/isa_scalar.cc
+  cpp/cpu/kernels/gemm.cc
+  cpp/cpu/kernels/kernels.cc
+  cpp/cpu/kernels/tiles.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.
 target_compile_options(qlora_native_cpu PUBLIC
@@ -56,7 +57,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(avx512 ${emulation}/avx512.h)
     set(avx512_bf16 ${emulation}/bf16.h)
     set(amx ${emulation}/tiles.h)
-    set_source_files_properties(cpp/cpu/isa.cc PROPERTIES COMPILE_DEFINITIONS QLORA_NATIVE_EMULATE_ISAS)
+    set_source_files_properties(cpp/cpu/isa/isa.cc PROPERTIES COMPILE_DEFINITIONS QLORA_NATIVE_EMULATE_ISAS)
   endif()
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(neon "")  # part of the architecture
@@ -73,12 +74,12 @@ foreach(isa scalar ${isas})
     list(APPEND ${isa} -fno-sanitize=all)
   endif()
 endforeach()
-set_source_files_properties(cpp/cpu/isa_scalar.cc PROPERTIES COMPILE_OPTIONS "${scalar}")
+set_source_files_properties(cpp/cpu/isa/isa_scalar.cc PROPERTIES COMPILE_OPTIONS "${scalar}")
 foreach(isa ${isas})
-  target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
+  target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa/isa_${isa}.cc)
   # Optimized in debug builds too. An inline function that is not inlined here is compiled for this instruction set, and
   # the linker may keep that copy for everybody (tests/test_build_options.py reads the objects).
-  set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS
+  set_source_files_properties(cpp/cpu/isa/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS
     "${${isa}};$<$<NOT:$<OR:$<CONFIG:Release>,$<BOOL:${QLORA_NATIVE_SANITIZE}>>>:-O3>")
 endforeach()
 

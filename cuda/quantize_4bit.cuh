@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 inline constexpr int kNestedThreads = static_cast<int>(kNestedBlock);
 inline constexpr int kWarpsOfSums = 4;
 
-// sums[g] = the scales of group g by a halving tree over 256 slots: the order of cpu/kernels-scales-inl.h.
+// sums[g] = the scales of group g by a halving tree over 256 slots: the order of cpu/kernels/scales-inl.h.
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps) sum_groups_kernel(const float* __restrict__ absmax,  // [blocks]
                                                                  int64_t blocks, int64_t groups,

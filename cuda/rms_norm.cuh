@@ -1,5 +1,5 @@
 // Root-mean-square norms: a sum over each row, then a sweep over it, with the arithmetic of
-// cpu/kernels-activations-inl.h.
+// cpu/kernels/activations-inl.h.
 //
 // Rows come to shared memory by asynchronous copies and are read from there twice; the weight, once a thread block.
 // Sixteen threads take the sum of a row, in the order of the CPU op: running sum i has elements i, i + 16, ..., and the

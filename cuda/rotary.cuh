@@ -1,4 +1,4 @@
-// Rotations of (x[i], x[i + half]) by the angles of a position, with the arithmetic of cpu/kernels-activations-inl.h. A
+// Rotations of (x[i], x[i + half]) by the angles of a position, with the arithmetic of cpu/kernels/activations-inl.h. A
 // thread has a vector of each half, keeps its angles in registers, and takes head after head of the position: the
 // angles are read once for kRotaryHeads heads, and not once for each.
 #pragma once

@@ -13,7 +13,7 @@
 //   element(by, decay1, decay2, p, g, m, v)   gives the new parameter and leaves the new moments
 //
 // decay1 and decay2 are beta1 and beta2; beside codes, where m and v are values of codes, times the absmax of the first
-// and of the last moment. The arithmetic is that of cpu/kernels-optim-inl.h, every operation rounded.
+// and of the last moment. The arithmetic is that of cpu/kernels/optim-inl.h, every operation rounded.
 #pragma once
 
 #include <bit>

@@ -1,4 +1,4 @@
-// silu(gate) * up and its derivative, with the arithmetic of cpu/kernels-activations-inl.h, every operation rounded.
+// silu(gate) * up and its derivative, with the arithmetic of cpu/kernels/activations-inl.h, every operation rounded.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace qlora_native::cuda {
 
-// The bits of exp16() of cpu/vec.h.
+// The bits of exp16() of cpu/isa/vec.h.
 __device__ __forceinline__ float exp_of(float x) {
   constexpr ExpNumbers by{};
   float in = by.highest < x ? by.highest : x;  // comparisons that keep NaN

@@ -17,13 +17,13 @@ LEAST = 0.95
 
 
 def executed_lines(build: Path) -> dict[str, dict[int, bool]]:
-    """For each kernels-*-inl.h by name: its lines that have code, and whether a test executed them."""
+    """For each kernels/*-inl.h by name: its lines that have code, and whether a test executed them."""
     lines: dict[str, dict[int, bool]] = defaultdict(dict)
     notes = sorted(build.rglob("isa_*.gcno"))  # an object that no test entered has notes, and no counts
     for note in notes:
         gcov = subprocess.run(["gcov", "--json-format", "--stdout", note], capture_output=True, text=True, check=True)
         for file in json.loads(gcov.stdout)["files"]:
-            if re.search(r"cpp/cpu/([\w-]+-inl|vec-\w+)\.h$", file["file"]):
+            if re.search(r"cpp/cpu/(kernels/[\w-]+-inl|isa/vec-\w+)\.h$", file["file"]):
                 of_file = lines[Path(file["file"]).name]
                 for line in file["lines"]:
                     number = line["line_number"]

@@ -31,7 +31,7 @@ def git(folder: Path, *words: str) -> str:
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A repository with a kernel of the products and a bench in it, in place of this one."""
-    for name in ("cpp/cpu/gemm.cc", "bench/bench_quality.py"):
+    for name in ("cpp/cpu/kernels/gemm.cc", "bench/bench_quality.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     git(tmp_path, "init", "-q")
@@ -62,7 +62,7 @@ def test_a_figure_is_marked_when_code_of_its_paths_has_changed(clone: Path) -> N
     result = born(clone)
     assert births.changed_since(result["birth"]["commit"], births.PATHS["linear"]) == ()
     assert not births.is_old("linear", result)
-    (clone / "cpp/cpu/gemm.cc").write_text("2\n")
+    (clone / "cpp/cpu/kernels/gemm.cc").write_text("2\n")
     git(clone, "commit", "-qam", "change a product")
     births.changed_since.cache_clear()
     assert births.is_old("linear", result) and not births.is_old("optim", result)

@@ -1,5 +1,5 @@
 // What an optimizer's step is given, and the numbers that are the same for all elements of a tensor. The arithmetic of
-// an element stands with the kernels, which give the same bits: cpu/kernels-optim-inl.h, cuda/adamw_step.cuh and
+// an element stands with the kernels, which give the same bits: cpu/kernels/optim-inl.h, cuda/adamw_step.cuh and
 // cuda/lion_step.cuh.
 //
 // Compiled without contraction, as core/arithmetic.h.

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/tensor_list.h"
 
 namespace qlora_native::cpu {

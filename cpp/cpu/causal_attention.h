@@ -6,7 +6,7 @@
 // units of a few heads at a time. The bits are the same.
 #pragma once
 
-#include "cpu/kernels-attention.h"
+#include "cpu/kernels/attention.h"
 
 namespace qlora_native::cpu {
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {

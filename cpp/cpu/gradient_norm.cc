@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/tensor_list.h"
 
 namespace qlora_native::cpu {

@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/tiles.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
 
 namespace qlora_native::cpu {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpu/gemm.h"
+#include "cpu/kernels/gemm.h"
 
 namespace qlora_native::cpu {
 

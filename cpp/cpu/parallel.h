@@ -14,7 +14,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
-#include "cpu/fpcr.h"
+#include "cpu/isa/fpcr.h"
 #endif
 
 namespace qlora_native::cpu {

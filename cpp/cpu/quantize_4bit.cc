@@ -7,7 +7,7 @@
 
 #include "core/arithmetic.h"
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {

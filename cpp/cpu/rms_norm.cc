@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {

@@ -1,7 +1,7 @@
 #include "cpu/search_scales_4bit.h"
 
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/half.h"
-#include "cpu/kernels-calibration.h"
+#include "cpu/kernels/calibration.h"
 
 namespace qlora_native::cpu {
 

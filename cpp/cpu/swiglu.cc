@@ -1,6 +1,6 @@
 #include "cpu/swiglu.h"
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {

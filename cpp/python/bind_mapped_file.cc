@@ -8,8 +8,8 @@
 #include <memory>
 #include <tuple>
 
-#include "cpu/mapped_file.h"
-#include "cpu/weight_stream.h"
+#include "cpu/files/mapped_file.h"
+#include "cpu/files/weight_stream.h"
 
 namespace py = pybind11;
 
@@ -66,7 +66,7 @@ void bind_mapped_file(py::module_& module) {
   py::register_local_exception<cpu::MappedFileError>(module, "MappedFileError", PyExc_OSError);
 
   py::class_<cpu::MappedFile, File>(module, "MappedFile", py::buffer_protocol(),
-                                    "A file in memory, copied on writing; cpu/mapped_file.h.")
+                                    "A file in memory, copied on writing; cpu/files/mapped_file.h.")
       .def(py::init(
                [](const std::string& path) { return std::make_shared<cpu::MappedFile>(checked_path(path, "path")); }),
            py::arg("path"))
@@ -93,7 +93,8 @@ void bind_mapped_file(py::module_& module) {
           py::arg("begin"), py::arg("end"));
 
   py::class_<cpu::WeightStream, std::shared_ptr<cpu::WeightStream>>(
-      module, "WeightStream", "Reads and gives up parts of mapped files beside the computing; cpu/weight_stream.h.")
+      module, "WeightStream",
+      "Reads and gives up parts of mapped files beside the computing; cpu/files/weight_stream.h.")
       .def(py::init(&weight_stream), py::arg("units"), py::arg("resident"), py::arg("rows"))
       .def("want", &want, py::arg("units"), py::arg("now"), py::arg("begins_pass"))
       .def("settle", method(&cpu::WeightStream::settle), unlocked)

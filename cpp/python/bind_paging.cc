@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "cpu/file_store.h"
-#include "cpu/paging.h"
+#include "cpu/files/file_store.h"
+#include "cpu/files/paging.h"
 #include "python/bindings.h"
 
 namespace py = pybind11;

@@ -1,7 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "core/nested_code.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "cpu/parallel.h"
 #include "python/bindings.h"
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/paging.h"
+#include "cpu/files/paging.h"
 #include "python/bindings.h"
 
 namespace qlora_native::python {

@@ -8,7 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
-#include "cpu/fpcr.h"
+#include "cpu/isa/fpcr.h"
 #endif
 
 // Sets flush-to-zero and denormals-are-zero for its lifetime, as torch.set_flush_denormal(True) does.

@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "check.h"
-#include "cpu/gemm.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
+#include "cpu/kernels/gemm.h"
 #include "oracle.h"
 
 using namespace qlora_native;

@@ -1,4 +1,5 @@
-// cpu/file_store.h and cpu/paging.h: the bytes stay whatever moves, memory is given up, and nothing is left behind.
+// cpu/files/file_store.h and cpu/files/paging.h: the bytes stay whatever moves, memory is given up, and nothing is left
+// behind.
 #include <dirent.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -17,10 +18,10 @@
 #include "caller_state.h"
 #include "check.h"
 #include "cpu/adamw_step.h"
-#include "cpu/file_store.h"
+#include "cpu/files/file_store.h"
+#include "cpu/files/paging.h"
+#include "cpu/files/side_thread.h"
 #include "cpu/lion_step.h"
-#include "cpu/paging.h"
-#include "cpu/side_thread.h"
 #include "oracle.h"
 
 using namespace qlora_native;

@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "core/layout.h"
-#include "cpu/gemm.h"
+#include "cpu/kernels/gemm.h"
 #include "cpu/linear_4bit.h"
 #include "oracle.h"
 #include "silicon.h"

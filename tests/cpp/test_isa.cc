@@ -6,7 +6,7 @@
 #include <string>
 
 #include "check.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "isa_of_run.h"
 
 using namespace qlora_native::cpu;

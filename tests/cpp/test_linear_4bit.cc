@@ -3,7 +3,7 @@
 #include "caller_state.h"
 #include "check.h"
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/linear_4bit.h"
 #include "oracle.h"
 #include "silicon.h"

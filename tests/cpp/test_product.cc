@@ -5,7 +5,7 @@
 
 #include "check.h"
 #include "core/layout.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "oracle.h"
 #include "silicon.h"
 

@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "core/arithmetic.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "oracle.h"
 
 using namespace qlora_native;

@@ -5,7 +5,7 @@
 
 #include "check.h"
 #include "core/state_code.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "oracle.h"
 
 using namespace qlora_native;

@@ -7,8 +7,8 @@
 #endif
 
 #include "check.h"
+#include "cpu/kernels/tiles.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
 #include "oracle.h"
 
 using namespace qlora_native;

@@ -1,4 +1,5 @@
-// cpu/mapped_file.h and cpu/weight_stream.h: what is read and given up, and that the bytes are the file's meanwhile.
+// cpu/files/mapped_file.h and cpu/files/weight_stream.h: what is read and given up, and that the bytes are the file's
+// meanwhile.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -10,8 +11,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/file_store.h"
-#include "cpu/weight_stream.h"
+#include "cpu/files/file_store.h"
+#include "cpu/files/weight_stream.h"
 
 using namespace qlora_native;
 using cpu::MappedFile;

@@ -1,0 +1,9 @@
+#define QLORA_NATIVE_ISA_NAMESPACE neon_impl
+#define QLORA_NATIVE_NEON  // arm64 compilers have it at hand for the scalar kernels too
+#include "cpu/kernels/all-inl.h"
+
+namespace qlora_native::cpu {
+
+const Kernels& neon_kernels() { return neon_impl::kTable; }
+
+}  // namespace qlora_native::cpu

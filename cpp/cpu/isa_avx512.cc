@@ -1,8 +1,0 @@
-#define QLORA_NATIVE_ISA_NAMESPACE avx512_impl
-#include "cpu/kernels-inl.h"
-
-namespace qlora_native::cpu {
-
-const Kernels& avx512_kernels() { return avx512_impl::kTable; }
-
-}  // namespace qlora_native::cpu
