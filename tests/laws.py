@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from tokens import sizes
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (".py", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh")
 TEXT = (*CODE, ".pyi", ".md", ".toml", ".ini", ".cmake", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".ipynb")
@@ -109,7 +111,9 @@ def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
 
 def inline_assembly_only_in_wp(files: Tree) -> list[str]:
     pattern = r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\("
-    return lines_with(files, pattern, lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."), "assembly outside wp.cuh")
+    return lines_with(
+        files, pattern, lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."), "assembly outside wp.cuh"
+    )
 
 
 def openmp_only_in_parallel(files: Tree) -> list[str]:
@@ -348,6 +352,23 @@ def one_stem_per_op(files: Tree) -> list[str]:
         if benched and benched[1].endswith("_4bit") and benched[1] not in stems:
             breaches.append(f"{path}: no op of this name in SCHEMAS")
     return breaches
+
+
+MOST_TOKENS, MOST_TOKENS_A_LINE = 213_100, 10.2  # of the package: raised only by the change that needs it, with why
+
+
+def package_keeps_its_budget(files: Tree) -> list[str]:
+    """What has to be parsed (tests/tokens.py), however it is wrapped, and how dense it is."""
+    found = sizes((unit_of(path), text) for path, text in package_files(files))
+    tokens, lines = (sum(each) for each in zip(*found.values(), strict=True)) if found else (0, 0)
+    by_unit = ", ".join(f"{unit} {count:,}" for unit, (count, _) in found.items())
+    return [
+        *([f"{tokens:,} tokens, at most {MOST_TOKENS:,}: {by_unit}"] * (tokens > MOST_TOKENS)),
+        *(
+            [f"{tokens / lines:.2f} tokens a line, at most {MOST_TOKENS_A_LINE}"]
+            * (tokens > MOST_TOKENS_A_LINE * lines)
+        ),
+    ]
 
 
 def no_file_over_500_lines(files: Tree) -> list[str]:
