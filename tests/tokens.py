@@ -1,7 +1,7 @@
 """How much code the Python package is: `python tests/tokens.py` prints it by unit.
 
-Counted are the tokens of `tokenize`, without comments and docstrings, and the lines that hold them: what a reader has to
-parse, however it is wrapped. A string is one token, an f-string too (Python 3.12 made it several).
+Counted are the tokens of `tokenize`, without comments and docstrings, and the lines that hold them: what a reader has
+to parse, however it is wrapped. A string is one token, an f-string too (Python 3.12 made it several).
 """
 
 from __future__ import annotations
