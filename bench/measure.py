@@ -58,7 +58,7 @@ JOBS = (
     Job("paged_learn", "bench_paged.py --learn 30 --page-dir STATE", 4, (), 4, each_class=False),
     Job("packing", "bench_packing.py", 4),
     Job("switch", "bench_switch.py", 6, BNB),
-    Job("busy", "bench_busy.py", 6, each_class=False),
+    Job("busy", "bench_busy.py", 30, each_class=False),
     Job("preference", "bench_preference.py", 8, ("trl",), each_class=False),
     Job("estimate", "bench_estimate.py", 12, each_class=False),
     Job("residency", "bench_residency.py STATE/8B --limits 4 2.5", 60, (), 14, 10, False, cgroups=True),

@@ -402,8 +402,8 @@ def summary(folder: Path) -> list[str]:
         *tables,
         f"Commits: {', '.join(born)}.",
         *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
-        f"[All figures](docs/performance.md), and [{missed} of {len(every_goal)} goals that are "
-        "missed](docs/performance.md#missed-goals).",
+        f"[All figures](docs/performance.md); of {len(every_goal)} goals "
+        f"[{missed} are missed](docs/performance.md#missed-goals).",
         *little_memory(folder),
     ]
 

@@ -350,6 +350,16 @@ def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["peak"]["activations"] > 1 << 44
 
 
+def test_a_peak_while_finding_the_codes_that_ship_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The formulas need square matrices of the widest layer: more than a step of few tokens."""
+    words = ["estimate", str(folder / "llama-8b"), "--cpu", "--lora.ship", "nf4", "--batch-size", "1", "--seq-length"]
+    assert main([*words, "64", "--json"]) == 0
+    moments = json.loads(capsys.readouterr().out)["moments"]
+    assert max(moments, key=lambda name: moments[name]["total"]) == "shipping"
+    assert main([*words, "64"]) == 0
+    assert "codes that ship" in capsys.readouterr().out
+
+
 def test_no_row_is_longer_than_the_model_has_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", str(folder / "model"), "--json", "--gpu", "24GB"]) == 0
     fits = json.loads(capsys.readouterr().out)["fits"]
