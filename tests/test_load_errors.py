@@ -99,8 +99,16 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("broken index", lambda f: (shard(f), write("[]", INDEX)(f)), r"index\.json cannot be read: .*not a list"),
     ("index of another model", lambda f: shard(f, a="part-0.safetensors"), r"part-0\.safetensors lacks tensor a"),
     ("empty file", lambda f: truncate(f, 0), r"it holds 0 bytes: expected 8 or more"),
-    ("truncated header", lambda f: truncate(f, 100), r"model\.safetensors cannot be read: it holds 100 bytes: expected [\d,]+ or more;"),
-    ("truncated data", lambda f: truncate(f, -10), r"model\.safetensors cannot be read: it holds [\d,]+ bytes: expected [\d,]+;"),
+    (
+        "truncated header",
+        lambda f: truncate(f, 100),
+        r"model\.safetensors cannot be read: it holds 100 bytes: expected [\d,]+ or more;",
+    ),
+    (
+        "truncated data",
+        lambda f: truncate(f, -10),
+        r"model\.safetensors cannot be read: it holds [\d,]+ bytes: expected [\d,]+;",
+    ),
     ("not JSON", write(struct.pack("<Q", 4) + b"abcd"), r"model\.safetensors cannot be read: Expecting value"),
     ("wild length", write(b"\xff" * 64), "first 8 bytes.* are no header length"),
     ("a web page", write("<!DOCTYPE html>" * 9), "first 8 bytes.* are no header length"),

@@ -193,16 +193,14 @@ def decode(tensor: GgufTensor, rows: Tensor) -> Tensor:
     if tensor.kind in DENSE:
         return rows.clone().view(DENSE[tensor.kind])  # torch.save refuses views of one storage in several dtypes
     if tensor.kind in KEPT:
-        return weight_of(tensor.kind, rows, (len(rows), tensor.shape[-1]), torch.float32).dequantize()
+        about: dict[str, Any] = {"shape": (len(rows), tensor.shape[-1]), "dtype": torch.float32}
+        return QuantizedWeight.of_blocks(rows.reshape(-1), quant_type=tensor.kind, **about).dequantize()
     try:
         return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), Kind[tensor.kind.upper()])))
     except NotImplementedError:
-        raise UserError(f"{tensor.name} is in {tensor.kind}: expected a format that the package gguf decodes.") from None
-
-
-def weight_of(kind: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
-    """A weight of that shape over rows of bytes."""
-    return QuantizedWeight.of_blocks(rows.reshape(-1), shape=shape, dtype=dtype, quant_type=kind)
+        raise UserError(
+            f"{tensor.name} is in {tensor.kind}: expected a format that the package gguf decodes."
+        ) from None
 
 
 def _packed(text: str) -> bytes:

@@ -38,7 +38,6 @@ from qlora_native.weights.gguf import (
     more_of_config,
     reordered_heads,
     rope_of,
-    weight_of,
 )
 from qlora_native.weights.match import Entry, Match, check_match
 from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
@@ -123,7 +122,8 @@ class GgufSource(Source):
         """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""
         tensor = self._places[stored.name]
         rows = self._rows(stored.name)
-        return weight_of(tensor.kind, rows if is_mapped else rows.clone(), tensor.shape, dtype)
+        packed = (rows if is_mapped else rows.clone()).reshape(-1)
+        return QuantizedWeight.of_blocks(packed, shape=tensor.shape, dtype=dtype, quant_type=tensor.kind)
 
     def _rows(self, name: str) -> Tensor:
         """The bytes of a tensor, a row of it each, in the model's order."""

@@ -105,7 +105,9 @@ class Entry:
             raise
         except Exception as error:
             reason = first_sentence(error)
-            raise UserError(f"{self.file}: {self.parts[0].name} cannot be converted to {self.name}: {reason}") from error
+            raise UserError(
+                f"{self.file}: {self.parts[0].name} cannot be converted to {self.name}: {reason}"
+            ) from error
         for name in list(results):
             result = results.pop(name)
             yield name, result[0] if isinstance(result, list) else result
