@@ -36,10 +36,13 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
         raise UserError(
             f"{path} holds an adapter and no model: load its base model, then load_adapter(model, {str(path)!r})."
         )
-    wrong = "has no config.json" if path.is_dir() else "is a file" if path.exists() else "is not there"
+    if path.is_dir():
+        raise UserError(
+            f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it."
+        )
     raise UserError(
-        f"{path} {wrong}: expected a model folder or a .gguf file; `hf download NAME --local-dir FOLDER` fetches a "
-        "model of the Hugging Face hub."
+        f"{path} is {'a file' if path.exists() else 'not there'}: expected a model folder or a .gguf file; a model of "
+        "the Hugging Face hub is fetched with `hf download NAME --local-dir FOLDER`."
     )
 
 
