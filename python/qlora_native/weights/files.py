@@ -58,8 +58,9 @@ class StoredTensor:
 
     def read(self, scratch: Scratch | None = None) -> Tensor:
         """The tensor, in memory of its own, or in ``scratch`` (then valid until the next reading through it)."""
-        empty = torch.empty if scratch is None else scratch.tensor
-        return self._fill(empty(self.shape, dtype=self.dtype), 0)
+        if scratch is not None:
+            return self._fill(scratch.tensor(self.shape, self.dtype), 0)
+        return self._fill(torch.empty(self.shape, dtype=self.dtype), 0)
 
     def read_part(self, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""

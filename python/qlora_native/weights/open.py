@@ -40,9 +40,11 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
         raise UserError(
             f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it."
         )
+    if path.exists():
+        raise UserError(f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it.")
     raise UserError(
-        f"{path} is {'a file' if path.exists() else 'not there'}: expected a model folder or a .gguf file; a model of "
-        "the Hugging Face hub is fetched with `hf download NAME --local-dir FOLDER`."
+        f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
+        "fetched with `hf download NAME --local-dir FOLDER`."
     )
 
 
