@@ -30,7 +30,7 @@ from qlora_native.tool.cli.standard_library import write_split
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.weight import quant_type_number
-from qlora_native.weights.gguf import DENSE_NAMES
+from qlora_native.weights.gguf import DENSE
 from qlora_native.weights.open import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -86,7 +86,7 @@ def test_the_file_with_other_codes(files: Path, tmp_path: Path, capsys: pytest.C
     assert len(whole[0]) == len(whole[1]) and outside[0] == outside[1] and len(changes) == 14
     for name, change in changes.items():
         kind, moved = after[name].tensor_type.name.lower(), values(after[name]) - values(before[name])
-        if kind in DENSE_NAMES:
+        if kind in DENSE:
             assert torch.allclose(values(after[name]), values(before[name]) + change, rtol=2**-8, atol=1e-6), name
             continue
         number = quant_type_number(kind)

@@ -27,7 +27,7 @@ from qlora_native.tool.evaluate import check
 from qlora_native.tool.evaluate.measure import measure
 from qlora_native.tool.evaluate.texts import load_text
 from qlora_native.weights import stream
-from qlora_native.weights.files import Checkpoint
+from qlora_native.weights.files import StoredTensor
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +178,17 @@ def test_nf4_is_the_merged_weight_quantized(files: Path, base: str, capsys: Any,
 def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parts of 512 elements: no reading is longer, none is of a whole weight, and the bytes are the same."""
     sizes: list[int] = []
-    read_part = Checkpoint.read_part
+    read_part = StoredTensor.read_part
 
-    def recorded(self: Checkpoint, stored: Any, begin: int, end: int) -> torch.Tensor:
+    def recorded(stored: StoredTensor, begin: int, end: int) -> torch.Tensor:
         sizes.append(end - begin)
-        return read_part(self, stored, begin, end)
+        return read_part(stored, begin, end)
 
-    def refused(self: Checkpoint, stored: Any, *scratch: Any) -> torch.Tensor:
+    def refused(stored: StoredTensor, *scratch: Any) -> torch.Tensor:
         raise AssertionError(f"{stored.name} is read whole")
 
-    monkeypatch.setattr(Checkpoint, "read_part", recorded)
-    monkeypatch.setattr(Checkpoint, "read", refused)
+    monkeypatch.setattr(StoredTensor, "read_part", recorded)
+    monkeypatch.setattr(StoredTensor, "read", refused)
     monkeypatch.setattr(stream, "PART", 512)
     work = Merging(files / "model", files / "adapter")
     work.write(tmp_path, 4 * 10**9)

@@ -14,7 +14,7 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weights import stream as module
-from qlora_native.weights.files import Checkpoint
+from qlora_native.weights.files import StoredTensor
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import ModelShapes
 from qlora_native.weights.stream import Item, Transform, adding, decoding, recoding, rounding, stream
@@ -53,8 +53,8 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     def refused(*_: Any) -> Tensor:
         raise AssertionError("read too early")
 
-    monkeypatch.setattr(Checkpoint, "read", refused)
-    monkeypatch.setattr(Checkpoint, "read_part", refused)
+    monkeypatch.setattr(StoredTensor, "read", refused)
+    monkeypatch.setattr(StoredTensor, "read_part", refused)
     items = items_of(folder, to_four_bit, lambda meta: decoding(lambda name: True))
     with pytest.raises(AssertionError, match="too early"):
         next(items["model.layers.1.mlp.up_proj.weight"].rows())

@@ -10,9 +10,8 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 # Module that holds the registry -> module of ours that enters our classes there when it is imported.
 REGISTRIES = {
@@ -23,33 +22,19 @@ REGISTRIES = {
 
 
 class _Finder:
-    """Finds the modules of REGISTRIES as the other finders do, and has ours imported when they are ready."""
+    """Finds the modules of REGISTRIES where they lie, and has ours imported when they are ready."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in REGISTRIES:
-            return None
-        for finder in sys.meta_path:
-            find = None if isinstance(finder, _Finder) else getattr(finder, "find_spec", None)
-            spec = None if find is None else find(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)
-                return spec
-        return None
+        spec = PathFinder.find_spec(name, path, target) if name in REGISTRIES else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(name)
 
-class _Loader:
-    """A module's own loader, and then the import of ours."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register(module.__name__)
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _register(name: str) -> None:

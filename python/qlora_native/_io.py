@@ -66,24 +66,23 @@ def reading(path: Path, advice: str = "copy the file again") -> Iterator[None]:
 @contextmanager
 def panics_caught() -> Iterator[None]:
     """Raise a panic of Rust code, which prints a trace by itself, as a RuntimeError, without the trace."""
-    panicked = False
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield
         except BaseException as error:
-            panicked = type(error).__name__ == "PanicException"  # no Exception, and of a module that cannot be imported
-            if panicked:
-                raise RuntimeError(str(error)) from None
-            raise
+            if type(error).__name__ != "PanicException":  # no Exception, and of a module that cannot be imported
+                raise
+            file.truncate(file.seek(0))
+            raise RuntimeError(str(error)) from None
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
             file.seek(0)
-            sys.stderr.write("" if panicked else file.read().decode(errors="replace"))
+            sys.stderr.write(file.read())
 
 
 def regular(path: Path, most: int | None = None) -> Path:

@@ -40,28 +40,32 @@ def _share_threads_with_torch() -> None:
 _share_threads_with_torch()
 
 
+def _table(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 @cache
 def levels(quant_type: int) -> torch.Tensor:
     """The 16 levels of nf4, fp4 or iq4_nl, fp32 [16] on CPU."""
-    return torch.tensor(_C.levels(quant_type), dtype=torch.float32, device="cpu")
+    return _table(_C.levels(quant_type))
 
 
 @cache
 def boundaries(quant_type: int) -> torch.Tensor:
     """Decision boundaries, fp32 [15] for nf4, fp32 [7] magnitudes for fp4, on CPU."""
-    return torch.tensor(_C.boundaries(quant_type), dtype=torch.float32, device="cpu")
+    return _table(_C.boundaries(quant_type))
 
 
 @cache
 def nested_code() -> torch.Tensor:
     """The 256 values that double-quantized scales are stored in, fp32 [256] on CPU."""
-    return torch.tensor(_C.nested_code(), dtype=torch.float32, device="cpu")
+    return _table(_C.nested_code())
 
 
 @cache
 def state_code(signed: bool) -> tuple[torch.Tensor, ...]:
     """Tables of an 8-bit state's code, fp32 on CPU: a [8], b [8], alpha [32], beta [32], (lowest, top) [2]."""
-    return tuple(torch.tensor(table, dtype=torch.float32, device="cpu") for table in _C.state_code(signed))
+    return tuple(map(_table, _C.state_code(signed)))
 
 
 def build_info() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,11 +61,12 @@ def quantize_blocks(t: Tensor, quant_type: int, block_size: int) -> tuple[Tensor
     return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
 
 
-def non_finite_message(index: int, t: Tensor) -> str:
-    """The one wording of the error about NaN and infinity in a weight."""
-    where = [int(i) for i in torch.unravel_index(torch.tensor(index, device="cpu"), t.shape)]
+def non_finite_message(index: int, t: Tensor, begin: int = 0, shape: Sequence[int] = ()) -> str:
+    """The one wording of the error about NaN and infinity in a weight, or in ``t``, its elements from ``begin`` on."""
+    shape = [*(shape or t.shape)]
+    where = [int(i) for i in torch.unravel_index(torch.tensor(begin + index, device="cpu"), shape)]
     value = float(t.detach().reshape(-1)[index])
-    return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantized."
+    return f"quantize: element {where} of the {shape} tensor is {value}: only finite weights can be quantized."
 
 
 def _fixed_order_mean(values: Tensor) -> Tensor:

@@ -384,11 +384,7 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quant
         return from_bnb(tensors, prefix)
     packed = tensors.get(prefix)
     try:
-        state = unpack_json(tensors[key])
-        for name in ("dtype", "shape"):
-            is_valid, expected = _STATE[name]
-            if not is_valid(state.get(name)):
-                raise ValueError(f"{name} is {state.get(name)!r}: expected {expected}")
+        state = _state_in(tensors[key], ("dtype", "shape"))
         if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
             raise ValueError(f"'{prefix}' is missing or holds no bytes")
         about: Any = {"shape": state["shape"], "dtype": getattr(torch, state["dtype"])}
@@ -413,6 +409,17 @@ _STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _state_in(stored: Tensor, names: Iterable[str]) -> dict[str, Any]:
+    """The values of a quant state, of which those of these names are checked, nested ones where there are such."""
+    state = unpack_json(stored)
+    for name in names:
+        is_valid, expected = _STATE[name]
+        is_there = "nested_blocksize" in state or not name.startswith("nested_")
+        if is_there and not is_valid(state.get(name)):
+            raise ValueError(f"{name} is {state.get(name)!r}: expected {expected}")
+    return state
+
+
 def _named(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
@@ -429,16 +436,12 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
     if key is None:
         raise ValueError(f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys.")
     try:
-        state = unpack_json(tensors[key])
+        state = _state_in(tensors[key], _STATE)
     except ValueError as error:
-        raise ValueError(f"from_bnb: '{key}' holds no valid quant state ({error}).") from None
+        raise ValueError(f"from_bnb: '{key}' holds no valid quant state: {error}.") from None
     quant_type = key.rpartition("__")[2]
     if state.get("quant_type") != quant_type:
         raise ValueError(f"from_bnb: '{key}' holds a quant state of {state.get('quant_type')!r}.")
-    for name, (is_valid, expected) in _STATE.items():
-        is_there = "nested_blocksize" in state or not name.startswith("nested_")
-        if is_there and not is_valid(found := state.get(name)):
-            raise ValueError(f"from_bnb: '{key}' holds no valid quant state: {name} is {found!r}: expected {expected}.")
     number = quant_type_number(quant_type)
     nested = "nested_blocksize" in state
     block_size = state["blocksize"]

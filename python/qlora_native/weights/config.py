@@ -15,28 +15,26 @@ from qlora_native.weights.files import first_sentence
 
 METHOD = "qlora_native"  # quant_method in config.json
 METADATA = "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
-# What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
-_COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
-MOST_LAYERS = 2048
-_DROPOUT = re.compile("dropout|pdrop|layerdrop")
-_WIDTH = re.compile("hidden_size|n_embd|d_model")
-_HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_MOST_LAYERS = 2048  # transformers makes a module of each
+# The least and the most of the numbers of these names: with others a model takes all memory, or cannot be.
+_BOUNDS = (
+    (re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count"), 0, _MOST_LAYERS),
+    (re.compile("hidden_size|n_embd|d_model"), 1, 1 << 31),
+    (re.compile(".*(dropout|pdrop|layerdrop).*"), 0, 0.999),
+)
+_HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")  # which would be code
 
 
 def check_config(path: Path, values: dict[str, Any]) -> None:
-    """UserError for numbers of layers that no model has, which would take all memory, for a width of none, for shares
-    to drop that are none, and for code of the hub."""
+    """UserError for a number out of bounds, and for code of the hub."""
     for key, value in values.items():
         if isinstance(value, dict):
             check_config(path, value)
-        elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
-            raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
-        elif isinstance(value, int) and _WIDTH.fullmatch(key) and value < 1:
-            raise UserError(f"{path}: {key} is {value:,}: expected 1 or more.")
-        elif type(value) in (int, float) and _DROPOUT.search(key) and not 0 <= value < 1:
-            raise UserError(f"{path}: {key} is {value}: expected 0 or more and less than 1.")
         elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
             raise UserError(f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'.")
+        for pattern, least, most in _BOUNDS if type(value) in (int, float) else ():
+            if pattern.fullmatch(key) and not least <= value <= most:
+                raise UserError(f"{path}: {key} is {value:,}: expected {least} to {most:,}.")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

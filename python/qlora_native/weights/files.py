@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
-from qlora_native._io import read_json, reading, reason, regular, unique_keys
+from qlora_native._io import read_json, reading, regular, unique_keys
 from qlora_native.errors import UserError
 from qlora_native.reference import is_finite
 
@@ -55,6 +56,24 @@ class StoredTensor:
     num_bytes: int
     scales: StoredTensor | None = None  # of a weight in 8-bit floats
 
+    def read(self, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, in memory of its own, or in ``scratch`` (then valid until the next reading through it)."""
+        if scratch is not None:
+            return self._fill(scratch.tensor(self.shape, self.dtype), 0)
+        return self._fill(torch.empty(self.shape, dtype=self.dtype), 0)
+
+    def read_part(self, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""
+        return self._fill(torch.empty(end - begin, dtype=self.dtype), begin)
+
+    def _fill(self, tensor: Tensor, begin: int) -> Tensor:
+        raw = tensor.view(-1).view(torch.uint8).numpy().data
+        with reading(self.file), self.file.open("rb") as file:
+            file.seek(self.start + begin * self.dtype.itemsize)
+            if file.readinto(raw) < raw.nbytes:
+                raise ValueError(f"it ends at byte {file.tell():,}, within tensor {self.name}")
+        return tensor
+
 
 class Scratch:
     """Private memory that one reading after another goes through.
@@ -69,7 +88,7 @@ class Scratch:
         self._memory = mmap.mmap(-1, max(num_bytes, 1), **private)
         self._start = 0
 
-    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor over the start of the memory, valid until the next one is asked for."""
         return view_of(self._memory, dtype, self._start, shape)
 
@@ -111,32 +130,24 @@ class FileMap:
     function to ``read``.
     """
 
-    def __init__(self, read: Callable[[StoredTensor, Scratch | None], Tensor]) -> None:
+    def __init__(self, read: Callable[..., Tensor]) -> None:
         self._read = read
-        self._files: dict[Path, Any] = {}
+        self._map = cache(map_file)
         self.copied: dict[str, str] = {}
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
-        """A view, which keeps its file mapped, or what is read."""
-        mapped = self._view(stored, scratch)
-        return self._read(stored, scratch) if mapped is None else mapped
-
-    def _view(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
-        """None for a tensor that is small, misaligned, or to be converted."""
+        """A view, which keeps its file mapped, or what is read of a tensor that is small, misaligned, or to be
+        converted."""
         if stored.num_bytes < LEAST_MAPPED:
-            return None
+            return self._read(stored, scratch)
         if scratch is not None or stored.scales is not None:
             self.copied[stored.name] = f"it is stored as {stored.dtype}"
-            return None
-        if stored.start % stored.dtype.itemsize:
+        elif stored.start % stored.dtype.itemsize:
             self.copied[stored.name] = f"it begins at byte {stored.start:,}"
-            return None
-        if stored.file not in self._files:
-            self._files[stored.file] = map_file(stored.file)
-        file, end = self._files[stored.file], stored.start + stored.num_bytes
-        if len(memoryview(file)) < end:
-            raise _truncated(stored.file, end)
-        return view_of(file, stored.dtype, stored.start, stored.shape)
+        else:
+            with reading(stored.file):
+                return view_of(self._map(stored.file), stored.dtype, stored.start, stored.shape)
+        return self._read(stored, scratch)
 
 
 class MappedPart(NamedTuple):
@@ -159,63 +170,28 @@ def mapped_part(tensor: Tensor) -> MappedPart | None:
     return None
 
 
-class Checkpoint:
-    """The safetensors files of a model folder; headers are read on opening, tensors when asked for.
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder's safetensors files by name, from the headers.
 
     Raises :class:`UserError` when a file is missing, truncated, not safetensors, or lacks a tensor that the index
     promises.
     """
-
-    def __init__(self, folder: Path) -> None:
-        weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
-        if weights.is_file():
-            self.tensors = read_header(weights)
-        elif index.is_file():
-            self.tensors = _read_index(index)
-        elif pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth")):
-            raise UserError(
-                f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened; "
-                f"expected {WEIGHTS_NAME}; load it once in transformers and call save_pretrained on another folder."
-            )
-        else:
-            raise UserError(
-                f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; download or copy the whole model "
-                "again."
-            )
-
-    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
-        """The tensor, in memory of its own, or in ``scratch`` (then valid until the next reading through it)."""
-        dtype, shape = stored.dtype, stored.shape
-        tensor = scratch.tensor(dtype, shape) if scratch is not None else torch.empty(shape, dtype=dtype)
-        return self._fill(tensor, stored, stored.start)
-
-    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
-        """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""
-        part = torch.empty(end - begin, dtype=stored.dtype)
-        return self._fill(part, stored, stored.start + begin * stored.dtype.itemsize)
-
-    def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> Tensor:
-        if tensor.numel() == 0:
-            return tensor
-        target = tensor.view(-1).view(torch.uint8).numpy().data
-        done = 0
-        with reading(stored.file), stored.file.open("rb", buffering=0) as file:
-            file.seek(start)
-            while done < target.nbytes:  # one call moves at most 2 GiB on Linux
-                got = file.readinto(target[done:])
-                if not got:
-                    raise _truncated(stored.file, stored.start + stored.num_bytes)
-                done += got
-        return tensor
+    if (folder / WEIGHTS_NAME).is_file():
+        return read_header(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return _read_index(folder / INDEX_NAME)
+    if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth")):
+        raise UserError(
+            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened; "
+            f"expected {WEIGHTS_NAME}; load it once in transformers and call save_pretrained on another folder."
+        )
+    raise UserError(f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; copy the whole model again.")
 
 
 def check_finite(tensor: Tensor, name: str, where: str) -> None:
     """UserError for a NaN or an infinity."""
     if not is_finite(tensor):
-        raise UserError(
-            f"{where}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the model "
-            "again."
-        )
+        raise UserError(f"{where}: tensor {name} holds a NaN or an infinity; copy or train the model again.")
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -224,53 +200,40 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         size = regular(path).stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            if len(prefix) < 8:
-                raise _truncated(path, 8)
-            length = struct.unpack("<Q", prefix)[0]
             if prefix == b"version ":
                 raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.")
+            length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES:
-                raise _corrupted(path, f"its first 8 bytes, {prefix!r}, are no header length")
-            if 8 + length > size:
-                raise _truncated(path, 8 + length)
-            raw = file.read(length)
-    try:
-        entries: dict[str, object] = json.loads(raw, object_pairs_hook=unique_keys)
+                raise ValueError(f"its first 8 bytes, {prefix!r}, are no header length")
+            end = 8 + length
+            if end > size:
+                raise ValueError(f"it holds {size:,} bytes: expected {end:,} or more")
+            entries = json.loads(file.read(length), object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise _corrupted(path, f"its header is not JSON ({reason(error)})") from error
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
-        if tensor.start != end:
-            raise _corrupted(path, f"{tensor.name} begins at byte {tensor.start:,}, the one before it ends at {end:,}")
-        end += tensor.num_bytes
-    if end > size:
-        raise _truncated(path, end)
-    if end < size:
-        raise _corrupted(path, f"it has {size:,} bytes, its tensors end at {end:,}")
-    return tensors
+        tensors = {name: _entry(path, name, entry, end) for name, entry in entries.items()}
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
+            if tensor.start != end:
+                raise ValueError(f"{tensor.name} begins at byte {tensor.start:,}, the one before it ends at {end:,}")
+            end += tensor.num_bytes
+        if end != size:
+            raise ValueError(f"it holds {size:,} bytes: expected {end:,}")
+        return tensors
 
 
-def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
-        if len(shape) > MOST_DIMS or not all(
-            type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end)
-        ):
-            raise ValueError(shape)
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        is_sound = all(type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end))
         dtype = DTYPES.get(kind)
-    except (TypeError, KeyError, ValueError) as error:
-        raise _corrupted(path, f"the header entry of {name} is malformed") from error
+    except (TypeError, KeyError, ValueError):
+        is_sound = False
+    if not is_sound or len(shape) > MOST_DIMS:
+        raise ValueError(f"the header entry of {name} is malformed")
     if dtype is None:
-        raise UserError(
-            f"{path}: tensor {name} has dtype {kind}, which is not read here; expected one of {', '.join(DTYPES)}."
-        )
+        raise UserError(f"{path}: tensor {name} has dtype {kind}: expected one of {', '.join(DTYPES)}.")
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
-        raise _corrupted(
-            path, f"{name} is {kind} {list(shape)}, {num_bytes:,} bytes, but the header gives it {end - begin:,}"
-        )
+        raise ValueError(f"{name} is {kind} {[*shape]}, {num_bytes:,} bytes, but the header gives it {end - begin:,}")
     return StoredTensor(name, path, dtype, shape, data_start + begin, num_bytes)
 
 
@@ -305,17 +268,6 @@ def first_sentence(error: BaseException) -> str:
 def some_of(names: list[str], most: int = 3) -> str:
     """The first names in words, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _corrupted(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is not a sound safetensors file: {what}; download or copy it again.")
-
-
-def _truncated(path: Path, expected: int) -> UserError:
-    return UserError(
-        f"{path} is cut short: it should hold at least {expected:,} bytes and holds {path.stat().st_size:,}; download "
-        "or copy it again."
-    )
 
 
 MOST_SHORT_BYTES = 512  # of a tensor without a shape: room is kept in the header for its offsets

@@ -24,11 +24,9 @@ from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import map_file, view_of
 
-DENSE = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}  # formats of plain floats
 ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies of the rotary embedding
-# Formats whose bytes are kept, and those of plain floats.
-KEPT = frozenset(QUANT_TYPES[number] for number in GGUF_BLOCKS)
-DENSE_NAMES = frozenset(kind.name.lower() for kind in DENSE)
+KEPT = frozenset(QUANT_TYPES[number] for number in GGUF_BLOCKS)  # formats whose bytes are kept
 _STRING, _ARRAY = 8, 9  # numbers of metadata types; the others are numbers of a fixed size
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MOST_DIMS = 4
@@ -68,19 +66,19 @@ def reordered_heads(config: Any, architecture: Architecture, module: str) -> int
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
     """The rows [N, ...] of q or k in llama.cpp's order."""
-    return rows.view(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def deinterleaved(rows: Tensor, heads: int) -> Tensor:
     """The rows [N, ...] of q or k in transformers' order."""
-    return rows.view(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 class GgufTensor(NamedTuple):
     """Where one tensor lies: ``num_bytes`` bytes from byte ``start`` of the file."""
 
     name: str
-    kind: Kind
+    kind: str  # its format, such as "q4_k"
     shape: tuple[int, ...]  # [N, K], as torch has it
     start: int
     num_bytes: int
@@ -114,11 +112,19 @@ class GgufFile:
                 key = self._string()
                 self.fields[key] = self._value(*self._take("I"))
                 self._entries[key] = begin, self._at
-            infos = [self._info() for _ in range(count)]
+            tensors = [self._tensor() for _ in range(count)]
             alignment = self.fields.get("general.alignment", 32)
             if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
                 raise ValueError(f"general.alignment is {alignment!r}: expected a multiple of 8")
-            self._place(infos, alignment)
+            data = -(-self._at // alignment) * alignment
+            for tensor in tensors:
+                end = data + tensor.start + tensor.num_bytes
+                if tensor.name in self.tensors or tensor.start % alignment or end > len(self._raw):
+                    raise ValueError(
+                        f"tensor {tensor.name[:80]!r} is there twice, or does not lie in the {len(self._raw):,} bytes "
+                        f"at a multiple of {alignment}"
+                    )
+                self.tensors[tensor.name] = tensor._replace(start=data + tensor.start)
 
     def _take(self, formats: str) -> tuple[Any, ...]:
         found = struct.unpack_from("<" + formats, self._raw, self._at)
@@ -150,26 +156,17 @@ class GgufFile:
             self._skip(count * struct.calcsize("<" + _NUMBERS[kind]))
         return count
 
-    def _info(self) -> tuple[str, tuple[int, ...], Kind, int]:
+    def _tensor(self) -> GgufTensor:
+        """A tensor whose ``start`` is from the begin of the data."""
         name, (dims,) = self._string(), self._take("I")
         if dims > _MOST_DIMS:
             raise ValueError(f"tensor {name[:80]!r} has {dims} dimensions")
         shape = self._take(f"{dims}Q")[::-1]
-        kind, offset = self._take("IQ")
-        return name, shape, Kind(kind), offset
-
-    def _place(self, infos: list[tuple[str, tuple[int, ...], Kind, int]], alignment: int) -> None:
-        data = -(-self._at // alignment) * alignment
-        for name, shape, kind, offset in infos:
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            if name in self.tensors or (shape and shape[-1] % block):
-                raise ValueError(f"tensor {name[:80]!r} is there twice, or its rows are no whole blocks of {kind.name}")
-            tensor = GgufTensor(name, kind, shape, data + offset, math.prod(shape) // block * size)
-            if offset % alignment:
-                raise ValueError(f"tensor {name[:80]!r} begins at byte {offset}, no multiple of {alignment}")
-            if tensor.start + tensor.num_bytes > len(self._raw):
-                raise ValueError(f"it is truncated in tensor {name[:80]!r}")
-            self.tensors[name] = tensor
+        number, start = self._take("IQ")
+        block, size = gguf.GGML_QUANT_SIZES[Kind(number)]
+        if shape and shape[-1] % block:
+            raise ValueError(f"rows of tensor {name[:80]!r} are no whole blocks of {block}")
+        return GgufTensor(name, Kind(number).name.lower(), shape, start, math.prod(shape) // block * size)
 
     def bytes_of(self, tensor: GgufTensor) -> Tensor:
         """uint8 [N, bytes a row], N = 1 for a vector: a view of the mapped file."""
@@ -191,23 +188,19 @@ class GgufFile:
         path.write_bytes(header + bytes(-len(header) % 32 + 32))
 
 
-def decode(kind: Kind, rows: Tensor) -> Tensor:
-    """The values of rows [N, bytes] as [N, K]: fp32, or the very floats of a file that has them."""
-    if kind in DENSE:
-        return rows.clone().view(DENSE[kind])  # torch.save refuses views of one storage in several dtypes
-    if kind.name.lower() in KEPT:
-        shape = len(rows), gguf.quant_shape_from_byte_shape(rows.shape, kind)[-1]
-        return weight_of(kind, rows, shape, torch.float32).dequantize()
+def decode(tensor: GgufTensor, rows: Tensor) -> Tensor:
+    """The values of rows [n, bytes] of a tensor as [n, K]: fp32, or the very floats of a file that has them."""
+    if tensor.kind in DENSE:
+        return rows.clone().view(DENSE[tensor.kind])  # torch.save refuses views of one storage in several dtypes
+    if tensor.kind in KEPT:
+        about: dict[str, Any] = {"shape": (len(rows), tensor.shape[-1]), "dtype": torch.float32}
+        return QuantizedWeight.of_blocks(rows.reshape(-1), quant_type=tensor.kind, **about).dequantize()
     try:
-        return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), kind)))
+        return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), Kind[tensor.kind.upper()])))
     except NotImplementedError:
-        reason = f"a tensor of the GGUF file is in {kind.name}: expected a format that the package gguf decodes."
-        raise UserError(reason) from None
-
-
-def weight_of(kind: Kind, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
-    """A weight of that shape over rows of bytes."""
-    return QuantizedWeight.of_blocks(rows.reshape(-1), shape=shape, dtype=dtype, quant_type=kind.name.lower())
+        raise UserError(
+            f"{tensor.name} is in {tensor.kind}: expected a format that the package gguf decodes."
+        ) from None
 
 
 def _packed(text: str) -> bytes:
@@ -226,24 +219,20 @@ def more_of_config(file: GgufFile, kind: str, values: dict[str, Any]) -> dict[st
         found["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"] if is_27b else width
     if kind in ("llama", "qwen3"):
         found["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    scaling = {name: file.fields.get(f"{prefix}.rope.scaling.{name}") for name in ("type", "factor")}
-    if scaling["type"] == "linear":
-        found["rope_scaling"] = {"rope_type": "linear", "factor": scaling["factor"]}
-    elif scaling["type"] not in (None, "none"):
-        raise UserError(
-            f"{file.path} scales its rotary embedding by {scaling['type']!r}: expected 'linear' or a tensor "
-            f"{ROPE_FACTORS}; load the 16-bit model."
-        )
+    scaling = file.fields.get(f"{prefix}.rope.scaling.type", "none")
+    if scaling == "linear":
+        factor = file.fields.get(f"{prefix}.rope.scaling.factor")
+        found["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+    elif scaling != "none":
+        raise UserError(f"{file.path} scales its rotary embedding by {scaling!r}, not 'linear'; load the 16-bit model.")
     return found
 
 
 def rope_of(config: Any, factors: Tensor) -> dict[str, Any]:
     """The parameters of a rotary embedding whose frequencies are divided by ``factors``, fp32 [head_dim / 2]."""
-    divided = [float(factor) for factor in factors]
-    if not all(math.isfinite(factor) and factor > 0 for factor in divided):
-        raise UserError(
-            f"{config.name_or_path}: {ROPE_FACTORS} holds a number that is not over 0: copy the file again."
-        )
+    divided = factors.tolist()
+    if not bool(((factors > 0) & factors.isfinite()).all()):
+        raise ValueError(f"{ROPE_FACTORS} holds a number that is not over 0")
     lengths = {"original_max_position_embeddings": config.max_position_embeddings, "factor": 1.0}
     same = {"rope_type": "longrope", "attention_factor": 1.0, "short_factor": divided, "long_factor": divided}
     return {**config.rope_parameters, **lengths, **same}

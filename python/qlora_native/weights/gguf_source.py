@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qlora_native._io import reading
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.config import check_config
-from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, replaced, some_of
+from qlora_native.weights.files import Scratch, StoredTensor, replaced, some_of
 from qlora_native.weights.gguf import (
     ARCHITECTURES,
     DENSE,
-    DENSE_NAMES,
     KEPT,
     ROPE_FACTORS,
     GgufFile,
@@ -38,7 +38,6 @@ from qlora_native.weights.gguf import (
     more_of_config,
     reordered_heads,
     rope_of,
-    weight_of,
 )
 from qlora_native.weights.match import Entry, Match, check_match
 from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
@@ -53,16 +52,12 @@ class GgufSource(Source):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.files, self._dtype = path, [path], torch.bfloat16
+        self.path, self.files = path, [path]
         self._model: dict[str, Tensor] = {}  # of the 16-bit model that transformers made, what was not read yet
-        self._tensors: dict[str, StoredTensor] = {}
-        try:
-            self.gguf = GgufFile(path)
+        self._dtype: torch.dtype | None = None
+        self.gguf = GgufFile(path)
+        with reading(path):
             self.config = self._read_config()
-        except UserError:
-            raise
-        except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
-            raise self._unusable(error) from error
         self.config.name_or_path = str(path)
         self.architecture = ARCHITECTURES.get(self.config.model_type)
         self.is_whole = self.architecture is None
@@ -71,7 +66,7 @@ class GgufSource(Source):
     @property
     def kinds(self) -> Counter[str]:
         """How many tensors the file has in each format, such as "q4_k"."""
-        return Counter(tensor.kind.name.lower() for tensor in self.gguf.tensors.values())
+        return Counter(tensor.kind for tensor in self.gguf.tensors.values())
 
     def keeps(self, quant_type: str) -> bool:
         """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the file's bytes."""
@@ -87,7 +82,9 @@ class GgufSource(Source):
     def match(self, meta: ModelShapes) -> Match:
         """Each tensor decoded, in the model's names."""
         if self.architecture is None:
-            return Match([Entry(name, name, [stored]) for name, stored in self._made(meta.dtype).items()], [])
+            if meta.dtype != self._dtype:
+                self._make(meta.dtype)
+            return Match([Entry(name, name, [stored]) for name, stored in self._tensors.items()], [])
         names = self.architecture.name_map(self.config.num_hidden_layers)
         found = {name: self.gguf.tensors.get(names.get_name(name, (".weight", ".bias")) or "") for name in meta.shapes}
         self._places = {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -95,7 +92,7 @@ class GgufSource(Source):
         others = [self._stored(name, tensor) for name, tensor in self.gguf.tensors.items() if name not in used]
         entries = [Entry(name, name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
         match = Match(sorted(entries, key=lambda entry: entry.parts[0].start), others)
-        check_match(match, meta, self.read, str(self.path))
+        check_match(match, meta, self.read, self.path)
         return match
 
     def _stored(self, name: str, tensor: GgufTensor) -> StoredTensor:
@@ -107,11 +104,11 @@ class GgufSource(Source):
         match = self.match(meta)
         matrices = meta.four_bit_weights(skip_modules, 64).keys()
         linear = matrices | keepable_embeddings(meta, skip_modules)
-        kinds = {name: tensor.kind.name.lower() for name, tensor in self._places.items()}
+        kinds = {name: tensor.kind for name, tensor in self._places.items()}
         for entry in match.entries:
             if entry.name in linear and kinds[entry.name] in KEPT:
                 entry.four_bit = lambda parts, read: self.quantized(parts[0], meta.dtype, is_mapped)
-        others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE_NAMES)
+        others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE.keys())
         if others:
             warnings.warn(
                 f"{self.path}: {sum(others.values())} weights are in {', '.join(others)}, which no kernel reads: "
@@ -125,7 +122,8 @@ class GgufSource(Source):
         """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""
         tensor = self._places[stored.name]
         rows = self._rows(stored.name)
-        return weight_of(tensor.kind, rows if is_mapped else rows.clone(), tensor.shape, dtype)
+        packed = (rows if is_mapped else rows.clone()).reshape(-1)
+        return QuantizedWeight.of_blocks(packed, shape=tensor.shape, dtype=dtype, quant_type=tensor.kind)
 
     def _rows(self, name: str) -> Tensor:
         """The bytes of a tensor, a row of it each, in the model's order."""
@@ -141,7 +139,7 @@ class GgufSource(Source):
 
     def kind_of(self, stored: StoredTensor) -> str:
         """The format of a tensor of the match, such as "q4_k"."""
-        return self._places[stored.name].kind.name.lower()
+        return self._places[stored.name].kind
 
     def write_copy(self, path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the file once more, with these bytes of some linear weights, rows in the model's order."""
@@ -160,16 +158,12 @@ class GgufSource(Source):
         """The tensor, decoded; of what transformers made no longer kept here, and made again when asked for again."""
         if self.architecture is not None:
             return self._decoded(stored, self._rows(stored.name)).view(stored.shape)
-        if stored.name not in self._model:
-            self._make()
-        return self._model.pop(stored.name)
+        return self._made(stored.name).pop(stored.name)
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, decoded."""
         if self.architecture is None:
-            if stored.name not in self._model:
-                self._make()
-            return self._model[stored.name].view(-1)[begin:end]
+            return self._made(stored.name)[stored.name].view(-1)[begin:end]
         width = stored.shape[-1]
         first = begin // width
         rows = self._rows(stored.name)[first : -(-end // width)]
@@ -177,33 +171,31 @@ class GgufSource(Source):
 
     def _decoded(self, stored: StoredTensor, rows: Tensor) -> Tensor:
         assert self.architecture is not None
-        values = decode(self._places[stored.name].kind, rows)
+        values = decode(self._places[stored.name], rows)
         offset = self.architecture.norm_offset if stored.name.endswith("norm.weight") else 0.0
         return values - offset if offset else values
 
-    def _made(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
-        """The tensors of the 16-bit model, as if they lay in files."""
-        if dtype != self._dtype or not self._tensors:
-            self._dtype = dtype
-            self._make()
-        return self._tensors
+    def _made(self, name: str) -> dict[str, Tensor]:
+        """What is left of the model that transformers made, with the tensor of this name."""
+        if name not in self._model:
+            assert self._dtype is not None
+            self._make(self._dtype)
+        return self._model
 
-    def _make(self) -> None:
+    def _make(self, dtype: torch.dtype) -> None:
         """Have transformers make the 16-bit model; of tensors that are tied, the first."""
-        try:
-            with _without_bar():
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    self.path.parent,
-                    output_loading_info=True,
-                    config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
-                    gguf_file=self.path.name,
-                    quantization_config=GgufConfig(dequantize=True),
-                    dtype=self._dtype,
-                )
-        except Exception as error:
-            raise self._unusable(error) from error
-        if absent := found["missing_keys"]:  # which transformers would fill with random numbers
-            raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
+        with reading(self.path), _without_bar():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.path.parent,
+                output_loading_info=True,
+                config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                gguf_file=self.path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+            )
+            if absent := found["missing_keys"]:  # which transformers would fill with random numbers
+                raise ValueError(f"it lacks tensors of its model: {some_of(sorted(absent))}")
+        self._dtype = dtype
         once: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in model.state_dict().items():
             once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
@@ -227,14 +219,11 @@ class GgufSource(Source):
         blocks = [int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))]
         if layers != (there := max(blocks, default=-1) + 1):
             # transformers takes minutes to find out of a few hundred layers, and drops those beyond the number
-            raise UserError(f"{self.path} is said to have {layers} layers and has tensors of {there}; copy it again.")
+            raise ValueError(f"it is said to have {layers} layers and has tensors of {there}")
         if kind in ARCHITECTURES and ROPE_FACTORS in tensors:
-            factors = decode(tensors[ROPE_FACTORS].kind, self.gguf.bytes_of(tensors[ROPE_FACTORS]))
+            factors = decode(tensors[ROPE_FACTORS], self.gguf.bytes_of(tensors[ROPE_FACTORS]))
             config.rope_parameters = rope_of(config, factors.flatten())
         return config
-
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
 
 
 def without_arrays() -> AbstractContextManager[None]:

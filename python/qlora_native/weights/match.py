@@ -8,10 +8,11 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from transformers.core_model_loading import (
 
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb
-from qlora_native.weights.files import Checkpoint, Scratch, StoredTensor, first_sentence, mapped_part, some_of
+from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, mapped_part, some_of
 from qlora_native.weights.float8 import FLOATS
 from qlora_native.weights.shapes import DTYPES, ModelShapes
 
@@ -87,17 +88,15 @@ class Entry:
             raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
 
     def values(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> Iterator[tuple[str, Value]]:
-        """The names in the model, and the values; a plain one is read through the scratch, if there is one."""
+        """The names in the model, and the values; a plain one is read through the scratch, if there is one. Parts of a
+        conversion are read all at once, and dropped as it consumes them."""
         if self.four_bit is not None:
             yield self.name, self.weight(read)
-        elif self.converter is None:
+            return
+        if self.converter is None:
             yield self.name, read(self.parts[0], scratch)
-        else:
-            yield from self._converted(model, self.converter, read)
-
-    def _converted(self, model: PreTrainedModel, converter: WeightConverter, read: Read) -> Iterator[tuple[str, Value]]:
-        """All parts are read at once, and dropped as the conversion consumes them."""
-        converter = deepcopy(converter)  # which keeps what it is given
+            return
+        converter = deepcopy(self.converter)  # which keeps what it is given
         for pattern, stored in zip(self.patterns, self.parts, strict=True):
             converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
         try:
@@ -105,9 +104,9 @@ class Entry:
         except UserError:
             raise
         except Exception as error:
+            reason = first_sentence(error)
             raise UserError(
-                f"the {len(self.parts)} stored tensors around {self.parts[0].name} cannot be converted to "
-                f"{self.name}: {first_sentence(error)}"
+                f"{self.file}: {self.parts[0].name} cannot be converted to {self.name}: {reason}"
             ) from error
         for name in list(results):
             result = results.pop(name)
@@ -137,11 +136,9 @@ class Entry:
         The parts are read to where they belong: transformers' operations would make three copies of each.
         """
         assert self.converter is not None
-        parts_of: dict[str, list[StoredTensor]] = {}
-        for pattern, stored in zip(self.patterns, self.parts, strict=True):
-            parts_of.setdefault(pattern, []).append(stored)
-        ordered = (parts_of[pattern] for pattern in self.converter.source_patterns if pattern in parts_of)
-        slices = list(zip(*ordered, strict=True))
+        found = [*zip(self.patterns, self.parts, strict=True)]
+        ordered = ([stored for pattern, stored in found if pattern == one] for one in self.converter.source_patterns)
+        slices = list(zip(*filter(None, ordered), strict=True))
         widest = max(2, self.parts[0].dtype.itemsize)  # 8-bit floats become 16-bit
         scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
         for parts in slices:
@@ -149,11 +146,11 @@ class Entry:
             for stored in parts:
                 behind = scratch.behind(end)
                 tensor = read(stored, behind)
-                place = behind.tensor(tensor.dtype, stored.shape)
+                place = behind.tensor(stored.shape, tensor.dtype)
                 if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
                     place.copy_(tensor)
                 end += place.nbytes
-            yield scratch.tensor(tensor.dtype, (sum(stored.shape[0] for stored in parts), tensor.shape[1]))
+            yield scratch.tensor((sum(stored.shape[0] for stored in parts), tensor.shape[1]), tensor.dtype)
 
 
 @dataclass
@@ -169,9 +166,9 @@ class Match:
     rounded: set[str] = field(default_factory=set)
 
 
-def match_checkpoint(checkpoint: Checkpoint, meta: ModelShapes) -> Match:
+def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Match:
     """Match every stored tensor with the model."""
-    model, shapes, tensors = meta.model, meta.shapes, checkpoint.tensors
+    model, shapes = meta.model, meta.shapes
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -179,16 +176,14 @@ def match_checkpoint(checkpoint: Checkpoint, meta: ModelShapes) -> Match:
 
     four_bit: dict[str, list[StoredTensor]] = {key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key}
     scales = {
-        weight: tensors[key]
-        for key in tensors
-        if key.endswith(SCALE_SUFFIX) and key not in shapes and (weight := key.removesuffix(SCALE_SUFFIX)) in tensors
+        key.removesuffix(SCALE_SUFFIX): tensors[key]
+        for key in tensors.keys() - shapes.keys()
+        if key.endswith(SCALE_SUFFIX) and key.removesuffix(SCALE_SUFFIX) in tensors
     }
     entries: dict[str, Entry] = {}
     unexpected: list[StoredTensor] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
-    for key in sorted(tensors, key=dot_natural_key):
-        if key.endswith(SCALE_SUFFIX) and key.removesuffix(SCALE_SUFFIX) in scales:
-            continue
+    for key in sorted(tensors.keys() - {stored.name for stored in scales.values()}, key=dot_natural_key):
         stored = replace(tensors[key], scales=scales.get(key))
         owner = key
         while owner and owner not in four_bit:
@@ -225,7 +220,7 @@ def _of_bnb(key: str, parts: list[StoredTensor], read: Read) -> QuantizedWeight:
     return from_bnb(tensors, key, unread={name for name, tensor in tensors.items() if mapped_part(tensor) is not None})
 
 
-def check_match(match: Match, meta: ModelShapes, read_state: Read, where: str) -> None:
+def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) -> None:
     """UserError if the match lacks tensors of the model, or has one of another shape or kind, before any is read."""
 
     def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
@@ -238,34 +233,30 @@ def check_match(match: Match, meta: ModelShapes, read_state: Read, where: str) -
     for entry in match.entries:
         for name, value in entry.values(meta.model, read):
             meta.check_shape(name, value, entry.file)
-            if isinstance(value, Tensor) and not _is_like(value.dtype, meta.shapes[name].dtype):
-                expected = "float32, bfloat16 or float16" if meta.shapes[name].is_floating_point() else "integers"
+            is_float = meta.shapes[name].is_floating_point()
+            if isinstance(value, Tensor) and (value.dtype not in (*DTYPES, torch.float64)) == is_float:
+                expected = "float32, bfloat16 or float16" if is_float else "integers"
                 raise UserError(f"{entry.file}: tensor {name} is {value.dtype}: expected {expected}.")
-            found.add(name)
-    origins = {meta.tied.get(name, name) for name in found}  # of tied tensors any one is enough
-    absent = [name for name in meta.shapes if name not in found and meta.tied.get(name, name) not in origins]
-    absent = _without_ignored(absent, *(meta.model._keys_to_ignore_on_load_missing or ()))
-    computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
-    unexpected = [stored.name for stored in match.unexpected]
-    ignored = meta.model._keys_to_ignore_on_load_unexpected or ()
-    extra, kind = _without_ignored(unexpected, *computed_today, *ignored), type(meta.model).__name__
+            found.add(meta.tied.get(name, name))  # of tied tensors any one is enough
+    kind, model = type(meta.model).__name__, meta.model
+    computed = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
+    absent = _unmatched(
+        (name for name in meta.shapes if meta.tied.get(name, name) not in found), model._keys_to_ignore_on_load_missing
+    )
+    unexpected = (stored.name for stored in match.unexpected)
+    extra = _unmatched(unexpected, computed, model._keys_to_ignore_on_load_unexpected)
+    also = f"has no place for {len(extra)} of the stored tensors ({some_of(extra)})"
     if absent:
-        also = f", and has {len(extra)} that the model has no place for ({some_of(extra)})" if extra else ""
         raise UserError(
-            f"{where} lacks {len(absent)} of the {len(meta.shapes)} tensors of {kind} "
-            f"({some_of(absent)}){also}; config.json and the weights are of different models, or the copy is "
-            "incomplete."
+            f"{where} lacks {len(absent)} of the {len(meta.shapes)} tensors of {kind} ({some_of(absent)})"
+            f"{f', which {also}' if extra else ''}; config.json and the weights are of different models, or the copy "
+            "is incomplete."
         )
     if extra:
-        warnings.warn(
-            f"{where}: {kind} has no place for {len(extra)} of the stored tensors ({some_of(extra)}).", stacklevel=4
-        )
+        warnings.warn(f"{where}: {kind} {also}.", stacklevel=4)
 
 
-def _is_like(dtype: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether a stored tensor can become one of the model: integers remain integers, floats have 16 bits or more."""
-    return dtype in (*DTYPES, torch.float64) if expected.is_floating_point else not dtype.is_floating_point
-
-
-def _without_ignored(names: Iterable[str], *patterns: str) -> list[str]:
-    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in patterns))
+def _unmatched(names: Iterable[str], *patterns: Iterable[str] | None) -> list[str]:
+    """The names, in order, in which none of the patterns is found."""
+    ignored = [pattern for group in patterns for pattern in group or ()]
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))

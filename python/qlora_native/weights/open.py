@@ -10,15 +10,8 @@ from qlora_native._io import announced, check_folder, panics_caught, regular, us
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
+from qlora_native.weights.files import first_sentence
 from qlora_native.weights.source import AUTO, KEEP, SafetensorsSource, Source
-
-
-def _gguf_source(path: Path) -> Source:
-    try:
-        from qlora_native.weights.gguf_source import GgufSource
-    except ImportError as error:
-        raise UserError(f"{path} needs the package gguf: `pip install gguf` brings it.") from error
-    return GgufSource(regular(path))
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
@@ -28,28 +21,31 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     path = user_path(path)
     if not path.exists() and hub_id(path):
         path = fetch_model(str(path))
-    if path.exists() and not path.is_dir():
-        if path.suffix != ".gguf":
-            raise UserError(
-                f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
-            )
-        return _gguf_source(path)
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
-            "fetched with `hf download NAME --local-dir FOLDER`."
-        )
     if (path / "config.json").is_file():
         return SafetensorsSource(path)
-    if found := sorted(path.glob("*.gguf")):
-        if len(found) > 1:
-            raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
-        return _gguf_source(found[0])
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
+    if found and found[0].suffix == ".gguf" and found[0].exists():
+        try:
+            from qlora_native.weights.gguf_source import GgufSource
+        except ImportError as error:
+            raise UserError(f"{found[0]} needs the package gguf: `pip install gguf` brings it.") from error
+        return GgufSource(regular(found[0]))
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no model: load its base model, then load_adapter(model, {str(path)!r})."
         )
-    raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
+    if path.is_dir():
+        raise UserError(
+            f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it."
+        )
+    if path.exists():
+        raise UserError(f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it.")
+    raise UserError(
+        f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
+        "fetched with `hf download NAME --local-dir FOLDER`."
+    )
 
 
 def notes_of(source: Source, quant_type: str = AUTO) -> list[str]:
@@ -107,8 +103,8 @@ def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None 
         return tokenizer
     except Exception as error:  # the readers raise whatever they stumble on
         open_source(path)  # UserError if the model itself is broken
-        reason = " ".join(str(error).split()).partition(". ")[0]
+        reason = first_sentence(error)[:200].rstrip(".")
         raise UserError(
-            f"no usable tokenizer in {path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
-            "of the model into it"
+            f"no usable tokenizer in {path} ({reason}); copy tokenizer.json and tokenizer_config.json of the model "
+            "into it"
         ) from error

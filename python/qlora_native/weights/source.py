@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from qlora_native._io import check_folder, read_json, reading
 from qlora_native.errors import UserError
 from qlora_native.weights.config import four_bit_config, read_config
-from qlora_native.weights.files import Checkpoint, Scratch, StoredTensor, first_sentence
+from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, stored_tensors
 from qlora_native.weights.float8 import FLOATS, unscaled
-from qlora_native.weights.match import STATE_MARK, Match, check_match, match_checkpoint
+from qlora_native.weights.match import STATE_MARK, Match, check_match, match_tensors
 from qlora_native.weights.shapes import ModelShapes
 
 # For a quant_type: the bytes of a GGUF file as they are; and "keep" for such a file, "nf4" for all else.
@@ -46,7 +46,7 @@ class Source:
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, in the stored dtype."""
-        raise NotImplementedError
+        return stored.read_part(begin, end)
 
     def keeps(self, quant_type: str) -> bool:
         """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the bytes of a GGUF file."""
@@ -61,34 +61,30 @@ class SafetensorsSource(Source):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         check_folder(folder)
-        self.checkpoint = Checkpoint(folder)
+        self.tensors = stored_tensors(folder)
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
-        self.is_four_bit = any(STATE_MARK in key for key in self.checkpoint.tensors)
-        weights = {stored.file for stored in self.checkpoint.tensors.values()}
-        self.files = [folder / "config.json", *sorted(weights)]
+        self.is_four_bit = any(STATE_MARK in key for key in self.tensors)
+        self.files = [folder / "config.json", *sorted({stored.file for stored in self.tensors.values()})]
         self._match: Match | None = None
 
     def match(self, meta: ModelShapes) -> Match:
         """Made once for this source's config."""
         if self._match is None:
-            self._match = match_checkpoint(self.checkpoint, meta)
-            check_match(self._match, meta, self.checkpoint.read, str(self.path))
+            self._match = match_tensors(self.tensors, meta)
+            check_match(self._match, meta, StoredTensor.read, self.path)
         meta.model._weight_conversions = self._match.conversions  # save_pretrained reverses these
         return self._match
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, 16-bit if it is stored as 8-bit floats."""
-        tensor = self.checkpoint.read(stored, scratch)
+        tensor = stored.read(scratch)
         if stored.scales is None:
             return tensor.bfloat16() if tensor.dtype in FLOATS else tensor
         try:
-            return unscaled(tensor, self.checkpoint.read(stored.scales), torch.bfloat16)
+            return unscaled(tensor, stored.scales.read(), torch.bfloat16)
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
-
-    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
-        return self.checkpoint.read_part(stored, begin, end)
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""

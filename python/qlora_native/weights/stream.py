@@ -8,7 +8,6 @@ asks for it, so the memory is that of one tensor, or of a part of it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from qlora_native._pages import interleave
 from qlora_native.errors import UserError
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.ops.quantize_4bit import double_quantize
-from qlora_native.reference import NESTED_BLOCK
+from qlora_native.reference import non_finite_message
 from qlora_native.weight import QuantizedWeight, quantize
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence
 from qlora_native.weights.float8 import FLOATS
@@ -87,9 +86,8 @@ def stream(
     entries = source.match(meta).entries if entries is None else entries
     entries = [entry for entry in entries if entry.name.startswith(prefix)]
     read = read or source.read
-    scratch = Scratch(
-        max((entry.num_bytes for entry in entries if entry.is_plain and not is_lasting(entry)), default=0)
-    )
+    sizes = (entry.num_bytes for entry in entries if entry.is_plain and not is_lasting(entry))
+    scratch = Scratch(max(sizes, default=0))
     for entry in entries:
         turned = entry.name in meta.transposed
         shape = tuple(meta.shapes[entry.name].shape)
@@ -171,12 +169,9 @@ def rounding(
                 try:
                     yield function(part.to(device), **plain)
                 except ValueError as error:
-                    reason = re.sub(r"^quantize\w*: ", "", first_sentence(error))
-                    if len(bad := (~part.isfinite()).flatten().nonzero()):
-                        place = [int(at) for at in torch.unravel_index(torch.tensor(done + int(bad[0])), shape)]
-                        value = float(part.flatten()[bad[0]])
-                        reason = f"element {place} of the {[*shape]} tensor is {value}: only finite weights can be "
-                        reason += "quantized."
+                    bad = (~part.isfinite()).flatten().nonzero()
+                    sentence = non_finite_message(int(bad[0]), part, done, shape) if len(bad) else first_sentence(error)
+                    reason = sentence.partition(": ")[2]
                     raise UserError(f"{entry.file}: weight {entry.name} cannot be quantized: {reason}") from error
                 done += part.numel()
 
@@ -230,11 +225,10 @@ def recoding(files: Mapping[str, Path]) -> Transform:
     def weight(item: Item, file: Path, write: Write = None) -> QuantizedWeight:
         assert item.weight is not None
         made = item.weight()
-        packed = torch.from_file(str(file), size=made.packed.numel(), dtype=torch.uint8)
+        packed = torch.from_file(str(file), size=made.packed.numel(), dtype=torch.uint8).view_as(made.packed)
         if write is not None:
             write(packed)
-        made.packed = packed.view_as(made.packed)
-        return made
+        return made.with_packed(packed)
 
     def transform(item: Item) -> Item:
         file = files.get(item.name.removesuffix(".weight"))
@@ -278,25 +272,26 @@ def join(
     ``parts`` go from the first element to the last, with fp32 scales; all but the last have an even number of whole
     blocks. ``shape`` and ``dtype`` are of the whole. With ``write``, which takes the codes of each part, it has none.
     """
-    if torch.device(device).type == "meta":
-        return QuantizedWeight.empty(shape, dtype=dtype, device=device, **options)
-    block, done = options["block_size"], 0
-    packed = torch.empty(0 if write else (math.prod(shape) + 1) // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(-(-math.prod(shape) // block), device=device)
+    made = QuantizedWeight.empty(shape, dtype=dtype, device=device, **options)
+    if made.device.type == "meta":
+        return made
+    if write is not None:
+        made.packed = made.packed.new_empty(0)
+    scales, done = torch.empty(made.absmax.shape, device=device), 0
     for part in parts:
         if write is None:
-            packed[done // 2 :][: part.packed.numel()] = part.packed
+            made.packed[done // 2 :][: part.packed.numel()] = part.packed
         else:
             write(part.packed)
-        scales[done // block :][: part.absmax.numel()] = part.absmax
+        scales[done // made.block_size :][: part.absmax.numel()] = part.absmax
         done += part.numel()
         del part  # before the next is made
-    if done != math.prod(shape):
-        raise ValueError(f"join: the parts have {done:,} elements: expected {math.prod(shape):,} of {list(shape)}.")
-    about = {"shape": shape, "dtype": dtype, "quant_type": options["quant_type"], "block_size": block}
-    if not options["double_quant"]:
-        return QuantizedWeight(packed, scales, **about)
-    codes = torch.empty(scales.numel(), dtype=torch.uint8)
-    nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
-    double_quantize(scales.cpu(), codes, nested, offset)
-    return QuantizedWeight(packed, codes, nested_absmax=nested, nested_offset=offset, **about).to(device)
+    if done != made.numel():
+        raise ValueError(f"join: the parts have {done:,} elements: expected {made.numel():,} of {list(shape)}.")
+    if made.nested_absmax is None or made.nested_offset is None:
+        made.absmax = scales
+        return made
+    nested = [torch.empty_like(t, device="cpu") for t in (made.absmax, made.nested_absmax, made.nested_offset)]
+    double_quantize(scales.cpu(), *nested)
+    made.absmax, made.nested_absmax, made.nested_offset = (tensor.to(device) for tensor in nested)
+    return made

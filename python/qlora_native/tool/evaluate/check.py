@@ -19,7 +19,7 @@ from qlora_native.tool.evaluate.measure import Scores, measure
 from qlora_native.tool.evaluate.retention import describe, retention
 from qlora_native.tool.evaluate.texts import load_text
 from qlora_native.weight import from_bnb
-from qlora_native.weights.files import Checkpoint
+from qlora_native.weights.files import stored_tensors
 
 SAMPLE_ROWS = 4
 SAMPLE_TOKENS = 128
@@ -41,7 +41,7 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     exact sum; ``change``, the norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of
     the difference over that of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
     """
-    written = Checkpoint(folder)
+    written = stored_tensors(folder)
     rows = []
     for item, base_item in zip(work.items(), work.items(adapted=False), strict=True):
         if item.entry.converter is not None or item.name in work.replaced:  # copied exactly
@@ -53,8 +53,7 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
         delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
         exact = base + delta
         key = item.entry.key
-        names = [name for name in written.tensors if f"{name}.".startswith(f"{key}.")]
-        parts = {name: written.read(written.tensors[name]) for name in names}
+        parts = {name: stored.read() for name, stored in written.items() if f"{name}.".startswith(f"{key}.")}
         got = parts[key] if len(parts) == 1 else from_bnb(parts, key).dequantize(torch.float32)
         if item.name in work.meta.transposed and got.shape != exact.shape:
             got = got.t()

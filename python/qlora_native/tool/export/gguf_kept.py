@@ -16,7 +16,7 @@ from qlora_native.models.merge_files import Merging
 from qlora_native.models.progress import Progress
 from qlora_native.models.recode import calibrated_codes
 from qlora_native.weights.files import StoredTensor
-from qlora_native.weights.gguf import ARCHITECTURES, DENSE_NAMES, KEPT
+from qlora_native.weights.gguf import ARCHITECTURES, DENSE, KEPT
 from qlora_native.weights.gguf_source import GgufSource
 
 
@@ -40,7 +40,7 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
         )
     stored = {item.name: item.entry.parts[0] for item in work.items()}
     for module in adapter.pairs:
-        if (kind := source.kind_of(stored[f"{module}.weight"])) not in KEPT | DENSE_NAMES:
+        if (kind := source.kind_of(stored[f"{module}.weight"])) not in KEPT | DENSE.keys():
             raise UserError(f"{source.path} has {module} in {kind}: expected one of {', '.join(sorted(KEPT))}")
     changed: dict[str, float] = {}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
