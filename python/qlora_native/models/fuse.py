@@ -287,7 +287,8 @@ def _with_native_parts(function: FunctionType, attends: bool = True) -> Function
     names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
-    return update_wrapper(copy, function)
+    update_wrapper(copy, function)
+    return copy
 
 
 @cache
@@ -352,7 +353,7 @@ def _attention(
         if native and mask is None and causal is True:
             scale = options.get("scaling")
             scale = q.shape[3] ** -0.5 if scale is None else scale
-            return call("causal_attention", q, k, v, scale)[0].transpose(1, 2)  # type: ignore[no-any-return]
+            return call("causal_attention", q, k, v, scale)[0].transpose(1, 2)
         if widen:
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask
             q, k, v = q.float(), k.float(), v.float()

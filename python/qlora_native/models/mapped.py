@@ -82,10 +82,7 @@ class Streaming:
         parts = _unit_parts(model)
         self.plan = plan_streaming(model, budget)
         self.files = list({id(part.file): part.file for each in parts for part in each}.values())
-        self._wanted = {
-            training: [list(self.plan.wanted(place, training)) for place in range(len(self.plan.order(training)))]
-            for training in (False, True)
-        }
+        self._wanted = {training: self.plan.wanted(training) for training in (False, True)}
         self._training = False
         streamed = set(self.plan.streamed)
         resident = [part for unit, each in enumerate(parts) if unit not in streamed for part in each]
