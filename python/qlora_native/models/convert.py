@@ -205,7 +205,7 @@ class Conversion:
             shape = item.shape[::-1] if item.name in self.meta.transposed else item.shape
             return [Output(key, self.meta.dtype_of(item.name), shape)]
         # Of memory that nothing is written to.
-        tensors = to_bnb(QuantizedWeight.empty(item.shape, dtype=self.dtype, **self.options), key)
+        tensors = to_bnb(QuantizedWeight.empty(item.shape, dtype=self.dtype, device="cpu", **self.options), key)
         return [
             Output(name, tensor.dtype, None if STATE_MARK in name else tuple(tensor.shape))
             for name, tensor in tensors.items()

@@ -34,14 +34,15 @@ Finder = Callable[[Any, Mapping[str, Tensor]], bool]
 
 
 def _once(find: Finder) -> Finder:
-    """``find(model, inputs)``, which is run once for a model."""
+    """``find(model, inputs)``, which is run once for each output embedding of a model."""
     found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
     @wraps(find)
     def once(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-        if model not in found:
-            found[model] = find(model, inputs)
-        return found[model]
+        head = model.get_output_embeddings() or model  # an adapter may put another in its place
+        if head not in found:
+            found[head] = find(model, inputs)
+        return found[head]
 
     return once
 
