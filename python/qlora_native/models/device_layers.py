@@ -86,8 +86,8 @@ class StreamedLayers:
             self._slots = [_Slot(new()) for _ in range(residency.slots)]
         self._host = {unit: self._move_to_host(unit) for unit in residency.streamed}
         for unit, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(lambda *_, unit=unit: self.visit(unit))
-            layer.register_forward_hook(lambda _module, _args, output, unit=unit: self._watch(unit, output))
+            layer.register_forward_pre_hook(partial(self.visit, unit))
+            layer.register_forward_hook(partial(self._watch, unit))
 
     def _slot_of(self, unit: int) -> _Slot:
         return self._slots[self.residency.streamed.index(unit) % len(self._slots)]
@@ -126,13 +126,13 @@ class StreamedLayers:
             raise RuntimeError(f"a model whose layers stream to {self.device} cannot be moved: load it again.")
         return type(layer)._apply(layer, fn, recurse)
 
-    def _watch(self, unit: int, output: Any) -> None:
+    def _watch(self, unit: int, _module: nn.Module, _args: Any, output: Any) -> None:
         """Without checkpointing, the backward pass comes to a layer by the gradient of its output."""
         for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _grad: self.visit(unit))
+                tensor.register_hook(partial(self.visit, unit))
 
-    def visit(self, unit: int) -> None:
+    def visit(self, unit: int, *_: Any) -> None:
         """Begin a layer's turn: what the current stream is given from now on may read its weights.
 
         RuntimeError while a CUDA graph is captured.
@@ -226,7 +226,7 @@ def load_to_device(
     path: Any,
     *,
     device: torch.device | str | None = None,
-    note: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], object] = lambda line: None,
     **options: Any,
 ) -> Any:
     """:func:`qlora_native.load_model` for inference on a CUDA device; where the weights have no room, layers stream.

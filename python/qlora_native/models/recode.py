@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,7 @@ def calibrated_codes(
         packed.cpu().numpy().tofile(codes[path])
         progress(f"layer {len(codes)} of {total}", len(codes), total)
 
-    with ExitStack() as stack:
-        pool, _ = stack.enter_context(side_by_side(model.device))
-        if streaming is not None:
-            stack.callback(streaming.close)
+    with side_by_side(model.device) as (pool, _), nullcontext() if streaming is None else closing(streaming):
         recode(model, ids, pool, write)
     return codes
 
