@@ -20,14 +20,15 @@ def budget_for(resident: int, slots: int) -> int:
 
 def replay(plan: Residency, training: bool) -> int:
     """Bytes read by two steps in turn; asserts that each visited unit is there and that the budget holds."""
-    streamed, held, read = set(plan.streamed), set(plan.wanted(len(plan.order(training)) - 1, training)), 0
-    for visit in 2 * plan.visits(training):
-        assert held.issuperset(visit.releases)
-        held -= {*visit.releases}
-        assert held.isdisjoint(visit.reads)
-        held |= {*visit.reads}
-        read += sum(plan.units[unit].num_bytes for unit in visit.reads)
-        assert visit.unit in held or visit.unit not in streamed
+    wanted = plan.wanted(training)
+    streamed, held, read = set(plan.streamed), set(wanted[-1]), 0
+    for visited, kept, reads in 2 * list(zip(plan.order(training), wanted, plan.reads(training), strict=True)):
+        held &= {*kept}  # the others are released
+        assert held.isdisjoint(reads)
+        held |= {*reads}
+        assert held == {*kept}
+        read += sum(plan.units[unit].num_bytes for unit in reads)
+        assert visited in held or visited not in streamed
         assert held <= streamed
         assert len(held) <= plan.slots
     return read
@@ -38,7 +39,7 @@ def test_a_step_reads_each_streamed_unit_twice_but_those_at_its_ends(resident: i
     plan = plan_residency(units(), budget_for(resident, 3))
     assert (len(plan.streamed), plan.slots) == (32 - resident, 3)
     assert plan.num_bytes == budget_for(resident, 3)
-    reads_of = [sum(unit in visit.reads for visit in plan.visits()) for unit in plan.streamed]
+    reads_of = [sum(unit in reads for reads in plan.reads()) for unit in plan.streamed]
     assert max(reads_of) <= 2
     assert plan.bytes_read() == 2 * (len(plan.streamed) - plan.slots) * LAYER
     assert replay(plan, training=True) == 2 * plan.bytes_read()
@@ -80,9 +81,9 @@ def test_units_of_different_sizes_fit_the_largest_slot() -> None:
 
 def test_a_pass_that_is_left_off_leaves_slots_that_the_next_one_mends() -> None:
     plan = plan_residency(units(), budget_for(0, 3))
-    top = plan.wanted(32, training=True)
-    assert top == (32, 31, 30)  # the last layers are kept for the backward pass
-    assert plan.wanted(0, training=True) == (1, 2, 3)  # and none of them if a forward pass begins instead
+    wanted = plan.wanted(training=True)
+    assert wanted[32] == [32, 31, 30]  # the last layers are kept for the backward pass
+    assert wanted[0] == [1, 2, 3]  # and none of them if a forward pass begins instead
 
 
 def test_seconds_are_the_larger_of_reading_and_computing() -> None:

@@ -6,9 +6,10 @@ what they add to the statistics is added in their order: the bytes do not depend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -21,7 +22,7 @@ from qlora_native import _C
 from qlora_native._memory import trim_heap
 from qlora_native._pages import interleave
 from qlora_native._version import __version__
-from qlora_native.calibration.data import as_calibration, take_tokens
+from qlora_native.calibration.data import CalibrationTokens, as_calibration, take_tokens
 from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
 from qlora_native.calibration.quantize import quantize_calibrated, torch_threads
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
@@ -63,8 +64,7 @@ def calibrated(
     """
     progress = progress or (lambda text, done, total: None)
     text = source.config.get_text_config()
-    longest, total = getattr(text, "max_position_embeddings", None), text.num_hidden_layers
-    tokens = take_tokens(as_calibration(given), method, partial(load_tokenizer, source), text.vocab_size, longest)
+    total, tokens = text.num_hidden_layers, tokens_for(source, given, method)
     rows, length = tokens.ids.shape
     if rows * length < tokens.wanted:
         progress(f"the calibration data have {rows * length:,} of {tokens.wanted:,} tokens", 0, total)
@@ -98,6 +98,13 @@ def calibrated(
     return described, fell_back
 
 
+def tokens_for(source: Source, given: Any, method: str) -> CalibrationTokens:
+    """The sequences of the data ``given`` to calibrate the model of ``source`` with."""
+    text = source.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    return take_tokens(as_calibration(given), method, partial(load_tokenizer, source), text.vocab_size, longest)
+
+
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that each run ops of torch alone; and how many they are."""
@@ -106,36 +113,40 @@ def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int
         yield pool, count
 
 
+@dataclass
 class _Layers:
     """One load: the layers, what they are called with, and what is made of each."""
 
-    def __init__(
-        self, source: Source, meta: MetaModel, names: dict[str, bool], options: dict[str, Any], method: str, ids: Tensor
-    ) -> None:
-        self.source, self.meta, self.names, self.options = source, meta, names, options
-        self.method, self.ids = method, ids
-        self.path, self.layers = decoder_layers(meta.model)
+    source: Source
+    meta: MetaModel
+    names: dict[str, bool]
+    options: dict[str, Any]
+    method: str
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        self.path, self.layers = decoder_layers(self.meta.model)
         self.taps = InputTaps()
 
     def run(self, finished: FinishedLayers | None, folder: Path | None, progress: Progress) -> FellBack:
         """As :func:`calibrated`; ``finished`` are layers of an earlier run, ``folder`` is for hidden states."""
         meta, inside, count = self.meta, f"{self.path}.", len(self.layers)
+        start = finished.count if finished else 0
         items = meta.rounded(self.source, self.names, self.options)
         meta.load(item for item in items if not item.name.startswith(inside))
         outside = [name for name in self.names if not name.startswith(inside)]
         fell_back = dict.fromkeys(outside, "it stands outside the decoder layers: 'rtn'")
         self.calls = LayerCalls(meta.prepare(), self.layers)
         with side_by_side(meta.device) as (self.pool, self.threads):
-            start = finished.count if finished else 0
             ids = self.ids.to(meta.device)
             first = self.calls.first_input(ids[:1])
             hidden = HiddenStates((len(ids), *first.shape[1:]), first.dtype, folder)
             hidden.layer = start
+            del first
             if start == 0:  # else the input of that layer lies in the folder already
                 hidden.begin(0)
-                for row in range(len(ids)):
-                    hidden.write(row, self.calls.first_input(ids[row : row + 1]) if row else first, 0)
-            del first
+                for row, sequence in enumerate(ids.split(1)):
+                    hidden.write(row, self.calls.first_input(sequence), 0)
             for index in range(count):
                 if finished is not None and index < start:
                     weights, fallen = finished.load(index)
@@ -157,15 +168,16 @@ class _Layers:
         """Read a layer, run it, quantize it; ``hidden`` then also holds what it makes of its input."""
         prefix, layer = f"{self.path}.{index}.", self.layers[index]
         stored = self.read(prefix)
+        rows, length = self.ids.shape
         full = self.method == "gptq"
-        statistics = Statistics(full, None if full else self.ids.shape[1])
+        statistics = Statistics(full, None if full else length)
         hidden.begin(index + 1)
         run = partial(self._run, index, hidden)
         fuse(layer)  # torch's own 16-bit products are slow on many CPUs
         with self.taps.on(layer, prefix, stored):
-            for first in range(0, len(self.ids), self.threads):
-                rows = range(first, min(first + self.threads, len(self.ids)))
-                statistics.add(list(self.pool.map(run, rows)), self.pool)
+            for first in range(0, rows, self.threads):
+                inputs = self.pool.map(run, range(rows)[first : first + self.threads])
+                statistics.add([*inputs], self.pool)
         unfuse(layer)
         trim_heap()  # that of the activations, before weights are worked on
         groups = _by_size(statistics, stored)
@@ -176,7 +188,7 @@ class _Layers:
     @torch.no_grad()
     def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
         """Store the layer's weights in 4 bits; statistics and weights in 16 bits go as they are done."""
-        names, done = list(stored), dict[str, QuantizedWeight]()
+        done: dict[str, QuantizedWeight] = {}
         parts: dict[str, dict[int, QuantizedWeight]] = {}
         fell_back: FellBack = {}
         while groups:
@@ -195,7 +207,7 @@ class _Layers:
             in_order = (experts.pop(expert) for expert in range(len(tensor)))
             joined = join(in_order, tensor.shape, self.meta.dtype, self.options, self.meta.device)
             done[name] = self.store(name, joined, file)
-        return {name: done[name] for name in names}, fell_back
+        return done, fell_back
 
     def store(self, name: str, weight: QuantizedWeight, file: str) -> QuantizedWeight:
         """Store a weight, with the model's dtype, in memory that its products read fast."""
@@ -241,25 +253,24 @@ class _Layers:
         self, statistic: Statistic | None, keys: list[Key], stored: Stored
     ) -> Iterator[tuple[str, int | None, QuantizedWeight, str | None]]:
         """The weights that share an input, with their keys, and why they did not get the method, if so."""
-        tokens = 0 if statistic is None else statistic.tokens
+        tokens = statistic.tokens if statistic else 0
         method, why = self.method, ""
         if statistic is None or tokens < LEAST_TOKENS:
-            method = "rtn"
+            method, statistic = "rtn", None
             why = f"{tokens} tokens of the calibration data reached it, expected at least {LEAST_TOKENS}: 'rtn'"
         elif method == "gptq" and tokens < LEAST_TOKENS_PER_CHANNEL * len(statistic.squares):
             method = "wmse"
             why = f"{tokens} tokens reached it, which has {len(statistic.squares)} input channels: 'wmse'"
-        data: dict[str, Any] = {"method": method}
-        if statistic is not None and method != "rtn":
-            data |= {"moment": statistic.moment, "hessian": statistic.hessian() if method == "gptq" else None}
-        function: Callable[..., Any] = partial(quantize_calibrated, **data)
+        moment = statistic.moment if statistic else None
+        hessian = statistic.hessian() if statistic and method == "gptq" else None
         for name, expert in keys:
             tensor, file = stored[name]
             options = self.options
             if expert is not None:  # the scales of a stack are nested together, once all of them are there
                 tensor, options = tensor[expert], {**options, "double_quant": False}
+            tensor = tensor.t().contiguous() if self.names[name] else tensor
             try:
-                result = function(tensor.t().contiguous() if self.names[name] else tensor, **options)
+                result = quantize_calibrated(tensor, method, moment=moment, hessian=hessian, **options)
             except ValueError as error:
                 reason = first_sentence(error).removeprefix("quantize_calibrated: ")
                 raise UserError(f"{file}: weight {name} cannot be quantized: {reason}") from error
@@ -268,12 +279,10 @@ class _Layers:
 
 def _by_size(statistics: Statistics, stored: Stored) -> list[Group]:
     """The groups of weights, those with the largest statistics last, after the weights that no token reached."""
-    groups: list[Group] = [*statistics.groups()]
-    groups.sort(key=lambda group: len(group[0].squares) if group[0] is not None else 0)
     unseen = [
         (name, expert)
         for name, (tensor, _) in stored.items()
         for expert in (range(len(tensor)) if name.rpartition(".")[2] in STACKS else (None,))
         if (name, expert) not in statistics.of
     ]
-    return [(None, unseen), *groups] if unseen else groups
+    return [(None, unseen), *sorted(statistics.groups(), key=lambda group: len(group[0].squares))]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from transformers import GenerationConfig
 from qlora_native._io import is_own_file, read_json
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
-from qlora_native.reference import NESTED_BLOCK
-from qlora_native.weight import quantize, to_bnb
+from qlora_native.weight import QuantizedWeight, quantize, to_bnb
 from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, native_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor
 from qlora_native.weights.match import STATE_MARK, Entry
@@ -76,24 +73,15 @@ def convert(
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
     made = Conversion(opened, target, dtype, options, skip_modules)
-    to_target = decoding(lambda name: target == "16bit"), rounding(made.meta, made.weights, made.options)
-    made.write(stream(opened, made.meta, to_target), folder, shard_bytes)
+    made.write(folder, shard_bytes)
     return made.report
-
-
-def _one_by_one(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, but of tensors that stay as they are stored, and are together only for the model, one for each."""
-    for item in items:
-        if item.is_stored and item.weight is None:
-            yield from (replace(item, entry=replace(item.entry, parts=[stored])) for stored in item.entry.parts)
-        else:
-            yield item
 
 
 class Conversion:
     """A folder to be written: what the files hold, what its weights are to be, and the description of both.
 
     Attributes:
+        entries: of the files, by name.
         four_bit: names of the weights that are 4-bit in the files.
         weights: names of those that become 4-bit.
         options: of :func:`qlora_native.quantize`, for these.
@@ -106,10 +94,9 @@ class Conversion:
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
         self.meta = ModelShapes(source.config, dtype)
         self.report = ConvertReport()
-        self.changes: dict[str, Any] = {}  # to config.json
-        self.made: dict[str, Any] = {}  # to its description of 4-bit weights
         self.match = source.match(self.meta)
-        stored = {entry.name: entry for entry in self.match.entries if entry.four_bit is not None}
+        self.entries = {entry.name: entry for entry in self.match.entries}
+        stored = {name: entry for name, entry in self.entries.items() if entry.four_bit is not None}
         self.four_bit = stored.keys()
         stacks = sorted(name for name in stored if not name.endswith(".weight"))
         if target == "bitsandbytes" and stacks:
@@ -127,12 +114,28 @@ class Conversion:
             self.options = {name: getattr(weight, name) for name in options}
             self._storage = weight.storage_dtype
 
-    def write(self, items: Iterable[Item], folder: Path, shard_bytes: int) -> None:
+    def items(self) -> Iterator[Item]:
+        """The stream of the converted model."""
+        to_target = decoding(lambda name: self.target == "16bit"), rounding(self.meta, self.weights, self.options)
+        return stream(self.source, self.meta, to_target)
+
+    def _items(self) -> Iterator[Item]:
+        """The items that are written: of tensors that stay as they are stored, and are together only for the model, one
+        for each; and one for each stored tensor that the model has no place for."""
+        for item in self.items():
+            if item.is_stored and item.weight is None:
+                yield from (replace(item, entry=replace(item.entry, parts=[stored])) for stored in item.entry.parts)
+            else:
+                yield item
+        for stored in self.match.unexpected if isinstance(self.source, SafetensorsSource) else ():
+            yield Item(Entry(stored.name, stored.name, [stored]), stored.shape, lambda: iter(()), lambda: iter(()))
+
+    def write(self, folder: Path, shard_bytes: int) -> None:
         """Write safetensors files of at most ``shard_bytes``, unless one tensor is larger; beside them config.json, and
         whatever lies beside the source's weights (tokenizer, license)."""
         files: list[list[Item]] = [[]]
         size = 0
-        for item in chain(_one_by_one(items), self._unexpected()):
+        for item in self._items():
             num_bytes = sum(output.num_bytes for output in self._outputs(item))
             if files[-1] and size + num_bytes > shard_bytes:
                 files.append([])
@@ -141,8 +144,7 @@ class Conversion:
             size += num_bytes
         weight_map: dict[str, str] = {}
         for number, inside in enumerate(files, 1):
-            suffix = f"-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else ".safetensors"
-            file = WEIGHTS_NAME.replace(".safetensors", suffix)
+            file = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
             outputs = [output for item in inside for output in self._outputs(item)]
             with ShardWriter(folder / file, outputs, self.source.path) as writer:
                 for item in inside:
@@ -152,15 +154,16 @@ class Conversion:
         self.report.files = len(files)
         four_bit = {item.name for inside in files for item in inside if item.weight is not None}
         written = {"config.json": self.config(four_bit)}
-        if self.source.path.suffix == ".gguf":
-            written["generation_config.json"] = GenerationConfig.from_model_config(self.source.config).to_diff_dict()
         if len(files) > 1:
             written[INDEX_NAME] = {"metadata": {"total_size": self.report.num_bytes}, "weight_map": weight_map}
+        if isinstance(self.source, SafetensorsSource):
+            for path in self.source.path.iterdir():
+                if not path.name.endswith(_WEIGHT_FILES) and is_own_file(path):
+                    shutil.copyfile(path, folder / path.name)
+        else:
+            written["generation_config.json"] = GenerationConfig.from_model_config(self.source.config).to_diff_dict()
         for name, value in written.items():
             (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in self.source.path.iterdir() if self.source.path.is_dir() else ():
-            if not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json" and is_own_file(path):
-                shutil.copyfile(path, folder / path.name)
 
     def config(self, four_bit: set[str]) -> dict[str, Any]:
         """config.json: the source's, with another dtype, and with a description of the weights that are 4-bit."""
@@ -171,12 +174,12 @@ class Conversion:
         config.pop("quantization_config", None)
         config["architectures"] = config.get("architectures") or [type(self.meta.model).__name__]
         if four_bit:
-            config["quantization_config"] = self._quantization_config(four_bit) | self.made
+            config["quantization_config"] = self._quantization_config(four_bit)
         if "vocab_size" in config:
             # With the tokens that an adapter adds.
             config["vocab_size"] = getattr(self.source.config, "vocab_size", config["vocab_size"])
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-        return config | dict.fromkeys(names, str(self.dtype).removeprefix("torch.")) | self.changes
+        return config | dict.fromkeys(names, str(self.dtype).removeprefix("torch."))
 
     def _quantization_config(self, four_bit: set[str]) -> dict[str, Any]:
         old: dict[str, Any] = self.source.four_bit_config or {}
@@ -188,46 +191,40 @@ class Conversion:
         made: dict[str, Any] = {METADATA: old.get(METADATA, {}) if old else {"method": "rtn"}}
         if self.target == "qlora":
             return native_config(dense, self.options, compute, **made)
-        config = {**bitsandbytes_config(self.dtype, self.options, dense), **made}
+        config = bitsandbytes_config(self.dtype, self.options, dense) | made
         config["bnb_4bit_quant_storage"] = str(self._storage).removeprefix("torch.")
-        return config | ({"bnb_4bit_compute_dtype": compute} if compute else {})
-
-    def _unexpected(self) -> Iterator[Item]:
-        """The stored tensors that the model has no place for, which are copied."""
-        for stored in self.match.unexpected if isinstance(self.source, SafetensorsSource) else ():
-            yield Item(Entry(stored.name, stored.name, [stored]), stored.shape, lambda: iter(()), lambda: iter(()))
+        config["bnb_4bit_compute_dtype"] = compute or config["bnb_4bit_compute_dtype"]
+        return config
 
     def _outputs(self, item: Item) -> list[Output]:
         """The tensors that are written of an item."""
-        key, parts = item.entry.key, item.entry.parts
+        key = item.entry.key
         if item.is_stored:
-            return [Output(stored.name, self._dtype_of(item, stored), stored.shape) for stored in parts]
+            return [Output(stored.name, self._dtype_of(item, stored), stored.shape) for stored in item.entry.parts]
         if item.weight is None:
             shape = item.shape[::-1] if item.name in self.meta.transposed else item.shape
             return [Output(key, self.meta.dtype_of(item.name), shape)]
-        numel, nested = math.prod(item.shape), self.options["double_quant"]
-        blocks = -(-numel // self.options["block_size"])
-        outputs = [
-            Output(key, torch.uint8, ((numel + 1) // 2, 1)),
-            Output(f"{key}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
-            Output(f"{key}.quant_map", torch.float32, (16,)),
-            Output(f"{key}{STATE_MARK}{self.options['quant_type']}", torch.uint8, None),
+        # Of memory that nothing is written to.
+        tensors = to_bnb(QuantizedWeight.empty(item.shape, dtype=self.dtype, device="cpu", **self.options), key)
+        return [
+            Output(name, tensor.dtype, None if STATE_MARK in name else tuple(tensor.shape))
+            for name, tensor in tensors.items()
         ]
-        if nested:
-            outputs.append(Output(f"{key}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)))
-            outputs.append(Output(f"{key}.nested_quant_map", torch.float32, (256,)))
-        return outputs
+
+    def _is_raw(self, item: Item) -> bool:
+        """Whether a stored item is copied as bytes, which may be any: packed codes in a dtype of floats, and what the
+        model has no place for."""
+        return item.weight is not None or item.name not in self.meta.shapes
 
     def _dtype_of(self, item: Item, stored: StoredTensor) -> torch.dtype:
         """What a tensor is stored in that is not changed: a dense one of the model in the model's dtype."""
-        is_dense = item.weight is None and item.name in self.meta.shapes and stored.dtype.is_floating_point
-        return self.meta.dtype_of(item.name) if is_dense else stored.dtype
+        is_cast = stored.dtype.is_floating_point and not self._is_raw(item)
+        return self.meta.dtype_of(item.name) if is_cast else stored.dtype
 
     def _write(self, item: Item, writer: ShardWriter) -> None:
         key = item.entry.key
         if item.is_stored:
-            # As bytes what may hold any: packed codes in a dtype of floats, and what the model has no place for.
-            is_raw = item.weight is not None or item.name not in self.meta.shapes
+            is_raw = self._is_raw(item)
             for stored in item.entry.parts:
                 dtype = self._dtype_of(item, stored)
                 for part in (stored_parts if is_raw else parts_of)(self.source, stored):

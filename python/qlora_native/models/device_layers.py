@@ -57,7 +57,7 @@ def layer_units(layers: Sequence[nn.Module]) -> list[Unit]:
     ]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     memory: Tensor  # uint8 on the device
     unit: int | None = None  # whose bytes it holds, or will when `copied` has come
@@ -79,18 +79,18 @@ class StreamedLayers:
         self.residency, self.device = residency, device
         self.layers = list(layers)
         self.bytes_copied = 0
-        self._rank = {unit: rank for rank, unit in enumerate(residency.streamed)}
+        self._wanted = {training: residency.wanted(training) for training in (False, True)}
         self._copies = torch.cuda.Stream(device)
         with torch.cuda.stream(self._copies):  # so that the memory is not reused before this stream's copies
             new = partial(torch.empty, residency.slot_bytes, dtype=torch.uint8, device=device)
             self._slots = [_Slot(new()) for _ in range(residency.slots)]
         self._host = {unit: self._move_to_host(unit) for unit in residency.streamed}
         for unit, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(lambda *_, unit=unit: self.visit(unit))
-            layer.register_forward_hook(lambda _module, _args, output, unit=unit: self._watch(unit, output))
+            layer.register_forward_pre_hook(partial(self.visit, unit))
+            layer.register_forward_hook(partial(self._watch, unit))
 
     def _slot_of(self, unit: int) -> _Slot:
-        return self._slots[self._rank[unit] % len(self._slots)]
+        return self._slots[self.residency.streamed.index(unit) % len(self._slots)]
 
     def _move_to_host(self, unit: int) -> Tensor:
         """Moves a layer's weights into pinned memory, which is returned, and makes its tensors views of its slot."""
@@ -107,7 +107,6 @@ class StreamedLayers:
                 module._buffers[name] = view
             module.at_home = home  # type: ignore[assignment]
             at += _padded(tensor.nbytes)
-        layer.register_state_dict_post_hook(partial(_save_at_home, home))
         layer._apply = partial(self._apply, layer)  # type: ignore[method-assign]
         return host
 
@@ -127,13 +126,13 @@ class StreamedLayers:
             raise RuntimeError(f"a model whose layers stream to {self.device} cannot be moved: load it again.")
         return type(layer)._apply(layer, fn, recurse)
 
-    def _watch(self, unit: int, output: Any) -> None:
+    def _watch(self, unit: int, _module: nn.Module, _args: Any, output: Any) -> None:
         """Without checkpointing, the backward pass comes to a layer by the gradient of its output."""
         for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _grad: self.visit(unit))
+                tensor.register_hook(partial(self.visit, unit))
 
-    def visit(self, unit: int) -> None:
+    def visit(self, unit: int, *_: Any) -> None:
         """Begin a layer's turn: what the current stream is given from now on may read its weights.
 
         RuntimeError while a CUDA graph is captured.
@@ -141,16 +140,16 @@ class StreamedLayers:
         if _cuda_kernels.is_capturing(self.device):
             raise RuntimeError(f"layers stream to {self.device}, which a CUDA graph cannot hold: run without graphs.")
         is_backward = torch._C._current_graph_task_id() != -1
-        position = 2 * len(self.layers) - 1 - unit if is_backward else unit
+        schedule = self._wanted[is_backward or self.layers[unit].training]
         stream = torch.cuda.current_stream(self.device)
-        taken: list[_Slot] = []  # of what is used sooner
-        for wanted in self.residency.wanted(position, is_backward or self.layers[unit].training):
+        taken: set[_Slot] = set()  # by what is used sooner
+        for wanted in schedule[-1 - unit if is_backward else unit]:
             slot = self._slot_of(wanted)
-            if any(slot is one for one in taken):
+            if slot in taken:
                 break
-            taken.append(slot)
+            taken.add(slot)
             self._fetch(wanted, slot)
-        if unit in self._rank:
+        if unit in self._host:
             slot = self._slot_of(unit)
             stream.wait_event(slot.copied)
             slot.readers.add(stream)
@@ -175,12 +174,6 @@ class StreamedLayers:
             f"{plan.num_bytes / 2**20:,.0f} MiB of 4-bit weights there, {plan.streamed_bytes / 2**20:,.0f} MiB in "
             f"pinned memory, {plan.bytes_read() / 2**20:,.0f} MiB copied a training pass"
         )
-
-
-def _save_at_home(home: Callable[[Tensor], Tensor], _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    for key, value in state.items():
-        if key.startswith(prefix) and isinstance(value, Tensor):
-            state[key] = home(value)
 
 
 def _pinned(num_bytes: int, device: torch.device) -> Tensor:
@@ -212,7 +205,7 @@ def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int |
         ValueError: two slots do not fit the budget.
         UserError: the model has no list of decoder layers.
     """
-    where = _with_number(torch.device(device))
+    where = _with_number(device)
     layers = list(dict.fromkeys(decoder_layers(model)[1]))
     units = layer_units(layers)
     if budget is None:
@@ -230,7 +223,11 @@ def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int |
 
 
 def load_to_device(
-    path: Any, *, device: torch.device | str | None = None, note: Callable[[str], None] | None = None, **options: Any
+    path: Any,
+    *,
+    device: torch.device | str | None = None,
+    note: Callable[[str], object] = lambda line: None,
+    **options: Any,
 ) -> Any:
     """:func:`qlora_native.load_model` for inference on a CUDA device; where the weights have no room, layers stream.
 
@@ -238,34 +235,32 @@ def load_to_device(
     """
     if device is None:
         return load_model(path, **options)
-    where, source = _with_number(torch.device(device)), open_source(path)
+    where, source = _with_number(device), open_source(path)
     is_kept = options.get("method") is None and source.keeps(options.get("quant_type", AUTO))
     if source.is_four_bit or is_kept:
-        files = source.path.glob("*.safetensors") if source.path.is_dir() else [source.path]
-        num_bytes = sum(file.stat().st_size for file in files)
+        num_bytes = sum(file.stat().st_size for file in source.files)
     else:
         num_bytes = _rounded_bytes(source, options)
     if num_bytes <= FOR_WEIGHTS * free_device_memory(where).bytes:
         return load_model(source, device=where, **options)
     model = load_model(source, device="cpu", **options)
     streamed = stream_layers(model, where)
-    if streamed is not None and note is not None:
+    if streamed is not None:
         note(f"the model is larger than the device: {streamed}")
     return model
 
 
 def _rounded_bytes(source: Any, options: dict[str, Any]) -> int:
     """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
-    form = {name: options[name] for name in ("block_size", "double_quant") if name in options}
+    form = {"block_size": 64} | {name: options[name] for name in ("block_size", "double_quant") if name in options}
     skip = options.get("skip_modules")
     meta = ModelShapes(source.config, options.get("dtype", torch.bfloat16))
-    chosen = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip is None else skip, form.get("block_size", 64))
+    chosen = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip is None else skip, form["block_size"])
     return sum(
         quantize(tensor, **form).nbytes if name in chosen else tensor.nbytes for name, tensor in meta.shapes.items()
     )
 
 
-def _with_number(device: torch.device) -> torch.device:
+def _with_number(device: torch.device | str) -> torch.device:
     """A CUDA device without one is the current one."""
-    is_current = device.type == "cuda" and device.index is None
-    return torch.device("cuda", torch.cuda.current_device()) if is_current else device
+    return torch.empty(0, device=device).device

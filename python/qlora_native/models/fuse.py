@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import qlora_native as qn
 from qlora_native._pages import gather_pages
@@ -34,6 +34,7 @@ from qlora_native.weights.files import mapped_part
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # Instruction sets with products of bf16. Without them torch's attention multiplies 16-bit numbers one by one.
 NATIVE_BF16 = ("avx512_bf16", "amx", "neon_bf16")
+PLAIN = (str, int, float, NoneType)  # settings that are compared by their values
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -67,15 +68,14 @@ def fuse(model: nn.Module) -> dict[str, int]:
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
     """The same of two modules that compute the same function of their weights and inputs."""
 
-    def fields(part: nn.Module) -> Iterator[tuple[str, Any]]:
-        for name, value in sorted(vars(part).items()):
-            if isinstance(value, (str, int, float, NoneType)):
-                yield name, value
-            elif not name.startswith("_"):
-                yield name, id(value)
-
-    weights = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in module.named_parameters())
-    return weights, *((name, type(part), *fields(part)) for name, part in module.named_modules())
+    weights = ((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in module.named_parameters())
+    settings = (
+        (path, type(part), name, value if isinstance(value, PLAIN) else id(value))
+        for path, part in module.named_modules()
+        for name, value in sorted(vars(part).items())
+        if isinstance(value, PLAIN) or not name.startswith("_")
+    )
+    return *weights, *settings
 
 
 def unfuse(model: nn.Module) -> None:
@@ -107,16 +107,13 @@ class Norm(Fused):
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        own = dict(module.named_parameters(recurse=False))
-        if list(own) != ["weight"] or any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        weight: Any = getattr(module, "weight", None)
+        parts: list[Any] = [*module.parameters(), *module.buffers(), *module.children()]
+        if len(parts) != 1 or parts[0] is not weight or type(module).__module__.startswith("torch."):
             return None
-        weight = own["weight"]
         if weight.dim() != 1 or weight.dtype not in TOLERANCE or not is_ours(weight):
             return None
-        if type(module).__module__.startswith("torch."):
-            return None
-        candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
-        for eps in sorted(candidates):
+        for eps in sorted({value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}):
             # Rows about as small as eps show where it is added, and its value.
             probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]], device="cpu")
             probe = probe.to(weight)
@@ -138,24 +135,30 @@ class GatedMLP(Fused):
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        parts = dict(module.named_children())
-        linears = [name for name, part in parts.items() if _is_linear(part)]
-        others = [part for name, part in parts.items() if name not in linears]
-        if len(linears) != 3 or len(others) != 1 or list(others[0].parameters()) or list(module.parameters(False)):
+        parts: dict[str, Any] = dict(module.named_children())
+        shapes = {
+            name: (part.out_features, part.in_features)
+            for name, part in parts.items()
+            if hasattr(part, "out_features") and hasattr(part, "in_features")
+        }
+        others = [part for name, part in parts.items() if name not in shapes]
+        if len(shapes) != 3 or len(others) != 1 or [*others[0].parameters(), *module.parameters(recurse=False)]:
             return None
-        dtype = _dtype_of(parts[linears[0]])
+        # The dtype in which a linear layer, dense, 4-bit or adapted, computes.
+        layer = parts[min(shapes)]
+        layer = getattr(layer, "base_layer", layer)
+        dtype = getattr(getattr(layer, "quantized", getattr(layer, "weight", None)), "dtype", None)
         if dtype not in TOLERANCE or not all(map(is_ours, module.parameters())):
             return None
-        device = next(parts[linears[0]].parameters()).device
+        device = next(module.parameters()).device
         line = torch.linspace(-12.0, 12.0, 97, device="cpu").to(device, dtype)
         if not agree(_attempt(others[0], line), nn.functional.silu(line)):
             return None
-        for gate, up, down in permutations(linears):
-            wide, narrow = _shape(parts[gate]), _shape(parts[down])
-            if _shape(parts[up]) != wide or narrow != wide[::-1]:
+        for gate, up, down in permutations(shapes):
+            if not shapes[gate] == shapes[up] == shapes[down][::-1]:
                 continue
             # Large numbers would show a clamp.
-            probe = (_noise(2, wide[1]) * torch.tensor([[1.0], [40.0]], device="cpu")).to(device, dtype)
+            probe = (_noise(2, shapes[gate][1]) * torch.tensor([[1.0], [40.0]], device="cpu")).to(device, dtype)
             with modes_kept(module), torch.no_grad():
                 for part in module.modules():  # so that dropout in the module's own forward shows, and not in its parts
                     part.training = part is module
@@ -179,14 +182,10 @@ class Attention(Fused):
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        parameter = next(module.parameters(), None)
-        if parameter is None or not is_ours(parameter):
+        forward, parameter = type(module).forward, next(module.parameters(), None)
+        if parameter is None or not is_ours(parameter) or not isinstance(forward, FunctionType):
             return None
-        forward = type(module).forward
-        if not isinstance(forward, FunctionType):
-            return None
-        found = _with_native_parts(forward) is not forward if is_on_cpu(parameter) else _has_rotation(forward)
-        return {} if found else None
+        return None if _with_native_parts(forward, is_on_cpu(parameter)) is forward else {}
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -236,21 +235,6 @@ def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
     return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-
-
-def _shape(linear: Any) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
-
-
-def _dtype_of(linear: Any) -> torch.dtype | None:
-    """The dtype in which a linear layer, dense, 4-bit or adapted, computes."""
-    layer = getattr(linear, "base_layer", linear)
-    quantized = getattr(layer, "quantized", None)
-    return quantized.dtype if quantized is not None else getattr(getattr(layer, "weight", None), "dtype", None)
-
-
 def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
@@ -261,7 +245,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices):
             yield
     finally:
         for module, training in before.items():
@@ -282,57 +266,44 @@ def attends_in_fp32() -> bool:
     return qn.build_info()["cpu_isa"] not in NATIVE_BF16
 
 
-def _with_native_parts(function: FunctionType) -> FunctionType:
+def _with_native_parts(function: FunctionType, attends: bool = True) -> FunctionType:
     """A copy of ``function`` with native kernels in place of the globals that compute the same, and of the function
-    that it wraps; the function itself if neither uses one."""
+    that it wraps; the function itself if neither uses one. Unless it ``attends``, rotations alone are replaced."""
     swapped: dict[str, Any] = {}
     for name in function.__code__.co_names:
         found = function.__globals__.get(name)
         if isinstance(found, FunctionType) and _rotates(found):
             swapped[name] = _native_rotary(found)
-        elif found is ALL_ATTENTION_FUNCTIONS:
-            swapped[name] = _NativeInterfaces()
+        elif attends and found is ALL_ATTENTION_FUNCTIONS:
+            swapped[name] = _native_interfaces()
     inner = getattr(function, "__wrapped__", None)
-    copied = _with_native_parts(inner) if isinstance(inner, FunctionType) else inner
+    copied = _with_native_parts(inner, attends) if isinstance(inner, FunctionType) else inner
     if not swapped and copied is inner:
         return function
     cells = function.__closure__ and tuple(
         CellType(copied) if inner is not None and cell.cell_contents is inner else cell for cell in function.__closure__
     )
-    names = function.__globals__
-    if swapped:
-        names = {**names, **swapped}
-        names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
+    names = {**function.__globals__, **swapped}
+    names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
     return copy
 
 
-def _has_rotation(function: FunctionType) -> bool:
-    """Whether ``function``, or the one that it wraps, calls a rotation that the native kernel does."""
-    found = (function.__globals__.get(name) for name in function.__code__.co_names)
-    inner = getattr(function, "__wrapped__", None)
-    own = any(isinstance(value, FunctionType) and _rotates(value) for value in found)
-    return own or (isinstance(inner, FunctionType) and _has_rotation(inner))
-
-
 @cache
 def _rotates(function: FunctionType) -> bool:
     """Whether ``function(q, k, cos, sin)`` is the rotation that the native kernel does."""
+    q, k = (_noise(2, heads, 5, 16) for heads in (3, 1))
+    cos, sin = _noise(2, 2, 5, 16)
+    expected = (torch.ops.qlora_native.rotary(x, cos, sin, False) for x in (q, k))
     try:
-        if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
-            return False
-        q, k = (_noise(2, heads, 5, 16) for heads in (3, 1))
-        cos, sin = _noise(2, 2, 5, 16)
-        got = function(q, k, cos, sin)
+        is_named = list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]
+        return is_named and all(agree(*pair) for pair in zip(function(q, k, cos, sin), expected, strict=True))
     except Exception:  # it takes something else
         return False
-    op = torch.ops.qlora_native.rotary
-    return len(got) == 2 and all(agree(a, op(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True))
 
 
-@cache
 def _native_rotary(original: FunctionType) -> Callable[..., Any]:
     @wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -345,23 +316,12 @@ def _native_rotary(original: FunctionType) -> Callable[..., Any]:
     return apply
 
 
-class _NativeInterfaces:
-    """transformers' table of attention functions, with ours where it names its own sdpa."""
-
-    def __init__(self) -> None:
-        self._ours = partial(_attention, widen=attends_in_fp32())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ALL_ATTENTION_FUNCTIONS, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._or_ours(ALL_ATTENTION_FUNCTIONS[name])
-
-    def get_interface(self, name: str, default: Any) -> Any:
-        return self._or_ours(ALL_ATTENTION_FUNCTIONS.get_interface(name, default))
-
-    def _or_ours(self, function: Any) -> Any:
-        return self._ours if function is sdpa_attention_forward else function
+def _native_interfaces() -> AttentionInterface:
+    """A copy of transformers' table of attention functions, with ours where it names its own sdpa."""
+    table, ours = AttentionInterface(), partial(_attention, widen=attends_in_fp32())
+    for name, function in ALL_ATTENTION_FUNCTIONS.items():
+        table[name] = ours if function is sdpa_attention_forward else function
+    return table
 
 
 def _attention(
@@ -370,12 +330,10 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
     *,
+    is_causal: bool | None = None,
     widen: bool,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa by documents, where a mask separates some, and by the native kernel, where every position sees
     all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``, and all on other devices than the CPU.
@@ -383,31 +341,36 @@ def _attention(
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
     if not is_on_cpu(query):
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    square = query.shape[2] == key.shape[2] > 1 and options.get("position_bias") is None
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
-    native = square and alike and not dropout and is_native(query)
+    native = square and alike and not options.get("dropout") and is_native(query)
     widen = widen and query.dtype in TOLERANCE
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
         if native and mask is None and causal is True:
-            out: Tensor = call("causal_attention", q, k, v, scale)[0]
-            return out.transpose(1, 2)
-        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
+            scale = options.get("scaling")
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            return call("causal_attention", q, k, v, scale)[0].transpose(1, 2)
         if widen:
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-            return sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **options)[0].to(q.dtype)
-        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+            q, k, v = q.float(), k.float(), v.float()
+        return sdpa_attention_forward(module, q, k, v, mask, is_causal=causal, **options)[0].to(query.dtype)
 
     documents = None
     if attention_mask is not None and square and not torch.compiler.is_compiling():
         documents = documents_of(attention_mask, query.shape[0])
-    if documents is not None:
-        return by_document(attend, query, key, value, documents), None
-    return attend(query, key, value, attention_mask, causal), None
+    if documents is None:
+        return attend(query, key, value, attention_mask, is_causal), None
+    rows = []
+    # split, not slices: its derivative is one concatenation.
+    for sequence, *operands in zip(documents, *(x.split(1) for x in (query, key, value)), strict=True):
+        lengths = [document.length for document in sequence]
+        parts = zip(sequence, *(x.split(lengths, 2) for x in operands), strict=True)
+        rows.append(torch.cat([attend(q, k, v, document.mask, True) for document, q, k, v in parts], 1))
+    return torch.cat(rows), None
 
 
 _FOUND = "_qlora_native_documents"  # kept on the mask, which all layers of a forward pass share
@@ -431,36 +394,17 @@ def documents_of(mask: Tensor, batch: int) -> Documents | None:
     if not hasattr(mask, _FOUND):
         setattr(mask, _FOUND, _find(mask))
     found: Documents | None = getattr(mask, _FOUND)
-    return found * batch if found is not None and len(found) < batch else found
+    return found and found * (batch // len(found))
 
 
 def _find(mask: Tensor) -> Documents | None:
-    length = mask.shape[-1]
     sequences = []
     for square in mask[:, 0]:
         # Every position sees itself and, unless it is a document's first, the one before it.
-        if length < 2 or not bool(square.diagonal().all()):
+        starts = [0, *((~square.diagonal(-1)).nonzero().flatten() + 1).tolist(), len(square)]
+        parts = [square[start:end, start:end] for start, end in pairwise(starts)]
+        if not bool(square.diagonal().all()) or sum(int(part.sum()) for part in parts) != int(square.sum()):
             return None
-        starts = [0, *((~square.diagonal(-1)).nonzero().flatten() + 1).tolist(), length]
-        documents, inside = [], 0
-        for start, end in pairwise(starts):
-            part = square[start:end, start:end]
-            seen, size = int(part.sum()), end - start
-            inside += seen
-            plain = 2 * seen == size * (size + 1) and not bool(part.triu(1).any())
-            documents.append(Document(size, None if plain else part[None, None]))
-        if inside != int(square.sum()):
-            return None
-        sequences.append(tuple(documents))
+        masks = (None if torch.equal(part, torch.ones_like(part).tril()) else part[None, None] for part in parts)
+        sequences.append(tuple(map(Document, map(len, parts), masks)))
     return tuple(sequences) if any(len(documents) > 1 for documents in sequences) else None
-
-
-def by_document(attend: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """``attend`` on each document of each sequence, with the shapes of :func:`_attention`."""
-    rows = []
-    # split, not slices: its derivative is one concatenation.
-    for sequence, *operands in zip(documents, *(x.split(1) for x in (query, key, value)), strict=True):
-        lengths = [document.length for document in sequence]
-        parts = zip(sequence, *(x.split(lengths, 2) for x in operands), strict=True)
-        rows.append(torch.cat([attend(q, k, v, document.mask, True) for document, q, k, v in parts], 1))
-    return torch.cat(rows)

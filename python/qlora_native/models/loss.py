@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,8 +30,21 @@ from qlora_native.nn.linear import QuantizedLinear
 # config fields by which known models change the logits after the output embedding
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
-_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+Finder = Callable[[Any, Mapping[str, Tensor]], bool]
+
+
+def _once(find: Finder) -> Finder:
+    """``find(model, inputs)``, which is run once for each output embedding of a model."""
+    found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    @wraps(find)
+    def once(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+        head = model.get_output_embeddings() or model  # an adapter may put another in its place
+        if head not in found:
+            found[head] = find(model, inputs)
+        return found[head]
+
+    return once
 
 
 def trained_tokens(batch: Mapping[str, Tensor]) -> int:
@@ -62,21 +76,12 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return loss
 
 
-def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """:func:`head_is_plain`, found out once for a model."""
-    if model not in _plain:
-        _plain[model] = head_is_plain(model, inputs)
-    return _plain[model]
-
-
 def check_loss(model: Any) -> None:
     """Run the checks of :func:`causal_lm_loss` now: their forward passes must be the same on all ranks of a sharded
     model, which a batch's are not."""
     ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    inputs = {"input_ids": ids}
-    _plain[model] = head_is_plain(model, inputs)
-    if _plain[model]:
-        _causal[model] = _is_causal(model, inputs)
+    if has_plain_head(model, {"input_ids": ids}):
+        _is_causal(model, {"input_ids": ids})
 
 
 def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
@@ -86,31 +91,32 @@ def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Ten
     triangle.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or mask.shape != targets.shape or bool((mask != 0).all()):
+    if mask is None or mask.shape != targets.shape:
         return dict(inputs)
-    seen = mask != 0
-    on_the_left = bool((seen[:, 1:] & ~seen[:, :-1]).any())
-    if on_the_left or bool(((targets != IGNORE_INDEX) & ~seen).any()):
-        return dict(inputs)
-    if model not in _causal:
-        _causal[model] = _is_causal(model, inputs)
-    return {**inputs, "attention_mask": torch.ones_like(mask)} if _causal[model] else dict(inputs)
+    hidden = mask == 0
+    is_needed = (
+        not hidden.any()
+        or (hidden[:, :-1] & ~hidden[:, 1:]).any()  # padding before a row
+        or (hidden & (targets != IGNORE_INDEX)).any()
+        or not _is_causal(model, inputs)
+    )
+    return dict(inputs) if is_needed else {**inputs, "attention_mask": torch.ones_like(mask)}
 
 
+@_once
 @torch.no_grad()
 def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the first half of a row comes out the same, bit for bit, whatever stands in the second, and about the
     same whether the second is masked or not."""
     row = inputs["input_ids"][:1, :16]
-    half = row.shape[1] // 2
-    other, half_mask, mask = row.clone(), torch.ones_like(row), torch.ones_like(row)
-    other[:, half:] = (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings
-    half_mask[:, half:] = 0
-    with modes_kept(model), torch.random.fork_rng():
+    half, mask = row.shape[1] // 2, torch.ones_like(row)
+    second = torch.arange(row.shape[1], device=row.device) >= half
+    other = (row + second) % model.get_input_embeddings().num_embeddings
+    with modes_kept(model):
         model.eval()
         hidden, changed, masked = (
             hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
-            for ids, seen in ((row, mask), (other, mask), (row, half_mask))
+            for ids, seen in ((row, mask), (other, mask), (row, mask * ~second))
         )
     return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
 
@@ -133,8 +139,9 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.
     return taken[0], head
 
 
+@_once
 @torch.no_grad()
-def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the logits are exactly the head's output; a warning if not.
 
     The head's output is swapped for known numbers, which must come out unchanged. They are large, so that soft-capping
@@ -150,19 +157,18 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         reason = "its output embedding has a bias"
     else:
         probe = torch.linspace(-96.0, 96.0, head.out_features, device=model.device)
-        seen: list[Tensor] = []
+        given: list[Tensor] = []
 
-        def swap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen.append(args[0])
-            return probe.to(output.dtype).expand_as(output)
+        def swap(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            given.append(probe.to(output.dtype).expand_as(output))
+            return given[-1]
 
-        with head.register_forward_hook(swap), torch.random.fork_rng():
+        with head.register_forward_hook(swap), modes_kept(model):
             logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
-        expected = probe.to(seen[0].dtype) if seen else probe
-        if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
+        if len(given) == 1 and given[0].shape[1] == 2 and torch.equal(logits.float(), given[0].float()):
             return True
-        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(config, key, None)) is not None]
-        reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
+        fields = (f" ({key}={value})" for key in LOGIT_FIELDS if (value := getattr(config, key, None)) is not None)
+        reason = f"it changes its logits after the output embedding{next(fields, '')}"
     warnings.warn(
         f"{type(model).__name__}: {reason}, so the loss is taken from the model's own logits, "
         f"{config.vocab_size * 4 / 1024:.0f} KiB of memory for each token of a micro-batch",
@@ -175,6 +181,5 @@ def is_random(model: Any) -> bool:
     """Whether the model draws random numbers in training, by its modules and its config."""
     options = model.config.get_text_config().to_dict()
     rates = [rate for name, rate in options.items() if re.search("drop|jitter|noise", name)]
-    for module in model.modules():
-        rates += [getattr(module, "p", None)] if isinstance(module, _DropoutNd) else [getattr(module, "dropout", None)]
+    rates += [getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", None) for module in model.modules()]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

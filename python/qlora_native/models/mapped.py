@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_native import _C
-from qlora_native._memory import Free, free_memory
+from qlora_native._memory import free_memory
 from qlora_native.calibration.layers import decoder_layers
 from qlora_native.errors import UserError
 from qlora_native.models.residency import Residency, Unit, least_residency, plan_residency
@@ -27,10 +28,9 @@ GAP = 4096  # bytes between two tensors of a unit that are read as one range
 
 def mapped_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, MappedPart]]:
     """Every parameter and buffer that lies in a mapped file, with its name."""
-    for named in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in named:
-            if (part := mapped_part(tensor)) is not None:
-                yield name, tensor, part
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if (part := mapped_part(tensor)) is not None:
+            yield name, tensor, part
 
 
 def check_files(files: list[_C.MappedFile]) -> None:
@@ -82,10 +82,7 @@ class Streaming:
         parts = _unit_parts(model)
         self.plan = plan_streaming(model, budget)
         self.files = list({id(part.file): part.file for each in parts for part in each}.values())
-        self._wanted = {
-            training: [list(self.plan.wanted(place, training)) for place in range(len(self.plan.order(training)))]
-            for training in (False, True)
-        }
+        self._wanted = {training: self.plan.wanted(training) for training in (False, True)}
         self._training = False
         streamed = set(self.plan.streamed)
         resident = [part for unit, each in enumerate(parts) if unit not in streamed for part in each]
@@ -148,11 +145,6 @@ def plan_streaming(model: Any, budget: int) -> Residency:
         return least_residency(units)
 
 
-def budget_of(free: Free, beside: int) -> int:
-    """Bytes for weights, where ``beside`` bytes are predicted for other things; below 0 there are too few."""
-    return free.bytes - free.margin - beside
-
-
 def stream_if_needed(
     model: Any, budget: int | None, beside: int, note: Callable[[str], None] = lambda line: None
 ) -> Streaming | None:
@@ -164,7 +156,7 @@ def stream_if_needed(
     total = num_bytes(parts_of(model))
     free = free_memory()
     if budget is None:
-        budget = total if free is None else budget_of(free, beside)
+        budget = total if free is None else free.bytes - free.margin - beside
     if total <= budget or model in _streaming:
         return None
     streaming = _streaming[model] = Streaming(model, budget)

@@ -26,7 +26,7 @@ from qlora_native.weights.stream import Item, adding, decoding, recoding, roundi
 TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
-class Merging:
+class Merging(Conversion):
     """W + scale * B A of every adapted weight, the sum taken in fp32 and rounded once.
 
     ``codes`` are files of packed codes by the path of an adapted layer, which it gets under the scales of its 4-bit W
@@ -54,14 +54,11 @@ class Merging:
         double_quant: bool = True,
         skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,),
     ) -> None:
-        self.source = source = open_source(path)
+        source = open_source(path)
         self.is_kept = source.keeps(quant_type)
         rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
         options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
-        self.target = "bitsandbytes" if to == "nf4" else "16bit"
-        self.conversion = Conversion(source, self.target, TARGETS[to], options, skip_modules)
-        self.meta, self.options = self.conversion.meta, self.conversion.options
-        self.report, self.four_bit = self.conversion.report, self.conversion.four_bit
+        super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
         self.adapter_folder, self.skip_modules = adapter, skip_modules
         if self.four_bit and base == "original":
             raise UserError(
@@ -83,11 +80,11 @@ class Merging:
             width, height = self.meta.shapes[name].shape
             self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
         self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
-        tied, entries = self.meta.tied, {entry.name: entry for entry in self.conversion.match.entries}
+        tied = self.meta.tied
         for module, ids in dict(self.adapter.config.trainable_tokens).items():
             name, rows = f"{module}.weight", self.adapter.saved.pop(f"{module}.{DELTA}")
-            if name in entries and entries[name].converter is None:
-                item = next(self._stream([entries[name]], adapted=False))
+            if name in self.entries and self.entries[name].converter is None:
+                item = next(self.items(adapted=False, entries=[self.entries[name]]))
                 rows = put_rows(torch.cat([*item.rows()]).float(), torch.tensor(ids), rows)
                 source.config.get_text_config().vocab_size = len(rows)
             self.adapter.saved[name] = rows
@@ -96,14 +93,13 @@ class Merging:
         # Tied embeddings are separated where only the output one has an adapter.
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
-    def items(self, adapted: bool = True) -> Iterator[Item]:
-        """The stream of the merged model; not ``adapted``, of the weights that the adapter is added to, decoded."""
-        return self._stream([*self.conversion.match.entries, *self._untied_entries()], adapted)
-
-    def _stream(self, entries: list[Entry], adapted: bool) -> Iterator[Item]:
+    def items(self, adapted: bool = True, entries: list[Entry] | None = None) -> Iterator[Item]:
+        """The stream of the merged model, or of some ``entries``; not ``adapted``, of the weights that the adapter is
+        added to, decoded."""
+        entries = [*self.match.entries, *self._untied_entries()] if entries is None else entries
         transforms = [rounding(self.meta, self.rounded, self.options), decoding(lambda name: True)]
         if adapted:
-            weights = set() if self.target == "16bit" else {*self.four_bit, *self.conversion.weights}
+            weights = set() if self.target == "16bit" else {*self.four_bit, *self.weights}
             transforms[1:] = [
                 recoding(self.codes),
                 decoding(self._is_decoded),
@@ -122,21 +118,25 @@ class Merging:
 
     def write(self, folder: Path, shard_bytes: int) -> None:
         """Write the folder, as :meth:`Conversion.write`, with the chat template of the adapter."""
-        if self.untied:
-            self.conversion.changes["tie_word_embeddings"] = False
-        self.conversion.made = {METADATA: {"method": "gptq" if self.codes else "rtn"}}
-        self.conversion.write(self.items(), folder, shard_bytes)
+        super().write(folder, shard_bytes)
         if self.adapter_folder is not None and is_own_file(self.adapter_folder / TEMPLATE):
             shutil.copyfile(self.adapter_folder / TEMPLATE, folder / TEMPLATE)
+
+    def config(self, four_bit: set[str]) -> dict[str, Any]:
+        """As :meth:`Conversion.config`."""
+        config = super().config(four_bit)
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        if four_bit:
+            config["quantization_config"][METADATA] = {"method": "gptq" if self.codes else "rtn"}
+        return config
 
     def _untied_entries(self) -> list[Entry]:
         """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
         adapted weights that are not there."""
-        entries = {entry.name: entry for entry in self.conversion.match.entries}
-        adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.saved.keys()
         found = []
-        for name in sorted(adapted):
-            entry, origin = entries.get(name), entries.get(self.meta.tied.get(name, ""))
+        for name in sorted({f"{path}.weight" for path in self.adapter.pairs} | self.adapter.saved.keys()):
+            entry, origin = self.entries.get(name), self.entries.get(self.meta.tied.get(name, ""))
             if entry is not None and entry.converter is None:
                 continue
             if origin is None or not origin.is_plain:

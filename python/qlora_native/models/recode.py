@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from qlora_native.calibration.adapted import adapted_codes, correction
-from qlora_native.calibration.data import CalibrationData, take_tokens
+from qlora_native.calibration.data import CalibrationData
 from qlora_native.calibration.statistics import Statistics
 from qlora_native.lora import LoRALinear, load_adapter, lora_layers
-from qlora_native.models.calibrate import side_by_side
+from qlora_native.models.calibrate import side_by_side, tokens_for
 from qlora_native.models.load import load_model
 from qlora_native.models.loss import hidden_states
 from qlora_native.models.mapped import BESIDE, stream_if_needed
 from qlora_native.models.merge_files import Merging
 from qlora_native.models.progress import Progress
 from qlora_native.nn.linear import QuantizedLinear
-from qlora_native.weights.open import load_tokenizer
 
 
 def calibrated_codes(
@@ -35,27 +34,21 @@ def calibrated_codes(
     Beside the model there are the sequences' activations and the statistics of one layer. What torch computes is on one
     thread, so that the bytes are the same for any number of them.
     """
-    source, text = work.source, work.source.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    tokens = take_tokens(given, "wmse", partial(load_tokenizer, source), text.vocab_size, longest)
+    ids = tokens_for(work.source, given, "wmse").ids
     codes: dict[str, Path] = {}
     options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
-    model: Any = load_adapter(load_model(source.path, **options, fuse=False), adapter)
+    model: Any = load_adapter(load_model(work.source.path, **options, fuse=False), adapter)
     streaming = stream_if_needed(model, None, BESIDE)
     total = sum(isinstance(layer.base_layer, QuantizedLinear) for _, layer in lora_layers(model))
-    rows, length = tokens.ids.shape
-    progress(f"finding the codes of {total} weights with {rows} sequences of {length} tokens", 0, total)
+    progress(f"finding the codes of {total} weights with {len(ids)} sequences of {ids.shape[1]} tokens", 0, total)
 
     def write(path: str, packed: Tensor) -> None:
         codes[path] = folder / f"{len(codes)}.codes"
         packed.cpu().numpy().tofile(codes[path])
         progress(f"layer {len(codes)} of {total}", len(codes), total)
 
-    with ExitStack() as stack:
-        pool, _ = stack.enter_context(side_by_side(model.device))
-        if streaming is not None:
-            stack.callback(streaming.close)
-        recode(model, tokens.ids, pool, write)
+    with side_by_side(model.device) as (pool, _), nullcontext() if streaming is None else closing(streaming):
+        recode(model, ids, pool, write)
     return codes
 
 

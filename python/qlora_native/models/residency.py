@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 AHEAD = 2  # streamed units that are read before their use, beside the one in use; 1 where the budget has no room for 2
 
@@ -22,16 +21,6 @@ class Unit:
     name: str
     num_bytes: int
     must_stay: bool = False
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One use of a unit: before it ``releases`` are let go, then ``reads`` begin, in this order (indices of units)."""
-
-    unit: int
-    is_backward: bool
-    releases: tuple[int, ...]
-    reads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,31 +56,27 @@ class Residency:
         forward = list(range(len(self.units)))
         return forward + forward[::-1] if training else forward
 
-    def wanted(self, position: int, training: bool) -> tuple[int, ...]:
-        """The streamed units that the slots hold during visit ``position`` of :meth:`order`, soonest used first.
+    def wanted(self, training: bool) -> list[list[int]]:
+        """The streamed units that the slots hold during each visit of :meth:`order`, soonest used first.
 
         Whatever is held before, release what is not among them and read what is missing: after a visit that was left
         out, or a pass that began anew, the slots are right again.
         """
-        order, streams = self.order(training), set(self.streamed)
-        coming = (unit for unit in order[position:] + order[:position] if unit in streams)
-        return tuple(islice(dict.fromkeys(coming), self.slots))
+        order, streams, wanted = self.order(training), set(self.streamed), []
+        for position in range(len(order)):
+            coming = dict.fromkeys(order[position:] + order[:position])
+            wanted.append([unit for unit in coming if unit in streams][: self.slots])
+        return wanted
 
-    def visits(self, training: bool = True) -> list[Visit]:
-        """The visits of a step (or a forward pass) that follows one of its kind."""
-        order = self.order(training)
-        held = set(self.wanted(len(order) - 1, training))
-        visits = []
-        for position, unit in enumerate(order):
-            wanted = self.wanted(position, training)
-            reads = tuple(one for one in wanted if one not in held)
-            visits.append(Visit(unit, position >= len(self.units), tuple(sorted(held - {*wanted})), reads))
-            held = set(wanted)
-        return visits
+    def reads(self, training: bool = True) -> list[list[int]]:
+        """The units whose reading begins at each visit of a step (or a forward pass) that follows one of its kind."""
+        wanted = self.wanted(training)
+        held = zip([*wanted[-1:], *wanted], wanted, strict=False)
+        return [[unit for unit in now if unit not in before] for before, now in held]
 
     def bytes_read(self, training: bool = True) -> int:
         """Bytes that a step (or a forward pass) reads."""
-        return sum(self.units[unit].num_bytes for visit in self.visits(training) for unit in visit.reads)
+        return sum(self.units[unit].num_bytes for reads in self.reads(training) for unit in reads)
 
     def seconds(
         self, rate: float, forward: Sequence[float], backward: Sequence[float] = (), slower: float = 0.0
@@ -102,17 +87,18 @@ class Residency:
         byte read adds to that. One read runs at a time, beside the computing; it begins when the visit that releases
         room for it begins.
         """
-        visits = self.visits(bool(backward))
+        times, training = [*forward, *reversed(backward)], bool(backward)
+        visits = list(zip(self.order(training), times, self.reads(training), strict=True))
         now = disk = began = 0.0
-        ready = dict.fromkeys(self.streamed, 0.0)
+        ready: dict[int, float] = {}
         for _ in range(2):  # the first leaves the slots and the disk as they are between two steps
             began = now
-            for visit in visits:
-                for unit in visit.reads:
-                    disk = ready[unit] = max(disk, now) + self.units[unit].num_bytes / rate
-                computing = (backward if visit.is_backward else forward)[visit.unit]
-                computing += slower * sum(self.units[unit].num_bytes for unit in visit.reads)
-                now = max(now, ready.get(visit.unit, 0.0)) + computing
+            for visited, computing, reads in visits:
+                for unit in reads:
+                    num_bytes = self.units[unit].num_bytes
+                    disk = ready[unit] = max(disk, now) + num_bytes / rate
+                    computing += slower * num_bytes
+                now = max(now, ready.get(visited, 0.0)) + computing
         return now - began
 
 
@@ -127,31 +113,22 @@ def plan_residency(units: Sequence[Unit], budget: int) -> Residency:
     Raises:
         ValueError: not even two slots fit beside what must stay; the sentence has the bytes that are needed.
     """
-    movable = _movable(units)
+    least = least_residency(units)
+    movable = least.streamed
     for slots in (AHEAD + 1, 2):
         for count in range(len(movable) + 1):
-            # Bresenham's line: of n units every (n / count)-th, the last ones of equal parts.
-            places = (
-                place
-                for place in range(len(movable))
-                if (place + 1) * count // len(movable) > place * count // len(movable)
-            )
-            streamed = tuple(movable[place] for place in places)
-            found = Residency(tuple(units), streamed, min(slots, count))
+            # Of n units every (n / count)-th, the last ones of equal parts.
+            streamed = (movable[-(-part * len(movable) // count) - 1] for part in range(1, count + 1))
+            found = Residency(least.units, tuple(streamed), min(slots, count))
             if found.num_bytes <= budget:
                 return found
-    needed = least_residency(units).num_bytes
     raise ValueError(
-        f"a budget of {budget / 2**20:,.0f} MiB is too small for the model's weights: expected {needed / 2**20:,.0f} "
-        "MiB or more, for two slots and what is used several times a pass"
+        f"a budget of {budget / 2**20:,.0f} MiB is too small for the model's weights: expected "
+        f"{least.num_bytes / 2**20:,.0f} MiB or more, for two slots and what is used several times a pass"
     )
 
 
 def least_residency(units: Sequence[Unit]) -> Residency:
     """All streams that may, through two slots: the plan for memory that has no room for any."""
-    movable = _movable(units)
-    return Residency(tuple(units), tuple(movable), min(2, len(movable)))
-
-
-def _movable(units: Sequence[Unit]) -> list[int]:
-    return [index for index, unit in enumerate(units) if not unit.must_stay and unit.num_bytes]
+    movable = tuple(index for index, unit in enumerate(units) if not unit.must_stay and unit.num_bytes)
+    return Residency(tuple(units), movable, min(2, len(movable)))

@@ -138,12 +138,13 @@ class QuantizedExperts(Substitute, KeepsBits):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
+        home = self.at_home or (lambda tensor: tensor)
         for name, parameter in self._parameters.items():
             stack = self.stack(name)
             if stack is not None:
-                destination.update(to_tensors(stack, prefix + name))
+                destination.update(to_tensors(stack.map(home), prefix + name))
             elif parameter is not None and not name.endswith(_LAID_OUT):
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+                destination[prefix + name] = home(parameter if keep_vars else parameter.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:

@@ -29,7 +29,7 @@ from qlora_native.errors import UserError
 from qlora_native.lora import add_lora
 from qlora_native.models.load import load_model
 from qlora_native.models.loss import causal_lm_loss, has_plain_head
-from qlora_native.models.mapped import budget_of, mapped_tensors, num_bytes, parts_of, plan_streaming
+from qlora_native.models.mapped import mapped_tensors, num_bytes, parts_of, plan_streaming
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate.memory import Estimator
 
@@ -92,7 +92,7 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     free = Free(memory - status["RssAnon"], memory, "memory")
     add_lora(model, setting.lora).train()
     weights = num_bytes(parts_of(model))
-    budget = config.weight_budget or budget_of(free, beside)
+    budget = config.weight_budget or free.bytes - free.margin - beside
     plan = plan_streaming(model, budget)
     file = max((part.file for _, _, part in mapped_tensors(model)), key=lambda file: file.num_bytes, default=None)
     if file is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qlora_native.data.batching import collate
 from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.models.fuse import modes_kept
-from qlora_native.models.loss import head_is_plain, hidden_states, without_needless_mask
+from qlora_native.models.loss import has_plain_head, hidden_states, without_needless_mask
 from qlora_native.nn.linear import QuantizedLinear
 
 BATCH_TOKENS = 2048  # in one forward pass, padding included
@@ -136,7 +136,7 @@ def _measure(
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         inputs = without_needless_mask(model, inputs, targets)
         if plain is None:
-            plain = head_is_plain(model, inputs)
+            plain = has_plain_head(model, inputs)
             if plain:
                 output = model.get_output_embeddings()
                 head = output.quantized.dequantize() if isinstance(output, QuantizedLinear) else output.weight.detach()
