@@ -85,18 +85,9 @@ def grad_values(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any)
     return reference.causal_attention_backward(grad_out, q, k, v, others[-1])
 
 
-def native_grads(
-    run: Function,
-    grads: Triple,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> None:
-    q, k, v, out, grad_out = _rows(q, k, v, out, grad_out)
+def native_grads(run: Function, grads: Triple, *arguments: Any) -> None:
+    *heads, lse, scale = arguments
+    grad_out, q, k, v, out = _rows(*heads)
     sizes = _sizes(q, k)
     sources = [*map(_heads, (q, k, v, out)), lse.contiguous(), _heads(grad_out)]
     run(*sizes, scale, *sources, *map(_heads, grads), _scratch(*sizes, backward=True))
