@@ -73,7 +73,7 @@ def native(run: Function, results: Pair, q: Tensor, k: Tensor, v: Tensor, scale:
     run(*sizes, scale, *map(_heads, (q, k, v, out)), lse, _scratch(*sizes, backward=False))
 
 
-define("causal_attention", outputs, reference.causal_attention, native, ["CPU"], is_native)
+define("causal_attention", outputs, reference.causal_attention, native, False, is_native)
 
 
 def grad_outputs(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
@@ -94,7 +94,7 @@ def native_grads(run: Function, grads: Triple, *arguments: Any) -> None:
 
 
 # grad_out is of q's shape and dtype.
-define("causal_attention_backward", grad_outputs, grad_values, native_grads, ["CPU"], is_native)
+define("causal_attention_backward", grad_outputs, grad_values, native_grads, False, is_native)
 
 
 def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
