@@ -138,7 +138,8 @@ def define(op: str, names: Sequence[str]) -> Callable[..., None]:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{op}: beta1 and beta2 are {betas}: expected 0 or more, and less than 1.")
         held = [name for name, tensors in zip(names, lists, strict=True) if tensors]
-        states = [dict(zip(held, tensors, strict=True)) for tensors in zip(*filter(None, lists), strict=True)]
+        stored = zip(*filter(None, lists), strict=True)
+        states: list[State] = [dict(zip(held, tensors, strict=True)) for tensors in stored]
         for number, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
             _check_gradient(op, number, param, grad)
             check_state(op, number, param, state, is_flat=False)
