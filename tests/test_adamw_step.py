@@ -216,9 +216,9 @@ def test_refuses_in_words() -> None:
             lists.call()
 
     twos = [torch.zeros(2), torch.zeros(2)]
-    refuses(r"exp_avg 1 is torch.int8 \[5\] .*an absmax of torch.float32 \[2\]", coded=True, exp_avg_absmax=twos)
+    refuses(r"parameter 1 is \[5\], its state exp_avg_absmax torch.float32 \[2\]", coded=True, exp_avg_absmax=twos)
     refuses(r"parameter 0 is torch.float64: expected float32, bfloat16 or float16", torch.float64)
-    refuses("expected 2 step counters", step=[])
+    refuses("2 params, but 0 steps: expected 2", step=[])
     refuses(r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]", grad=[torch.zeros(299), torch.zeros(5)])
     row = [0] * qn._C.optim_row_length
     row[qn._native.NUMEL] = 4

@@ -23,7 +23,7 @@ from laws import ROOT
 import qlora_native as qn
 from qlora_native import errors
 from qlora_native.ops import _cuda_kernels, _library
-from qlora_native.ops.linear_4bit import cuda_engine
+from qlora_native.ops.linear_4bit import DECODED, cuda_engine
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 compiles = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
@@ -143,7 +143,7 @@ def test_a_device_without_an_image_says_so_once_and_the_others_stay(monkeypatch:
             assert _library.module_for(device) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert _library.module_for(device) is None and cuda_engine(device) is None
+            assert _library.module_for(device) is None and cuda_engine(device) is DECODED
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")

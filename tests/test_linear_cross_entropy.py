@@ -145,7 +145,7 @@ def test_one_chunk_of_logits_at_a_time(monkeypatch: Patch) -> None:
     """A quantized weight's product allocates its own, so those of the chunk before are free by then."""
     monkeypatch.setattr(op, "chunk_tokens", lambda *_: 4)
     made: list[weakref.ref[Tensor]] = []
-    product = op._logits
+    product = op._product
 
     def logits_of(*arguments: Any) -> Tensor:
         assert all(reference() is None for reference in made)
@@ -153,7 +153,7 @@ def test_one_chunk_of_logits_at_a_time(monkeypatch: Patch) -> None:
         made.append(weakref.ref(logits))
         return logits
 
-    monkeypatch.setattr(op, "_logits", logits_of)
+    monkeypatch.setattr(op, "_product", logits_of)
     qn.linear_cross_entropy(torch.randn(10, 64), qn.quantize(torch.randn(101, 64)), torch.arange(10))
     assert len(made) == 3
 

@@ -230,9 +230,9 @@ def test_states_of_other_data_are_refused(rule: str, bits: int) -> None:
         optimizer.step()
 
     step(param.data, torch.randn(5000))
-    with pytest.raises(ValueError, match=r"parameter 0 is \[10\], its state exp_avg .*\[5000\]: expected 10"):
+    with pytest.raises(ValueError, match=r"parameter 0 is \[10\], its state exp_avg .*\[5000\] .*expected .* \[10\]"):
         step(torch.zeros(10), torch.zeros(10))
-    with pytest.raises(ValueError, match=r"parameter 0 is \[6000\], its state exp_avg .*\[5000\]: expected 6000"):
+    with pytest.raises(ValueError, match=r"is \[6000\], its state exp_avg .*\[5000\] .*expected .* \[6000\]"):
         step(torch.zeros(6000), torch.zeros(6000))
     before = torch.randn(5000).bfloat16()
     step(before.clone(), torch.randn(5000).bfloat16())  # another dtype is no other size
@@ -255,5 +255,5 @@ def test_a_state_of_another_size_is_refused() -> None:
     optimizer = qn.optim.AdamW([param])
     optimizer.step()
     optimizer.state[param]["exp_avg_sq"] = torch.zeros(4000)
-    with pytest.raises(ValueError, match=r"its state exp_avg_sq torch.float32 \[4000\]: expected 5000"):
+    with pytest.raises(ValueError, match=r"its state exp_avg_sq torch.float32 \[4000\] .*expected .* \[5000\]"):
         optimizer.step()

@@ -22,7 +22,6 @@ from qlora_native._native import EXP_AVG, EXP_AVG_SQ_ABSMAX, GROUP
 from qlora_native.ops import _cuda_kernels
 
 ADAMW = "adamw_step"
-LION = "lion_step"
 NORM = "gradient_norm"
 
 

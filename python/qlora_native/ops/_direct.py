@@ -165,10 +165,25 @@ class Prepared:
         return matrix
 
 
-def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x W^T + bias for operands that are :func:`unobserved`, or None where the kernel cannot take them as they are."""
-    rows = _rows_that_fit(matrix, x, bias)
-    return _run(matrix, x, bias, rows) if matrix is not None and rows else None
+def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor | None:
+    """x W^T + bias for operands that are :func:`unobserved`, or None where the kernel cannot take them as they are.
+
+    ``adapter``: what the native function takes last.
+    """
+    shape = x.shape
+    if matrix is None or x.dtype not in DTYPE_NUMBER or not shape or not x.is_contiguous():
+        return None
+    n, k, native = matrix
+    rows = x.numel() // k if n and k and shape[-1] == k else 0
+    if not rows or not (bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())):
+        return None
+    y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
+    addend = 0 if bias is None else bias.data_ptr()
+    arguments = (native, DTYPE_NUMBER[x.dtype], x.data_ptr(), addend, y.data_ptr(), rows)
+    room = buffer(0)
+    while needed := _matrix_forward(*arguments, *room, *adapter):
+        room = buffer(needed)
+    return y
 
 
 def is_few(x: Tensor) -> bool:
@@ -186,16 +201,17 @@ def adapted_product(
     """
     x = x.contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    rows = _rows_that_fit(matrix, x, bias)
-    if matrix is None or not rows:
+    if matrix is None or a.dim() != 2:
         return None
-    rank = a.shape[0] if a.dim() == 2 else 0
-    if not rank or a.shape[1] != matrix[1] or b.shape != (matrix[0], rank):
+    n, k, _ = matrix
+    rank = a.shape[0]
+    if not rank or a.shape[1] != k or b.shape != (n, rank):
         return None
     a = a.float().contiguous()
     b = b.float().contiguous()
     low = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, device=_CPU)
-    return _run(matrix, x, bias, rows, a.data_ptr(), b.data_ptr(), scale, low.data_ptr(), rank), low
+    y = product(matrix, x, bias, a.data_ptr(), b.data_ptr(), scale, low.data_ptr(), rank)
+    return None if y is None else (y, low)
 
 
 def adapted_at_once(
@@ -212,26 +228,3 @@ def adapted_at_once(
         return None
     made = adapted_product(matrix(), x, bias, a, b, scale)
     return None if made is None else made[0]
-
-
-def _rows_that_fit(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> int:
-    """The rows of x, or 0 where the kernel cannot take the operands as they are."""
-    shape = x.shape
-    if matrix is None or x.dtype not in DTYPE_NUMBER or not shape or not x.is_contiguous():
-        return 0
-    n, k, _ = matrix
-    if shape[-1] != k or k == 0 or n == 0:
-        return 0
-    fits = bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())
-    return x.numel() // k if fits else 0
-
-
-def _run(matrix: Matrix, x: Tensor, bias: Tensor | None, rows: int, *adapter: Any) -> Tensor:
-    n, _, native = matrix
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=_CPU)
-    addend = 0 if bias is None else bias.data_ptr()
-    arguments = (native, DTYPE_NUMBER[x.dtype], x.data_ptr(), addend, y.data_ptr(), rows)
-    needed = _matrix_forward(*arguments, *buffer(0), *adapter)
-    if needed:
-        _matrix_forward(*arguments, *buffer(needed), *adapter)
-    return y

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_native.ops._direct import call, may_autocast
-from qlora_native.ops._operands import Weight
+from qlora_native.ops._operands import WIDE, Weight
 
 
 class Adapter(NamedTuple):
@@ -38,17 +38,15 @@ class Engine:
         Forward x W^T + bias + low up^T for x [M, K], which is [M, N]; else, as its input gradient, x W + low up for
         x [M, N], which is [M, K].
         """
-        name, operands = ("linear_4bit", (x, bias)) if is_forward else ("linear_4bit_grad_input", (x,))
-        y: Tensor = call(name, *operands, weight)
+        y = self.plain(is_forward, x, weight, bias)
         if adapter is None:
             return y
         return torch.addmm(y, adapter.low, adapter.up.t() if is_forward else adapter.up)
 
-    def few_tokens(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """x W^T + bias + scale * low B^T and low = x A^T in one pass over W; None where no kernel has that."""
-        return None
+    def plain(self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """:meth:`product` without an adapter."""
+        y: Tensor = call("linear_4bit", x, bias, weight) if is_forward else call("linear_4bit_grad_input", x, weight)
+        return y
 
     def dense(
         self,
@@ -79,7 +77,7 @@ class Engine:
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """scale * tensor, rounded once to ``dtype``, contiguous."""
         if scale != 1.0:
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+            tensor = tensor.to(WIDE[tensor.dtype]) * scale
         return tensor.to(dtype).contiguous()
 
     def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -108,10 +106,7 @@ _UNCHANGED = nullcontext()
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
-    if not may_autocast():  # to ask for one device takes longer
-        return _UNCHANGED
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+    return torch.autocast(x.device.type, enabled=False) if may_autocast() else _UNCHANGED
 
 
 def save_weight(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
@@ -126,7 +121,6 @@ def saved_weight(ctx: Any) -> tuple[Weight, tuple[Tensor, ...]]:
     return Weight(*saved[:6], *ctx.numbers_of_weight), saved[6:]
 
 
-def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
-    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
-    return as_rows(grad_y).sum(0, dtype=wide).to(dtype)
+def sum_to_bias(grad_y: Tensor) -> Tensor:
+    """Gradient of a bias [N] from grad_y [..., N], in fp32 or wider; autograd casts it to the bias's dtype."""
+    return as_rows(grad_y).sum(0, dtype=WIDE[grad_y.dtype])

@@ -6,7 +6,7 @@ A frozen weight is nine arguments of a schema. The functions registered here get
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
 from types import ModuleType
 from typing import Any
@@ -182,12 +182,13 @@ def autograd(name: str, backward: Function, setup_context: Function) -> None:
     ``backward`` returns a gradient or None for each argument but a frozen weight.
     """
 
+    is_frozen = name in FROZEN
+
     def setup_by_schema(ctx: Any, inputs: Values, output: Any) -> None:
-        setup_context(ctx, _with_weight(inputs) if name in FROZEN else inputs, output)
+        setup_context(ctx, _with_weight(inputs) if is_frozen else inputs, output)
 
     def backward_by_schema(ctx: Any, *grads: Any) -> Any:
-        found = backward(ctx, *grads)
-        return (*found, *[None] * NUM_PARTS) if name in FROZEN else found
+        return *backward(ctx, *grads), *[None] * (NUM_PARTS if is_frozen else 0)
 
     torch.library.register_autograd(
         f"qlora_native::{name}", backward_by_schema, setup_context=setup_by_schema, lib=LIBRARY
@@ -204,22 +205,20 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         check(inputs)
-        before = recording.on
         recording.on = True
         try:
             output = function(*inputs)
         finally:
-            recording.on = before
+            recording.on = False
         setup_context(ctx, inputs, output)
         return output
 
     def derivative(ctx: Any, *grads: Any) -> Any:
-        before = recording.on
         recording.on = True
         try:
             found = backward(ctx, *grads)
         finally:
-            recording.on = before
+            recording.on = False  # also after a node within this one: what was kept is then made again
         return (*found, None) if name in FROZEN else found
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
@@ -270,7 +269,7 @@ def define(
     outputs: Function,
     values: Function,
     native: Function,
-    devices: Sequence[str] = ("CPU", "CUDA"),
+    on_cuda: bool = True,
     takes: Callable[[Tensor], bool] = is_native,
 ) -> None:
     """Registers an op by three functions of its arguments.
@@ -280,7 +279,7 @@ def define(
     * ``native`` fills them: ``native(run, results, *arguments)`` calls by ``run`` the native function of the op's name,
       with :func:`plain` arguments.
 
-    The kernels of ``devices`` compute for first operands that they take.
+    The kernels compute for first operands that they take.
     """
     fake(name)(outputs)
 
@@ -314,5 +313,6 @@ def define(
         native(run, results, first, *others)
         return results
 
-    for device in devices:
-        implement(name, device)({"CPU": cpu, "CUDA": cuda}[device])
+    implement(name, "CPU")(cpu)
+    if on_cuda:
+        implement(name, "CUDA")(cuda)

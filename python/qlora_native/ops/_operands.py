@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS, QUANT_TYPES
+from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS
 
 NESTED_BLOCK = reference.NESTED_BLOCK
 
@@ -37,7 +37,9 @@ OPERANDS = {
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
     "dense_linear_grad_weight": "x T [..., K]; grad_y T [..., N]",
     # packed: where the weight is dense
-    "linear_cross_entropy": "h T [..., K]; labels int64 [...]; packed? T [N, K]; rows? float [R, K]; row_ids? int64",
+    "linear_cross_entropy": (
+        "h T [..., K]; labels int64 [...]; packed? T [N, K]; rows? float [R, K]; row_ids? int64 [R]"
+    ),
     "adamw_step": "",  # lists: _optim checks them
     "lion_step": "",
     "gradient_norm": "",
@@ -61,9 +63,9 @@ ACCEPTED |= {name: (getattr(torch, name),) for name in ("float32", "int64", "uin
 # What a check looks at. The answer depends on nothing else, so it is kept for the next call with operands alike: in
 # training, for the next layer. Sizes that are symbols, as in tracing, cannot be looked up and are checked each time.
 KEPT = 4096  # answers
-Facts = tuple[torch.dtype, torch.Size, torch.device, Any]  # of an operand, last its layout
-# Of a weight: those of its tensors, last if one is contiguous, and its shape, quant_type and block_size.
-WeightFacts = tuple[tuple["Facts | None", ...], tuple[int, ...], int, int]
+# Of an operand dtype, shape, device and layout, or None. Of a weight: those of its tensors, with whether it is
+# contiguous in the place of the layout; its shape, quant_type and block_size.
+Facts = tuple[Any, ...]
 
 
 class Weight(NamedTuple):
@@ -86,23 +88,17 @@ class Weight(NamedTuple):
         width = math.prod(self.shape[1:])
         begin = start * width
         end = stop * width
-        is_gguf = self.quant_type in GGUF_BLOCKS
-        if begin % self.block_size or (is_gguf and end % self.block_size):
-            where, at = ("ends", end) if begin % self.block_size == 0 else ("begins", begin)
+        elements, size = GGUF_BLOCKS.get(self.quant_type, (1, 0))
+        if begin % self.block_size or end % elements:  # a block of GGUF's is not divided
             raise ValueError(
-                f"a slice of {list(self.shape)} {where} at element {at}, no multiple of block_size "
-                f"{self.block_size}: it does not {where[:-1]} at a block; dequantize the whole weight instead."
+                f"a slice of {list(self.shape)} is at element {begin if begin % self.block_size else end}, no multiple "
+                f"of block_size {self.block_size}: dequantize the whole weight instead."
             )
         first = begin // self.block_size
         last = -(-end // self.block_size)
-        if is_gguf:
-            size = GGUF_BLOCKS[self.quant_type][1]
-            return self._replace(packed=self.packed[first * size : last * size], shape=[stop - start, *self.shape[1:]])
-        part = self._replace(
-            packed=self.packed[begin // 2 : (end + 1) // 2],
-            absmax=self.absmax[first:last],
-            shape=[stop - start, *self.shape[1:]],
-        )
+        low, high = (first * size, last * size) if size else (begin // 2, (end + 1) // 2)
+        shape = [stop - start, *self.shape[1:]]
+        part = self._replace(packed=self.packed[low:high], absmax=self.absmax[first:last], shape=shape)
         if self.nested_absmax is None:
             return part
         group, inside = divmod(first, NESTED_BLOCK)  # the first block of scales that the slice touches
@@ -113,7 +109,7 @@ class Weight(NamedTuple):
         plain = scales[inside:].clone()
         return part._replace(absmax=plain, nested_absmax=None, nested_offset=None, nested_code=None)
 
-    def facts(self) -> WeightFacts:
+    def facts(self) -> Facts:
         """What a check of it looks at."""
         tensors = self[:6]
         parts = [None if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in tensors]
@@ -121,7 +117,7 @@ class Weight(NamedTuple):
 
     def check(self) -> None:
         """Refuses tensors that do not fit each other in size, dtype and device, or are not contiguous."""
-        refuse(_misfit_of_weight(self.facts()))
+        _check_weight(self.facts())
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, which is to be checked before; 0 for no tensor."""
@@ -150,64 +146,46 @@ def is_sharded(tensor: Tensor) -> bool:
     return part_of(tensor) is not tensor
 
 
-def refuse(misfit: str | None) -> None:
-    """Raises the sentence of a check, if there is one."""
-    if misfit is not None:
-        raise ValueError(misfit)
-
-
-def _parts(
-    has_nested: bool, shape: Sequence[int], number: int, block_size: int
-) -> tuple[str, dict[str, tuple[torch.dtype, int]]]:
-    """What is wrong with a weight's numbers, or "", and its tensors by name, with dtype and number of elements."""
-    numel = math.prod(shape)
-    if number in GGUF_BLOCKS:  # the blocks hold scales and codes
-        elements, size = GGUF_BLOCKS[number]
-        is_whole = block_size == elements and min(shape, default=0) >= 0 and numel % elements == 0
-        wrong = "" if is_whole else f"expected sizes of 0 or more that make whole blocks of {elements}."
-        return wrong, {"packed": (torch.uint8, numel // elements * size), "absmax": (torch.float32, 0)}
-    if block_size not in reference.BLOCK_SIZES or min(shape, default=0) < 0:
-        return "expected sizes of 0 or more, and blocks of a power of two from 32 to 4096.", {}
-    blocks = -(-numel // block_size)
-    return "", {
-        "packed": (torch.uint8, (numel + 1) // 2),
-        "absmax": (torch.uint8 if has_nested else torch.float32, blocks),
-        "nested_absmax": (torch.float32, -(-blocks // NESTED_BLOCK)),
-        "nested_offset": (torch.float32, 1),
-        "code": (torch.float32, 16),
-        "nested_code": (torch.float32, 256),
-    }
-
-
 @lru_cache(KEPT)
-def _misfit_of_weight(weight: WeightFacts) -> str | None:
-    """What is wrong with a weight; None if all fits."""
+def _check_weight(weight: Facts) -> None:
+    """Raises ValueError unless all that a weight consists of fits together."""
     facts, shape, number, block_size = weight
     packed, absmax, nested_absmax, nested_offset, *_ = facts
     if packed is None or absmax is None:
-        return "quantized weight: packed or absmax is None: expected tensors."
-    is_gguf = number in GGUF_BLOCKS
-    about = f"quantized weight {list(shape)} in {f'{QUANT_TYPES[number]} ' if is_gguf else ''}blocks of {block_size}"
-    wrong, parts = _parts(nested_absmax is not None, shape, number, block_size)
-    if wrong:
-        return f"{about}: {wrong}"
-    if is_gguf and any(fact is not None for fact in facts[2:]):
-        return f"{about}: expected no nested scales and no tables, which lie in the packed bytes."
+        raise ValueError("quantized weight: packed or absmax is None: expected tensors.")
+    numel = math.prod(shape)
+    is_gguf = number in GGUF_BLOCKS  # whose blocks hold scales and codes
+    elements, num_bytes = GGUF_BLOCKS.get(number, (2, 1))
+    about = f"quantized weight {list(shape)} in blocks of {block_size}"
+    is_whole = block_size == elements and numel % elements == 0 if is_gguf else block_size in reference.BLOCK_SIZES
+    if not is_whole or min(shape, default=0) < 0:
+        blocks = f"whole blocks of {elements}" if is_gguf else "blocks of a power of two from 32 to 4096"
+        raise ValueError(f"{about}: expected sizes of 0 or more, and {blocks}.")
+    if is_gguf and any(facts[2:]):
+        raise ValueError(f"{about}: expected no nested scales and no tables, which lie in the packed bytes.")
     if nested_absmax is not None and nested_offset is None:
-        return f"{about}: nested_absmax is given, nested_offset is not."
-    for (name, expected), fact in zip(parts.items(), facts, strict=False):
+        raise ValueError(f"{about}: nested_absmax is given, nested_offset is not.")
+    scales = 0 if is_gguf else -(-numel // block_size)
+    expected = (
+        (torch.uint8, -(-numel // elements) * num_bytes),
+        (torch.float32 if nested_absmax is None else torch.uint8, scales),
+        (torch.float32, -(-scales // NESTED_BLOCK)),
+        (torch.float32, 1),
+        (torch.float32, 16),
+        (torch.float32, 256),
+    )
+    for name, form, fact in zip(Weight._fields, expected, facts, strict=False):
         if fact is None:
             continue
         dtype, dims, device, is_contiguous = fact
-        if (dtype, math.prod(dims)) != expected or not is_contiguous:
+        if (dtype, math.prod(dims)) != form or not is_contiguous:
             given = f"{dtype} {list(dims)}{'' if is_contiguous else ', not contiguous'}"
-            return f"{about}: {name} is {given}: expected {expected[1]} contiguous {expected[0]} values."
+            raise ValueError(f"{about}: {name} is {given}: expected {form[1]} contiguous {form[0]} values.")
         if device != packed[2]:
-            return (
+            raise ValueError(
                 f"quantized weight: {name} is on {device}, packed on {packed[2]}: "
                 "move the weight as a whole with .to(device)."
             )
-    return None
 
 
 class Operand(NamedTuple):
@@ -216,74 +194,62 @@ class Operand(NamedTuple):
     name: str
     is_optional: bool
     dtype: str  # T, wide, float, native, or the name of a dtype
-    leads: bool  # begins with ...
-    axes: tuple[str, ...] | None  # names of the sizes of the other dimensions
+    axes: tuple[str, ...]  # names of the sizes; empty where the op checks them
 
     @classmethod
     def read(cls, entry: str) -> Operand:
         name, dtype, *shape = entry.split(" ", 2)
-        words = shape[0].strip("[]").split(", ") if shape else []
-        axes = tuple(word for word in words if word != "...") if shape else None
-        return cls(name.rstrip("?"), name.endswith("?"), dtype, "..." in words, axes)
+        axes = shape[0].strip("[]").split(", ") if shape else ()
+        return cls(name.rstrip("?"), name.endswith("?"), dtype, tuple(axes))
 
 
 TABLE = {op: [Operand.read(entry) for entry in filter(None, line.split("; "))] for op, line in OPERANDS.items()}
 
 
 @lru_cache(KEPT)
-def _misfit(op: str, facts: Sequence[Facts | None], weight: WeightFacts | None) -> str | None:
-    """What is wrong with an op's weight, or the first of its other operands that is not as ``OPERANDS`` has it.
-
-    None if all fit.
-    """
+def _check(op: str, facts: Facts, weight: Facts | None) -> None:
+    """Raises ValueError unless an op's weight and its other operands are as ``OPERANDS`` has them."""
     operands = TABLE[op]
     device = next((found[2] for found in facts if found is not None), None)
     # What T, ... and the names of sizes stand for, as far as the operands before have shown it.
     kind: torch.dtype | None = None
-    leading: Sequence[int] | None = None
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Sequence[int]] = {}
     if weight is not None:
         (packed, absmax, *_), shape, *_ = weight
         if packed is None:
-            return f"{op}: packed is None: expected a tensor."
-        is_dense = absmax is None and any(operand.name == "packed" for operand in operands)
-        misfit = None if is_dense else _misfit_of_weight.__wrapped__(weight)
-        if misfit is not None:
-            return misfit
+            raise ValueError(f"{op}: packed is None: expected a tensor.")
+        if absmax is not None or all(operand.name != "packed" for operand in operands):  # else it is dense
+            _check_weight.__wrapped__(weight)
         device = packed[2]
-        if not any({"N", "K"} & set(operand.axes or ()) for operand in operands):
-            leading = shape
+        if not any({"N", "K"} & set(operand.axes) for operand in operands):
+            sizes["..."] = shape
         elif len(shape) == 2:
-            sizes = dict(zip("NK", shape, strict=True))
+            sizes = {"N": shape[:1], "K": shape[1:]}
         else:
-            return f"{op}: weight is {list(shape)}: expected two dimensions, [N, K]."
-    for (name, is_optional, words, leads, axes), found in zip(operands, facts, strict=True):
+            raise ValueError(f"{op}: weight is {list(shape)}: expected two dimensions, [N, K].")
+    for (name, is_optional, words, axes), found in zip(operands, facts, strict=True):
         if found is None:
             if is_optional:
                 continue
-            return f"{op}: {name} is None: expected a tensor."
+            raise ValueError(f"{op}: {name} is None: expected a tensor.")
         dtype, dims, place, layout = found
         if kind is None and dtype in FLOATS:
             kind = dtype
         accepted = ACCEPTED.get(words) or ((WIDE.get(kind),) if words == "wide" else (kind,) if kind else FLOATS)
         expected = " or ".join(map(str, accepted))
         fits = dtype in accepted and place == device and layout is torch.strided
-        if axes is not None:
-            split = len(dims) - len(axes)
+        if axes:
+            split = len(dims) + 1 - len(axes) if axes[0] == "..." else 0
             if split >= 0:  # what no operand has shown yet is as this one has it
-                leading = dims[:split] if leads and leading is None else leading
-                sizes = dict(zip(axes, dims[split:], strict=True)) | sizes
-            first = [] if not leads else ["..."] if leading is None else list(leading)
-            want = [*first, *(sizes.get(axis.rstrip("?"), axis) for axis in axes)]
+                leading = [dims[:split]] if axes[0] == "..." else []
+                sizes = dict(zip(axes, [*leading, *zip(dims[split:])])) | sizes  # noqa: B905 - compared below
+            want = [size for axis in axes for size in sizes.get(axis.rstrip("?"), (axis,))]
             expected += f" [{', '.join(map(str, want))}]"
-            seen = list(dims)
-            if axes[:1] == ("B?",) and seen[:1] == [1]:
-                seen[0] = sizes["B"]
-            fits = fits and seen == want
+            is_broadcast = axes[0] == "B?" and dims[:1] == (1,)
+            fits = fits and list(dims[is_broadcast:]) == want[is_broadcast:]
         if not fits:
             given = f"{dtype} {list(dims)} on {place}" + ("" if layout is torch.strided else f", {layout}")
-            return f"{op}: {name} is {given}: expected {expected} on {device}."
-    return None
+            raise ValueError(f"{op}: {name} is {given}: expected {expected} on {device}.")
 
 
 def check_of(
@@ -293,19 +259,18 @@ def check_of(
 
     ``is_frozen``: behind the parameters comes a :class:`Weight`. ``is_traced``: sizes may be symbols.
     """
-    misfit = _misfit.__wrapped__ if is_traced else _misfit
+    run = _check.__wrapped__ if is_traced else _check
     places = [parameters.index(operand.name) for operand in TABLE[op]]
-    may_be_dense = "packed" in parameters
+    packed = parameters.index("packed") if "packed" in parameters else None
 
     def check(given: Sequence[Any]) -> None:
         tensors = [given[place] for place in places]
         weight: Weight | None = given[-1] if is_frozen else None
-        if may_be_dense:
-            packed = parameters.index("packed")
+        if packed is not None:
             weight = tuple.__new__(Weight, given[packed:])
             if weight.absmax is not None:
                 tensors[places.index(packed)] = None  # packed bytes, no dense weight
         facts = [None if t is None else (t.dtype, t.shape, t.device, t.layout) for t in tensors]
-        refuse(misfit(op, tuple(facts), None if weight is None else weight.facts()))
+        run(op, tuple(facts), None if weight is None else weight.facts())
 
     return check

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from qlora_native import _C, _native
-from qlora_native._native import GRAD, PARAM
-from qlora_native.ops._library import Values, fake, implement
+from qlora_native import _C, reference
+from qlora_native._native import DTYPE_NUMBER, GRAD, PARAM, STATE_BLOCK
+from qlora_native.ops._library import PARAMETERS, Values, fake, implement
 from qlora_native.ops._operands import part_of
 
 if TYPE_CHECKING:
     from qlora_native.ops._cuda_optim import DeviceTable
 
-Tensors = list[Tensor]
+State = Mapping[str, Any]  # of a parameter: tensors by the names of STATES, absmaxes beside codes alone
+STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")
+CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}  # with an absmax beside them
 
-STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")  # of a parameter, by name
 
-
-def row_of(param: Tensor, grad: Tensor, states: Iterable[Tensor | None], group: int = 0) -> list[int]:
-    """One row, states in the order of ``STATES``; all contiguous, on one device, and kept alive by the caller."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, *states)]
-    return [*addresses, param.numel(), _native.DTYPE_NUMBER[param.dtype], group]
+def row_of(param: Tensor, grad: Tensor, state: State, group: int = 0) -> list[int]:
+    """One row of the table; tensors are contiguous, on one device, and kept alive by the caller."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, *map(state.get, STATES))]
+    return [*addresses, param.numel(), DTYPE_NUMBER[param.dtype], group]
 
 
 def table_of(rows: Sequence[Sequence[int]]) -> array[int]:
@@ -41,74 +41,27 @@ def address_of(table: array[int]) -> int:
     return table.buffer_info()[0]
 
 
-def check_lists(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Refuses lists that do not fit together, tensor by tensor."""
-    if len(params) != len(grads):
-        raise ValueError(f"{op}: {len(params)} parameters, but {len(grads)} gradients: expected as many.")
-    for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if param.dtype not in _native.DTYPE_NUMBER:
-            raise ValueError(
-                f"{op}: parameter {number} is {param.dtype}: expected float32, bfloat16 or float16; "
-                "convert the model, or leave the parameter to torch.optim."
-            )
-        if (
-            grad.shape != param.shape
-            or grad.device != param.device
-            or not grad.is_floating_point()
-            or {param.layout, grad.layout} != {torch.strided}
-        ):
-            raise ValueError(
-                f"{op}: parameter {number} is {list(param.shape)} on {param.device}, its gradient {list(grad.shape)} "
-                f"on {grad.device}, {grad.dtype}, {grad.layout}: expected the same shape and device, a floating-point "
-                "dtype, and both dense."
-            )
+def check_state(owner: str, number: int, part: Tensor, state: State, is_flat: bool = True) -> None:
+    """Refuses a state that does not hold a value for each element of the rank's part of a parameter.
 
-
-def check_states(op: str, params: Tensors, states: Tensors, absmaxes: Tensors, codes: torch.dtype, name: str) -> None:
-    """Refuses states that are neither fp32 without absmax nor ``codes`` with one fp32 absmax a block."""
-    if len(states) != len(params) or len(absmaxes) not in (0, len(params)):
-        raise ValueError(
-            f"{op}: {len(params)} parameters, but {len(states)} tensors {name} and {len(absmaxes)} of its absmax: "
-            "expected one each, and no absmax for 32-bit states."
-        )
-    dtype = codes if absmaxes else torch.float32
-    for number, (param, state) in enumerate(zip(params, states, strict=True)):
-        blocks = -(-param.numel() // _native.STATE_BLOCK)
-        absmax = absmaxes[number] if absmaxes else None
-        fits = state.dtype == dtype and state.shape == param.shape and state.is_contiguous()
-        if absmax is not None:
-            fits = fits and absmax.dtype == torch.float32 and absmax.shape == (blocks,) and absmax.is_contiguous()
-            fits = fits and absmax.device == param.device
-        if not fits or state.device != param.device:
-            beside = "" if absmax is None else f" with an absmax of {absmax.dtype} {list(absmax.shape)}"
-            wanted = "" if absmax is None else f" with an absmax of float32 [{blocks}]"
-            raise ValueError(
-                f"{op}: {name} {number} is {state.dtype} {list(state.shape)} on {state.device}{beside}: expected "
-                f"contiguous {dtype} {list(param.shape)} on {param.device}{wanted}."
-            )
-
-
-def check_state_sizes(number: int, part: Tensor, state: dict[str, Any]) -> None:
-    """Refuses states of a parameter, by name, that do not hold a value for each element of the rank's part of it."""
+    Unless ``is_flat`` its tensors have to be of the parameter's shape and on its device as well.
+    """
     for name, value in state.items():
         if name not in STATES:
             continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"optimizer: the state {name} of parameter {number} is {value!r}: expected a tensor.")
-        coded = f"{name.removesuffix('_absmax')}_absmax" in state
-        dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+        dtype = CODES[name] if f"{name}_absmax" in state else torch.float32
+        shape = part.shape
         if name == "step":
-            count = 1
+            shape = torch.Size()
         elif name.endswith("_absmax"):
-            count = -(-part.numel() // _native.STATE_BLOCK)
-        else:
-            count = part.numel()
-            dtypes = (torch.int8, torch.uint8) if coded else dtypes
-        if value.numel() != count or value.dtype not in dtypes or not value.is_contiguous():
+            shape = torch.Size([-(-part.numel() // STATE_BLOCK)])
+        fits = isinstance(value, Tensor) and value.dtype == dtype and value.numel() == shape.numel()
+        fits = fits and value.is_contiguous() and (is_flat or value.device == part.device)
+        if not fits or not (is_flat or value.shape == shape or name == "step"):
+            given = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
-                f"optimizer: parameter {number} is {list(part.shape)}, its state {name} {value.dtype} "
-                f"{list(value.shape)}: expected {count} contiguous {' or '.join(map(str, dtypes))} values; a parameter "
-                "that was given other data needs a new optimizer."
+                f"{owner}: parameter {number} is {list(part.shape)}, its state {name} {given}: expected contiguous "
+                f"{dtype} {list(shape)} on {part.device}; a parameter that was given other data needs a new optimizer."
             )
 
 
@@ -125,16 +78,12 @@ class Plan:
         self.dtypes = [part.dtype for part in self.parts]
         self.numels = list(map(Tensor.numel, self.parts))
         for number, (part, state) in enumerate(zip(self.parts, states, strict=True)):
-            check_state_sizes(number, part, state)
+            check_state("optimizer", number, part, state)
         self.devices = {value.device for value in self.kept if isinstance(value, Tensor)}
         self.on_device: DeviceTable | None = None
         self.numbers: array[int] | None = None  # of the parameters in their page stores, once they are asked for
-        self.table: array[int] = table_of(
-            [
-                row_of(part, part, map(state.get, STATES), group)
-                for part, group, state in zip(self.parts, groups, states, strict=True)
-            ]
-        )
+        rows = zip(self.parts, self.parts, states, groups, strict=True)
+        self.table: array[int] = table_of([row_of(*row) for row in rows])
 
     def _values(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.states)))
@@ -169,87 +118,95 @@ class Plan:
         return fits
 
 
-class Step(NamedTuple):
-    """A checked call: lists of a tensor for each parameter, empty where there is no such thing."""
-
-    params: Tensors
-    grads: Tensors
-    exp_avgs: Tensors
-    exp_avg_sqs: Tensors
-    exp_avg_absmaxes: Tensors
-    exp_avg_sq_absmaxes: Tensors
-    steps: Tensors
-    options: Values  # a row of them, as the native functions take it
-    grad_factor: float
-
-    def states(self, number: int) -> Values:
-        """Of one parameter: both moments, their absmaxes and the count of steps."""
-        others = (self.exp_avg_sqs, self.exp_avg_absmaxes, self.exp_avg_sq_absmaxes, self.steps)
-        exp_avg_sq, absmax, sq_absmax, count = (tensors[number] if tensors else None for tensors in others)
-        return self.exp_avgs[number], exp_avg_sq, absmax, sq_absmax, count
-
-    def table(self) -> tuple[Tensors, Tensors, array[int]]:
-        """Contiguous parameters and gradients, to be kept while the native code runs, and the rows that point to them.
-
-        The parameters are to be written back by :func:`copy_back`.
-        """
-        params, grads = ([tensor.contiguous() for tensor in tensors] for tensors in (self.params, self.grads))
-        pairs = enumerate(zip(params, grads, strict=True))
-        return params, grads, table_of([row_of(param, grad, self.states(number)) for number, (param, grad) in pairs])
-
-
-def copy_back(originals: Tensors, copies: Tensors) -> None:
-    """Writes the copies that are not their originals to them."""
-    for original, copy in zip(originals, copies, strict=True):
-        if copy is not original:
-            original.copy_(copy)
-
-
-def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], None]) -> Callable[..., None]:
+def define(op: str, names: Sequence[str]) -> Callable[..., None]:
     """Registers the op's kernels and its fake; returns the kernel that runs anywhere.
 
-    ``read`` makes a step of the op's arguments and refuses what does not fit; ``update`` takes it for one parameter.
+    ``names``: of the states whose lists, one tensor a parameter, the op takes after parameters and gradients.
     """
+    count = 2 + len(names)
+
+    def read(arguments: Values) -> tuple[list[Tensor], list[Tensor], list[State], dict[str, Any]]:
+        """Parameters, gradients, a state for each, and options by name; refuses what does not fit together."""
+        params, grads, *lists = arguments[:count]
+        options = dict(zip(PARAMETERS[op][count:], arguments[count:], strict=True))
+        is_coded = bool(lists[names.index("exp_avg_absmax")])
+        for name, tensors in zip(PARAMETERS[op][:count], arguments[:count], strict=True):
+            expected = len(params) if is_coded or not name.endswith("absmaxes") else 0
+            if len(tensors) != expected:
+                raise ValueError(f"{op}: {len(params)} params, but {len(tensors)} {name}: expected {expected}.")
+        betas = options["beta1"], options["beta2"]
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{op}: beta1 and beta2 are {betas}: expected 0 or more, and less than 1.")
+        held = [name for name, tensors in zip(names, lists, strict=True) if tensors]
+        stored = zip(*filter(None, lists), strict=True)
+        states: list[State] = [dict(zip(held, tensors, strict=True)) for tensors in stored]
+        for number, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+            _check_gradient(op, number, param, grad)
+            check_state(op, number, param, state, is_flat=False)
+        return params, grads, states, options
 
     @implement(op, "CompositeExplicitAutograd")
     def anywhere(*arguments: Any) -> None:
-        step = read(*arguments)
-        for number in range(len(step.params)):
-            update(step, number)
+        params, grads, states, options = read(arguments)
+        for param, grad, state in zip(params, grads, states, strict=True):
+            getattr(reference, op)(param, grad, *map(state.get, names), **options)
+
+    def natively(arguments: Values, step: Callable[..., None]) -> None:
+        """By ``step(table, number of parameters, a row of options, factor of the gradients)``."""
+        params, grads, states, options = read(arguments)
+        if any(param.dtype != grad.dtype for param, grad in zip(params, grads, strict=True)):
+            anywhere(*arguments)  # the kernels read a gradient in its parameter's dtype
+            return
+        copies = [param.contiguous() for param in params]
+        grads = [grad.contiguous() for grad in grads]  # kept while the native code runs
+        *row, factor = options.values()
+        step(table_of(list(map(row_of, copies, grads, states))), len(params), [tuple(row)], factor)
+        for param, copy in zip(params, copies, strict=True):
+            if copy is not param:
+                param.copy_(copy)
+        increment_version(params)
 
     @implement(op, "CPU")
     def cpu(*arguments: Any) -> None:
-        step = read(*arguments)
-        if any(param.dtype != grad.dtype for param, grad in zip(step.params, step.grads, strict=True)):
-            anywhere(*arguments)  # the kernels read a gradient in its parameter's dtype
-            return
-        params, _grads, table = step.table()
-        getattr(_C, op)(address_of(table), len(params), [step.options], step.grad_factor)
-        copy_back(step.params, params)
-        increment_version(step.params)
+        natively(arguments, lambda table, *others: getattr(_C, op)(address_of(table), *others))
 
     @implement(op, "CUDA")
     def cuda(*arguments: Any) -> None:
         from qlora_native.ops import _cuda_kernels
         from qlora_native.ops._cuda_optim import DeviceTable, Scaling
 
-        step = read(*arguments)
-        dtypes_fit = all(p.dtype == g.dtype for p, g in zip(step.params, step.grads, strict=True))
-        devices = list({param.device for param in step.params})
+        devices = list({param.device for param in arguments[0]})
         module = _cuda_kernels.native(devices[0]) if len(devices) == 1 else None
-        if module is None or not dtypes_fit:
+        if module is None:
             anywhere(*arguments)
             return
-        device = devices[0]
-        steps = [count.to(device) for count in step.steps]  # the same tensors where they stand there
-        params, _grads, table = step._replace(steps=steps).table()
-        DeviceTable(module, op, table, len(params), device).step(table, [step.options], Scaling(step.grad_factor))
-        copy_back(step.params, params)
-        increment_version(step.params)
-        copy_back(step.steps, steps)
+
+        def step(table: array[int], num_tensors: int, options: list[Values], grad_factor: float) -> None:
+            DeviceTable(module, op, table, num_tensors, *devices).step(table, options, Scaling(grad_factor))
+
+        natively(arguments, step)
 
     @fake(op)
     def shapes(*arguments: Any) -> None:
-        read(*arguments)
+        read(arguments)
 
     return anywhere
+
+
+def _check_gradient(op: str, number: int, param: Tensor, grad: Tensor) -> None:
+    if param.dtype not in DTYPE_NUMBER:
+        raise ValueError(
+            f"{op}: parameter {number} is {param.dtype}: expected float32, bfloat16 or float16; "
+            "convert the model, or leave the parameter to torch.optim."
+        )
+    if (
+        grad.shape != param.shape
+        or grad.device != param.device
+        or not grad.is_floating_point()
+        or {param.layout, grad.layout} != {torch.strided}
+    ):
+        raise ValueError(
+            f"{op}: parameter {number} is {list(param.shape)} on {param.device}, its gradient {list(grad.shape)} "
+            f"on {grad.device}, {grad.dtype}, {grad.layout}: expected the same shape and device, a floating-point "
+            "dtype, and both dense."
+        )

@@ -73,7 +73,7 @@ def native(run: Function, results: Pair, q: Tensor, k: Tensor, v: Tensor, scale:
     run(*sizes, scale, *map(_heads, (q, k, v, out)), lse, _scratch(*sizes, backward=False))
 
 
-define("causal_attention", outputs, reference.causal_attention, native, ["CPU"], is_native)
+define("causal_attention", outputs, reference.causal_attention, native, False, is_native)
 
 
 def grad_outputs(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
@@ -85,25 +85,16 @@ def grad_values(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any)
     return reference.causal_attention_backward(grad_out, q, k, v, others[-1])
 
 
-def native_grads(
-    run: Function,
-    grads: Triple,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> None:
-    q, k, v, out, grad_out = _rows(q, k, v, out, grad_out)
+def native_grads(run: Function, grads: Triple, *arguments: Any) -> None:
+    *heads, lse, scale = arguments
+    grad_out, q, k, v, out = _rows(*heads)
     sizes = _sizes(q, k)
     sources = [*map(_heads, (q, k, v, out)), lse.contiguous(), _heads(grad_out)]
     run(*sizes, scale, *sources, *map(_heads, grads), _scratch(*sizes, backward=True))
 
 
 # grad_out is of q's shape and dtype.
-define("causal_attention_backward", grad_outputs, grad_values, native_grads, ["CPU"], is_native)
+define("causal_attention_backward", grad_outputs, grad_values, native_grads, False, is_native)
 
 
 def _setup(ctx: Any, inputs: Values, output: Pair) -> None:

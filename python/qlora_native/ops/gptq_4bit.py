@@ -36,4 +36,4 @@ def native(
     run(dense, t.dtype, *t.shape, block_size, quant_type, *others, packed)
 
 
-define("gptq_4bit", output, reference.gptq, native, devices=["CPU"])
+define("gptq_4bit", output, reference.gptq, native, on_cuda=False)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native._native import DTYPE, DTYPE_NUMBER, GRAD, NUMEL
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import fake, implement
-from qlora_native.ops._optim import address_of, table_of
+from qlora_native.ops._optim import address_of, row_of, table_of
 
 
 def check(grads: list[Tensor]) -> None:
@@ -25,10 +25,7 @@ def check(grads: list[Tensor]) -> None:
 def _table(grads: list[Tensor]) -> tuple[list[Tensor], array[int]]:
     """Contiguous gradients, to be kept while the native code runs, and rows of them alone."""
     dense = [grad.contiguous() for grad in grads]
-    rows = [[0] * _C.optim_row_length for _ in dense]
-    for row, grad in zip(rows, dense, strict=True):
-        row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), DTYPE_NUMBER[grad.dtype]
-    return dense, table_of(rows)
+    return dense, table_of([row_of(grad, grad, {}) for grad in dense])
 
 
 @implement("gradient_norm", "CPU")
@@ -41,7 +38,7 @@ def cpu(grads: list[Tensor]) -> Tensor:
 @implement("gradient_norm", "CUDA")
 def cuda(grads: list[Tensor]) -> Tensor:
     from qlora_native.ops import _cuda_kernels
-    from qlora_native.ops._cuda_optim import NORM, DeviceTable
+    from qlora_native.ops._cuda_optim import DeviceTable
 
     check(grads)
     device = grads[0].device
@@ -49,7 +46,7 @@ def cuda(grads: list[Tensor]) -> Tensor:
     if module is None or any(grad.device != device for grad in grads):
         return reference.gradient_norm(grads)
     dense, table = _table(grads)
-    return DeviceTable(module, NORM, table, len(dense), device).measure(table)
+    return DeviceTable(module, "gradient_norm", table, len(dense), device).measure(table)
 
 
 @implement("gradient_norm", "CompositeExplicitAutograd")

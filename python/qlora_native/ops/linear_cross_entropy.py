@@ -23,8 +23,8 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import empty_like
-from qlora_native.ops._engine import ANY, Engine, without_autocast
-from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, implement
+from qlora_native.ops._engine import ANY, without_autocast
+from qlora_native.ops._library import Function, Values, autograd, cuda_kernels, fake, implement, plain
 from qlora_native.ops._operands import WIDE, Weight
 from qlora_native.ops.linear_4bit import CPU
 
@@ -34,12 +34,7 @@ LOGIT_BYTES = 24 << 20  # of the logits of one chunk
 CPU_TOKENS = 256
 DEVICE_TOKENS = 1024
 
-Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
-
-
-# The op's arguments, those of the weight as one.
-Call = tuple[Tensor, Tensor, int, bool, bool, Tensor | None, Tensor | None, Weight]
 
 
 def chunk_tokens(device: str, vocabulary: int, itemsize: int, tokens: int) -> int:
@@ -48,46 +43,35 @@ def chunk_tokens(device: str, vocabulary: int, itemsize: int, tokens: int) -> in
     return min(max(CPU_TOKENS if device == "cpu" else DEVICE_TOKENS, fits), max(1, tokens))
 
 
-def is_dense(weight: Weight) -> bool:
-    """A dense [V, K] weight stands in ``packed``, without scales."""
-    return weight.absmax is None
+def read(*arguments: Any) -> Values:
+    """The arguments, those of the weight as one; refuses to derive a quantized weight.
 
-
-def read(*arguments: Any) -> Call:
-    """The arguments, those of the weight as one; refuses to derive a quantized weight."""
+    A weight without absmax is dense: it stands in ``packed``, [V, K].
+    """
     h, labels, ignore_index, need_grad_h, need_grad_weight, rows, row_ids = arguments[:7]
     weight = Weight(*arguments[7:])
-    if need_grad_weight and rows is None and not is_dense(weight):
+    if need_grad_weight and rows is None and weight.absmax is not None:
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
-    if (0 if rows is None else len(rows)) != (0 if row_ids is None else row_ids.numel()):
-        raise ValueError("linear_cross_entropy: rows and row_ids are not of the same number: expected an id a row.")
+    if (rows is None) != (row_ids is None):
+        raise ValueError("linear_cross_entropy: only one of rows and row_ids is given: expected an id a row.")
     return h, labels.contiguous(), ignore_index, need_grad_h, need_grad_weight, rows, row_ids, weight
 
 
-def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
-    """h W^T, [M, V]; in ``out`` where the product can be put there."""
-    if is_dense(weight):
-        return _dense_engine(h).dense(True, h, weight.packed, out=out)
-    return ANY.product(True, h, weight)
+def _product(is_forward: bool, x: Tensor, weight: Weight, out: Tensor | None) -> Tensor:
+    """x W^T or x W; in ``out``, if one is given, for a dense weight."""
+    if weight.absmax is not None:
+        return ANY.product(is_forward, x, weight)
+    engine = CPU if x.device.type == "cpu" else ANY
+    return engine.dense(is_forward, x, weight.packed, out=out)
 
 
-def _grad_h(grad_logits: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
-    """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
-    if is_dense(weight):
-        return _dense_engine(grad_logits).dense(False, grad_logits, weight.packed, out=out)
-    return ANY.product(False, grad_logits, weight)
-
-
-def _dense_engine(tensor: Tensor) -> Engine:
-    return CPU if tensor.device.type == "cpu" else ANY
-
-
-def empty_gradients(h: Tensor, weight: Tensor, need_grad_h: bool, need_grad_weight: bool) -> Pair:
-    """Zeros where a gradient is asked for, empty tensors where not."""
-    grad_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if need_grad_h else h.new_empty(0)
-    wide = WIDE[h.dtype]
-    grad_weight = torch.zeros_like(weight, dtype=wide) if need_grad_weight else h.new_empty(0)
-    return grad_h, grad_weight
+def empty_gradients(call: Values) -> tuple[Tensor, Tensor]:
+    """Of h, uninitialized, and of the weight or the rows, zeros; empty tensors where none is asked for."""
+    h, _, _, need_grad_h, need_grad_weight, rows, _, weight = call
+    grad_h = empty_like(h) if need_grad_h else h.new_empty(0)
+    if not need_grad_weight:
+        return grad_h, h.new_empty(0)
+    return grad_h, torch.zeros_like(weight.packed if rows is None else rows, dtype=WIDE[h.dtype])
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, bool], None]  # of logits [M, V], labels and losses [M], need_gradient
@@ -110,43 +94,38 @@ def _torch_loss(ignore_index: int, logits: Tensor, labels: Tensor, losses: Tenso
         logits.copy_(softmax.masked_fill_(strange[:, None], torch.nan).masked_fill_(ignored[:, None], 0.0))
 
 
-def _native_loss(logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
-    """The same in one sweep over CPU memory, of labels that are words."""
-    sizes = logits.shape[0], logits.shape[1], need_gradient
-    _C.softmax_loss(DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), *sizes, losses.data_ptr())
+def _native_loss(
+    run: Function, ignored: Values, stream: Values, logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool
+) -> None:
+    """The same in one sweep; on a CPU, where nothing is ``ignored``, of labels that are words."""
+    run(*plain((logits.dtype, logits, labels, *ignored, *logits.shape, need_gradient, losses)), *stream)
 
 
 @implement("linear_cross_entropy", "CPU")
 def cpu(*arguments: Any) -> Outputs:
     call = read(*arguments)
     h, labels, ignore_index, *_, weight = call
-    kept = _kept(labels, ignore_index, weight.shape[0])
-    loss_of = _native_loss if h.dtype in DTYPE_NUMBER else partial(_torch_loss, ignore_index)
-    with without_autocast(h):
-        return _chunked(loss_of, call, "cpu", kept)
+    native = partial(_native_loss, _C.softmax_loss, (), ())
+    loss_of = native if h.dtype in DTYPE_NUMBER else partial(_torch_loss, ignore_index)
+    return _chunked(loss_of, call, "cpu", _kept(labels, ignore_index, weight.shape[0]))
 
 
 @implement("linear_cross_entropy", "CompositeExplicitAutograd")
 def anywhere(*arguments: Any) -> Outputs:
     call = read(*arguments)
-    with without_autocast(call[0]):
-        return _chunked(partial(_torch_loss, call[2]), call, call[0].device.type)
+    return _chunked(partial(_torch_loss, call[2]), call, call[0].device.type)
 
 
 @implement("linear_cross_entropy", "CUDA")
 def cuda(*arguments: Any) -> Outputs:
-    kernels = cuda_kernels()
     call = read(*arguments)
     h, _, ignore_index, *_ = call
+    kernels = cuda_kernels()
     module = kernels.native(h.device)
     if module is None or h.dtype not in DTYPE_NUMBER:
         return anywhere(*arguments)
-
-    def loss_of(logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
-        sources = DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), ignore_index
-        module.softmax_loss(*sources, *logits.shape, need_gradient, losses.data_ptr(), stream)
-
-    with without_autocast(h), kernels.launching(h.device) as stream:
+    with kernels.launching(h.device) as stream:
+        loss_of = partial(_native_loss, module.softmax_loss, (ignore_index,), (stream,))
         return _chunked(loss_of, call, "cuda")
 
 
@@ -154,16 +133,17 @@ def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
     """Positions whose label counts, None if all do; refuses labels that are no word."""
     targets = labels.reshape(-1)
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    chosen = targets[kept]
-    if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= vocabulary):
-        raise ValueError(
-            f"linear_cross_entropy: labels run from {int(chosen.min())} to {int(chosen.max())}: expected 0 to "
-            f"{vocabulary - 1}, or {ignore_index} for tokens to ignore."
-        )
+    if kept.numel():
+        low, high = map(int, targets[kept].aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"linear_cross_entropy: labels run from {low} to {high}: expected 0 to {vocabulary - 1}, or "
+                f"{ignore_index} for tokens to ignore."
+            )
     return None if kept.numel() == targets.numel() else kept
 
 
-def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None) -> Outputs:
+def _chunked(loss_of: Loss, call: Values, device: str, kept: Tensor | None = None) -> Outputs:
     """Loss (mean) and the gradients of the *sum* of the losses: their scale fits 16-bit formats whatever the count.
 
     Of the tokens ``kept`` alone, if they are given; else nothing waits for a device.
@@ -173,38 +153,38 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
     states = h.reshape(-1, h.shape[-1])
     targets = labels.reshape(-1)
     tokens = states.shape[0] if kept is None else kept.numel()
-    derived = weight.packed if rows is None else rows
-    grad_h, grad_weight = empty_gradients(h, derived, need_grad_h and kept is not None, need_grad_weight)
-    narrow = None if rows is None else rows.to(h.dtype)
-    if need_grad_h and kept is None:
-        grad_h = empty_like(h)
+    grad_h, grad_weight = empty_gradients(call)
+    if kept is not None:
+        grad_h.zero_()
     losses = h.new_empty(tokens, dtype=WIDE[h.dtype])
     chunk = chunk_tokens(device, vocabulary, h.dtype.itemsize, tokens)
-    buffer = empty_like(h, (chunk if is_dense(weight) else 0, vocabulary))
-    for first in range(0, tokens, chunk):
-        last = min(first + chunk, tokens)
-        where = slice(first, last) if kept is None else kept[first:last]
-        part = states[where]
-        logits = _logits(part, weight, buffer[: last - first])
-        # Rows in the place of some of W's have logits and gradients of their own, and W's stand aside with zeros.
-        if narrow is not None and row_ids is not None:
-            logits.index_copy_(1, row_ids, part @ narrow.t())
-        loss_of(logits, targets[where], losses[first:last], need_grad_h or need_grad_weight)
-        grad_derived = logits
-        if row_ids is not None:
-            grad_derived = logits[:, row_ids]
-            logits.index_fill_(1, row_ids, 0.0)
-        if need_grad_h:
-            target = grad_h.view(-1, h.shape[-1])
-            out = target[where] if kept is None and is_dense(weight) else None
-            part_grad = _grad_h(logits, weight, out)
+    buffer = empty_like(h, (chunk if weight.absmax is None else 0, vocabulary))
+    narrow = None if rows is None else rows.to(h.dtype)
+    with without_autocast(h):
+        for first in range(0, tokens, chunk):
+            last = min(first + chunk, tokens)
+            where = slice(first, last) if kept is None else kept[first:last]
+            part = states[where]
+            logits = _product(True, part, weight, buffer[: last - first])
+            # Rows in the place of some of W's have logits and gradients of their own, and W's stand aside with zeros.
             if narrow is not None:
-                part_grad.addmm_(grad_derived, narrow)
-            if out is None:
-                target[where] = part_grad
-        if need_grad_weight:
-            grad_weight.addmm_(grad_derived.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
-        del logits, grad_derived  # before the next chunk's are allocated
+                logits.index_copy_(1, row_ids, part @ narrow.t())
+            loss_of(logits, targets[where], losses[first:last], need_grad_h or need_grad_weight)
+            grad_derived = logits
+            if narrow is not None:
+                grad_derived = logits[:, row_ids]
+                logits.index_fill_(1, row_ids, 0.0)
+            if need_grad_h:
+                target = grad_h.view(-1, h.shape[-1])
+                out = target[where] if kept is None else None
+                part_grad = _product(False, logits, weight, out)
+                if narrow is not None:
+                    part_grad.addmm_(grad_derived, narrow)
+                if part_grad is not out:
+                    target[where] = part_grad
+            if need_grad_weight:
+                grad_weight.addmm_(grad_derived.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
+            del logits, grad_derived  # before the next chunk's are allocated
     wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype  # which not every device has
     count = (targets != ignore_index).sum()
     return (losses.sum(dtype=wide) / count).to(losses.dtype), grad_h, grad_weight
@@ -212,29 +192,24 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
 
 @fake("linear_cross_entropy")
 def shapes(*arguments: Any) -> Outputs:
-    h, _, _, need_grad_h, need_grad_weight, rows, _, weight = read(*arguments)
-    loss = h.new_empty((), dtype=WIDE[h.dtype])
-    return loss, *empty_gradients(h, weight.packed if rows is None else rows, need_grad_h, need_grad_weight)
+    call = read(*arguments)
+    return call[0].new_empty((), dtype=WIDE[call[0].dtype]), *empty_gradients(call)
 
 
 def _setup(ctx: Any, inputs: Values, output: Outputs) -> None:
-    h, labels, ignore_index, _, _, rows, _, packed, *_ = inputs
-    _, grad_h, grad_weight = output
-    ctx.mark_non_differentiable(grad_h, grad_weight)
-    ctx.save_for_backward(labels, grad_h, grad_weight)
-    ctx.ignore_index = ignore_index
-    ctx.h_dtype = h.dtype
-    ctx.weight_dtype = (packed if rows is None else rows).dtype
+    _, labels, ctx.ignore_index, *_ = inputs
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.save_for_backward(labels, *grads)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Values:
     labels, sum_grad_h, sum_grad_weight = ctx.saved_tensors
+    needs_h, *_, needs_rows, _, needs_weight = ctx.needs_input_grad[:8]
     factor = grad_loss / (labels != ctx.ignore_index).sum()
-    grad_h = sum_grad_h * factor.to(ctx.h_dtype) if ctx.needs_input_grad[0] else None
-    grad_weight = None
-    if ctx.needs_input_grad[5] or ctx.needs_input_grad[7]:
-        grad_weight = (sum_grad_weight * factor).to(ctx.weight_dtype)
-    of_rows, of_packed = (grad_weight, None) if ctx.needs_input_grad[5] else (None, grad_weight)
+    grad_h = sum_grad_h * factor.to(sum_grad_h.dtype) if needs_h else None
+    grad_weight = sum_grad_weight * factor if needs_rows or needs_weight else None
+    of_rows, of_packed = (grad_weight, None) if needs_rows else (None, grad_weight)
     return grad_h, None, None, None, None, of_rows, None, of_packed, *[None] * (len(Weight._fields) - 1)
 
 

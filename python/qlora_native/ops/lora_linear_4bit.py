@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import call_in_derivative
+from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
 from qlora_native.ops._engine import (
     ANY,
     Adapter,
@@ -28,9 +29,9 @@ from qlora_native.ops._engine import (
     sum_to_bias,
     without_autocast,
 )
-from qlora_native.ops._library import Values, autograd, fake, implement
+from qlora_native.ops._library import Function, Values, autograd, fake, implement
 from qlora_native.ops._operands import Weight
-from qlora_native.ops.linear_4bit import CPU, cuda_engine
+from qlora_native.ops.linear_4bit import CPU, ENGINES
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
@@ -47,9 +48,11 @@ def forward_by(
     weight: Weight,
 ) -> Pair:
     """y and xa by the products of an engine."""
-    few = engine.few_tokens(x, weight, bias, a, b, scale) if x_lora is None else None
-    if few is not None:
-        return few
+    if engine is CPU and x_lora is None and is_few(x):  # in one pass over W
+        n, k = weight.shape
+        few = adapted_product((n, k, _C.matrix(n, k, weight.pointers())), x, bias, a, b, scale)
+        if few is not None:
+            return few
     rows = as_rows(x)
     dtype = x.dtype
     with without_autocast(x):
@@ -120,63 +123,49 @@ implement("lora_linear_4bit", "CPU")(partial(forward_by, CPU))
 implement("lora_linear_4bit_backward", "CPU")(partial(backward_by, CPU))
 
 
-def _register(device: str, engine_of: Callable[[torch.device], Engine]) -> None:
-    """The kernels for another dispatch key."""
-
-    @implement("lora_linear_4bit", device)
-    def forward(x: Tensor, *others: Any) -> Pair:
-        return forward_by(engine_of(x.device), x, *others)
-
-    @implement("lora_linear_4bit_backward", device)
-    def backward(grad_y: Tensor, *others: Any) -> Gradients:
-        return backward_by(engine_of(grad_y.device), grad_y, *others)
+def _by_device(engine_of: Callable[[torch.device], Engine], function: Function, first: Tensor, *others: Any) -> Any:
+    return function(engine_of(first.device), first, *others)
 
 
-_register("CUDA", lambda device: cuda_engine(device) or ANY)
-_register("CompositeExplicitAutograd", lambda _: ANY)
+for _device in ("CUDA", "CompositeExplicitAutograd"):
+    implement("lora_linear_4bit", _device)(partial(_by_device, ENGINES[_device], forward_by))
+    implement("lora_linear_4bit_backward", _device)(partial(_by_device, ENGINES[_device], backward_by))
 
 
 @fake("lora_linear_4bit")
-def shapes(x: Tensor, x_lora: Tensor | None, a: Tensor, *others: Any) -> Pair:
-    weight: Weight = others[-1]
+def shapes(x: Tensor, x_lora: Tensor | None, a: Tensor, b: Tensor, *others: Any) -> Pair:
     leading = x.shape[:-1]
-    return x.new_empty(*leading, weight.shape[0]), x.new_empty(*leading, a.shape[0])
+    return x.new_empty(*leading, b.shape[0]), x.new_empty(*leading, a.shape[0])
 
 
 @fake("lora_linear_4bit_backward")
 def backward_shapes(
     grad_y: Tensor, x: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float, separate: bool, *others: Any
-) -> Gradients:
-    (need_x, need_x_lora, need_a, need_b), _ = others
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(x.shape if need_x_lora else 0),
-        a.new_empty(a.shape if need_a else 0),
-        b.new_empty(b.shape if need_b else 0),
-    )
+) -> Values:
+    needed, _ = others
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, x, a, b), needed, strict=True))
 
 
 def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
-    x, x_lora, a, b, scale, bias, weight = inputs
+    x, x_lora, a, b, scale, _, weight = inputs
     # x itself is needed only as the adapter's input; with a dropped-out copy in its place it is not kept.
     save_weight(ctx, weight, x if x_lora is None else x_lora, a, b, output[1])
     ctx.set_materialize_grads(False)
-    ctx.options = scale, x_lora is not None, None if bias is None else bias.dtype
+    ctx.options = scale, x_lora is not None
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values:
     weight, (seen, a, b, xa) = saved_weight(ctx)
-    scale, separate, bias_dtype = ctx.options
     *needed, _, need_bias = ctx.needs_input_grad[:6]
     if grad_y is None:
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
-    arguments = (grad_y, seen, xa, a, b, scale, separate, needed, weight)
+    arguments = (grad_y, seen, xa, a, b, *ctx.options, needed, weight)
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
         grads = backward_by(ANY, *arguments, grad_xa)
     else:
         grads = call_in_derivative("lora_linear_4bit_backward", *arguments)
     found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return *found, None, sum_to_bias(grad_y, bias_dtype) if need_bias else None
+    return *found, None, sum_to_bias(grad_y) if need_bias else None
 
 
 autograd("lora_linear_4bit", _backward, _setup)

@@ -48,4 +48,4 @@ def native(run: Function, results: Pair, *arguments: Any) -> None:
     run(*source, *scales, initial, *results)
 
 
-define("search_scales_4bit", outputs, reference.search_scales, native, devices=["CPU"])
+define("search_scales_4bit", outputs, reference.search_scales, native, on_cuda=False)
