@@ -126,6 +126,7 @@ class Pages:
         return sum(store.num_bytes for store in self.stores)
 
 
+@dataclass(eq=False)  # without it __post_init__ would not be called
 class HostPages(Pages):
     """Arenas in memory or in a page file. The caller sees to it that there is one move at a time."""
 
