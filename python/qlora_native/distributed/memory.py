@@ -103,7 +103,7 @@ def _rows(module: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
                 continue
             seen.add(id(parameter))
             rows, weight = parameter.shape[0], weights.get(name)
-            if weight is not None:
+            if weight is not None and weight.absmax.numel():  # a GGUF format has its scales inside
                 if weight.numel() % weight.block_size == 0:
                     rows = weight.absmax.numel()
                 yield parameter, weight.absmax.numel(), weight.absmax.itemsize
