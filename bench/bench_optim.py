@@ -78,7 +78,7 @@ def reference_step(optimizer: Any) -> None:
         factor = min(1.0, optimizer.max_norm / (float(torch.ops.qlora_native.gradient_norm(grads)) + 1e-6))
     for p in group["params"]:
         if not optimizer.state[p]:
-            optimizer.state[p] = optimizer._new_state(p, optimizer._is_coded(p, group))
+            optimizer.state[p] = optimizer._new_state(p, group)
         state = optimizer.state[p]
         common = {"lr": group["lr"], "weight_decay": group["weight_decay"], "grad_factor": factor}
         common |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))

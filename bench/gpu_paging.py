@@ -47,7 +47,7 @@ def paging_row(dry: bool, rounds: int) -> dict[str, Any]:
     statistics = paged.paging_statistics()
     moved = statistics["bytes_in"] - before
     match = all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    pages = next(iter(paged._paging.pages.values()))
+    pages = next(iter(paged._pages.values()))
     managed = getattr(pages, "managed", False)
     if managed:
         places = [(store.address, store.address + store.num_bytes) for store in pages.stores]

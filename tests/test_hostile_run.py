@@ -126,8 +126,8 @@ def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
 def test_coded_optimizer_states_that_are_no_codes(name: str, wrong: Any) -> None:
     optimizer = AdamW([torch.nn.Parameter(torch.ones(5000))], bits=8)
     given = optimizer.state_dict()
-    (param,) = optimizer.param_groups[0]["params"]
-    given["state"] = {0: {**optimizer._new_state(param, True), name: wrong}}
+    (group,) = optimizer.param_groups
+    given["state"] = {0: {**optimizer._new_state(group["params"][0], group), name: wrong}}
     with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
         optimizer.load_state_dict(given)
 

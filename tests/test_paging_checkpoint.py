@@ -207,7 +207,7 @@ def test_groups_added_later_and_parameters_without_gradients(kind: str, tmp_path
     assert same_training(expected, got)
     assert not got[1].state[got[0][1]]
     if kind != "plain":
-        assert in_file(got[1]) and len(got[1]._paging.pages[torch.device("cpu")].stores) == 2
+        assert in_file(got[1]) and len(got[1]._pages[torch.device("cpu")].stores) == 2
 
 
 def test_states_of_the_users_own_are_updated_where_they_are_and_cleared_ones_begin_at_zero(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
             optimizer.step()
         assert paged.skipped == plain.skipped == (scale != scale)
         assert paged.grad_norm == plain.grad_norm or scale != scale
-    pages = paged._paging.pages[torch.device("cpu")]
+    pages = paged._pages[torch.device("cpu")]
     assert isinstance(pages, device_pages.DevicePages) and pages.managed == concurrent
     assert same(paged, plain)
 

@@ -7,7 +7,7 @@ docs/format.md. bitsandbytes reads our codes by our map; codes under any other m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, cast
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native import optim as native
-from qlora_native.optim.base import MIN_CODED_NUMEL, Optimizer
+from qlora_native.optim.base import Optimizer
+from qlora_native.optim.states import MIN_CODED_NUMEL
 
 _FORMS = [(paged, bits) for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
 __all__ = [f"{paged}{rule}{bits}" for rule in ("Adam", "AdamW", "Lion") for paged, bits in _FORMS]
@@ -156,14 +157,11 @@ class _Bitsandbytes(Optimizer):
         params = [param for param in group["params"] if param.requires_grad or param.is_floating_point()]
         super()._check_group({**group, "params": params})
 
-    def _reserve(self, wanted: Iterable[tuple[Tensor, bool]]) -> None:
-        super()._reserve([(param, coded) for param, coded in wanted if param.is_floating_point()])
-
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
         return bool(group["bits"] == 8 and param.numel() >= self.args.min_8bit_size)
 
-    def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
-        return State(super()._new_state(param, coded, blank))
+    def _new_state(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return State(super()._new_state(*arguments, **options))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "args": self.args}

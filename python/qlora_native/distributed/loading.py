@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from qlora_native.lora.targets import select_targets
 from qlora_native.models.build import MetaModel
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model as load_alone
-from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
+from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.match import Value
 from qlora_native.weights.open import open_source
 from qlora_native.weights.source import AUTO, SafetensorsSource, Source
 from qlora_native.weights.stream import Item
@@ -163,54 +165,47 @@ def _read_together(
 
 def _send_tensors(meta: MetaModel, items: Iterable[Item], stored: Callable[[str], None]) -> None:
     """Read the items, and store each tensor once the other ranks have it."""
+    rank = dist.get_rank()
     try:
         for item in items:
             file = item.entry.file
             for name, value in meta.values(item):
-                if isinstance(value, QuantizedWeight):
-                    about = {key: field for key, field in value.__getstate__().items() if key not in TENSOR_FIELDS}
-                    tensors = {key: field for key in TENSOR_FIELDS if (field := getattr(value, key)) is not None}
-                else:
-                    about, tensors = None, {"": value}
-                tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                _send({"name": name, "file": file, "about": about, "tensors": tensors})
+                sent = _of_each(value, Tensor.contiguous)
+                dist.broadcast_object_list([(name, file, _of_each(sent, lambda tensor: tensor.to("meta")))], src=rank)
+                _of_each(sent, partial(_broadcast, src=rank))
                 meta.store(name, value, file)
                 stored(name)
     except UserError as error:
-        _send({"error": str(error), "tensors": {}})
+        dist.broadcast_object_list([error], src=rank)
         raise
-    _send({"tensors": {}})
-
-
-def _send(message: dict[str, Any]) -> None:
-    tensors: dict[str, Tensor] = message["tensors"]
-    shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    dist.broadcast_object_list([{**message, "tensors": shapes}], src=dist.get_rank())
-    for tensor in tensors.values():
-        if tensor.numel():
-            dist.broadcast(tensor, src=dist.get_rank())
+    dist.broadcast_object_list([None], src=rank)
 
 
 def _receive_tensors(meta: MetaModel, owner: int, reading: Reading) -> Iterator[str]:
     """Store what ``owner`` sends; yields the name of each tensor."""
+
+    def receive(like: Tensor) -> Tensor:
+        reading.bytes_received += like.nbytes
+        return _broadcast(torch.empty_like(like, device=meta.device), src=owner)
+
     while True:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=owner)
-        message = box[0]
-        if "error" in message:
-            raise UserError(message["error"])
-        if "name" not in message:
+        if box[0] is None:
             return
-        tensors: dict[str, Tensor] = {}
-        for key, (shape, dtype) in message["tensors"].items():
-            tensors[key] = torch.empty(shape, dtype=dtype, device=meta.device)
-            if tensors[key].numel():
-                dist.broadcast(tensors[key], src=owner)
-            reading.bytes_received += tensors[key].nbytes
-        if message["about"] is None:
-            value: Tensor | QuantizedWeight = tensors[""]
-        else:
-            value = object.__new__(QuantizedWeight)
-            value.__dict__.update(dict.fromkeys(TENSOR_FIELDS), **message["about"], **tensors)
-        meta.store(message["name"], value, message["file"])
-        yield message["name"]
+        if isinstance(box[0], UserError):
+            raise UserError(str(box[0]))
+        name, file, shell = box[0]
+        meta.store(name, _of_each(shell, receive), file)
+        yield name
+
+
+def _broadcast(tensor: Tensor, src: int) -> Tensor:
+    if tensor.numel():
+        dist.broadcast(tensor, src=src)
+    return tensor
+
+
+def _of_each(value: Value, function: Callable[[Tensor], Tensor]) -> Value:
+    """What ``function`` makes of each tensor of a value."""
+    return value.map(function) if isinstance(value, QuantizedWeight) else function(value)

@@ -85,12 +85,11 @@ def rank_memory(
 
 
 def _group(module: nn.Module, world: int, leave_out: Container[int] = ()) -> Group:
-    frozen = trained = 0
+    sizes = [0, 0]
     for parameter, rows, row_bytes in _rows(module):
         if id(parameter) not in leave_out:
-            part = math.ceil(rows / world) * row_bytes
-            frozen, trained = (frozen, trained + part) if parameter.requires_grad else (frozen + part, trained)
-    return Group(frozen, trained)
+            sizes[parameter.requires_grad] += math.ceil(rows / world) * row_bytes
+    return Group(*sizes)
 
 
 def _rows(module: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
@@ -103,7 +102,7 @@ def _rows(module: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
                 continue
             seen.add(id(parameter))
             rows, weight = parameter.shape[0], weights.get(name)
-            if weight is not None:
+            if weight is not None and weight.absmax.numel():  # a GGUF format has its scales inside
                 if weight.numel() % weight.block_size == 0:
                     rows = weight.absmax.numel()
                 yield parameter, weight.absmax.numel(), weight.absmax.itemsize
@@ -114,5 +113,6 @@ def _weights(module: nn.Module) -> dict[str, QuantizedWeight]:
     """The 4-bit weights that are parameters of the module itself, by name."""
     if isinstance(module, QuantizedLinear):
         return {"weight": module.quantized}
-    names = module._stacks if isinstance(module, QuantizedExperts) else ()
-    return {name: stack for name in names if (stack := module.stack(name)) is not None}  # type: ignore[operator]
+    if isinstance(module, QuantizedExperts):
+        return {name: stack for name in module._stacks if (stack := module.stack(name)) is not None}
+    return {}

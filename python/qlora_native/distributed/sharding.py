@@ -12,20 +12,17 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 
-from qlora_native import reference
 from qlora_native.nn.experts import QuantizedExperts
 from qlora_native.nn.linear import QuantizedLinear
 
@@ -172,7 +169,8 @@ class _Reader(dcp.FileSystemReader):
 
 def load_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> States:
     """The states that :func:`save_sharded_states` wrote, sharded like the parameters: each rank reads its own."""
-    reader, params = _Reader(folder), _parameters(optimizer)
+    reader = _Reader(folder)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     named: dict[str, Any] = {}
     for key in reader.read_metadata().state_dict_metadata:
         number, _, name = key.partition(".")
@@ -185,21 +183,3 @@ def load_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> State
         number, _, name = key.partition(".")
         states.setdefault(int(number), {})[name] = value
     return states
-
-
-def shard_states(states: States, optimizer: torch.optim.Optimizer) -> States:
-    """Whole states, sharded like the optimizer's parameters; 8-bit ones in fp32."""
-    sharded: States = {}
-    for number, (param, state) in enumerate(zip(_parameters(optimizer), states.values(), strict=True)):
-        sharded[number] = {name: value for name, value in state.items() if not name.endswith("_absmax")}
-        for name, value in sharded[number].items():
-            if isinstance(value, Tensor) and value.shape == param.shape:
-                absmax = state.get(f"{name}_absmax")
-                wide = value if absmax is None else reference.decode_state(value, absmax)
-                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-                sharded[number][name] = distribute_tensor(wide.to(param.device), mesh, placements, src_data_rank=None)
-    return sharded
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))

@@ -50,7 +50,7 @@ def insert(
 ) -> None:
     """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable. ``beside`` allows a model with
     adapters of other layers."""
-    if not beside and any(True for _ in lora_layers(model)):
+    if not beside and dict(lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = saved_modules(model, config.modules_to_save)
     chosen = token_modules(model, config.trainable_tokens)
@@ -130,7 +130,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             (DoRA, trained biases, ...) that this library does not compute. The model is then unchanged.
     """
     stored = read_adapter(model, folder)
-    if not any(True for _ in lora_layers(model)):
+    if not dict(lora_layers(model)):
         layers = {path: (len(a), scale) for path, (a, _, scale) in stored.pairs.items()}
         try:
             insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
@@ -157,7 +157,7 @@ def save_pretrained(
     **options: Any,
 ) -> None:
     """transformers' method for a model with an adapter: write the adapter, not weights that nothing could load."""
-    if not any(True for _ in lora_layers(model)):  # merged since
+    if not dict(lora_layers(model)):  # merged since
         save = without_adapter or partial(type(model).save_pretrained, model)
         save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         return

@@ -96,7 +96,7 @@ def token_modules(
 
 
 def embeddings(model: Any) -> list[nn.Module]:
-    return [end for end in (model.get_inputembeddings(), model.get_outputembeddings()) if end is not None]
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
 
 
 def matches(path: str, name: str) -> bool:

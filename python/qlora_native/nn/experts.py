@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
-from qlora_native.ops._operands import is_sharded
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
@@ -98,11 +97,6 @@ class QuantizedExperts(Substitute, KeepsBits):
                 setattr(self, name, rows)
                 setattr(self, name + _LAID_OUT, stored)
         self._slices.clear()
-
-    @property
-    def is_sharded(self) -> bool:
-        """As :attr:`qlora_native.nn.QuantizedLinear.is_sharded`."""
-        return any(is_sharded(value) for value in self._parameters.values() if value is not None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""

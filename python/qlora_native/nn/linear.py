@@ -20,13 +20,21 @@ class KeepsBits(nn.Module):
     """A module whose scales, buffers with the names of a weight's tensors, keep their values in a cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
+        before = [(name, buffer) for name, buffer in self._buffers.items() if name.endswith(_SCALES)]
         super()._apply(fn, recurse)
-        for name, exact in before.items():
-            cast = self._buffers[name]
-            if exact is not None and cast is not None and cast.dtype != exact.dtype:
+        for name, exact in before:
+            if exact is not None and (cast := getattr(self, name)).dtype != exact.dtype:
                 self._buffers[name] = exact.to(cast.device)
         return self
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of a weight (a DTensor, as FSDP2 makes it).
+
+        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys:
+        torch.distributed.checkpoint reads each key as an attribute.
+        """
+        return any(map(is_sharded, self.parameters(recurse=False)))
 
     def reset_parameters(self) -> None:
         """Does nothing: frozen weights have no initialization of their own."""
@@ -194,15 +202,6 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         nested = self.nested_absmax is not None
         about = f"{self._about.quant_type}, block_size={self._about.block_size}, double_quant={nested}"
         return f"{super().extra_repr()}, {about}"
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this process holds a part of the weight (a DTensor, as FSDP2 makes it).
-
-        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys:
-        torch.distributed.checkpoint reads each key as an attribute.
-        """
-        return is_sharded(self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:

@@ -65,9 +65,8 @@ class AdamW(Optimizer):
     """
 
     _moments: ClassVar[Moments] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-    _counts_steps = True
     _op = "adamw_step"
-    _decoupled = True
+    _flags = (True,)  # whether weight_decay is decoupled
 
     def __init__(
         self,
@@ -86,10 +85,6 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits}
         super().__init__(params, defaults, paged, page_dir, page_budget, max_norm)
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        return *map(float, numbers), self._decoupled
-
 
 class Adam(AdamW):
     """Adam (Kingma and Ba 2015); the update of ``torch.optim.Adam``: ``weight_decay`` is added to the gradient.
@@ -97,7 +92,7 @@ class Adam(AdamW):
     Arguments as for :class:`AdamW`.
     """
 
-    _decoupled = False
+    _flags = (False,)
 
 
 class Lion(Optimizer):
@@ -109,7 +104,7 @@ class Lion(Optimizer):
     """
 
     _moments: ClassVar[Moments] = {"exp_avg": torch.int8}
-    _counts_steps = False
+    _tensors = ("exp_avg", "exp_avg_absmax")
     _op = "lion_step"
 
     def __init__(
@@ -127,6 +122,3 @@ class Lion(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "bits": bits}
         super().__init__(params, defaults, paged, page_dir, page_budget, max_norm)
-
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(map(float, (group["lr"], *group["betas"], group["weight_decay"])))

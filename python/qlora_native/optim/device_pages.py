@@ -8,7 +8,9 @@ update: with ``paged=True`` from the start, with "auto" from the first time on t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from qlora_native.errors import say_once
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._optim import Plan
-from qlora_native.optim.paging import Moments, Paged, Pages, PagingStatistics, State, Wanted
+from qlora_native.optim.paging import Pages, State, Wanted, is_coded
 from qlora_native.optim.pressure import PagingPolicy
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
@@ -30,32 +32,37 @@ CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
 
+@dataclass(eq=False)
 class DevicePages(Pages):
     """The arenas of one optimizer on one device; ``budget`` is bytes of the device. The caller moves one at a time."""
 
-    def __init__(
-        self, owner: str, moments: Moments, paged: Paged, budget: int | None, device: torch.device, module: ModuleType
-    ) -> None:
-        super().__init__(owner, moments, paged, budget)
-        self.device = device
-        self.module = module
-        self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
-        self.could_pin = not self.managed
-        if self.could_pin and paged is True:
-            self.use_pinned_memory()
-        self._policy = PagingPolicy()
-        self._sent_out = False  # "auto" is under pressure, or page_out was asked for
-        self._resident_steps = 0
-        self._moved = False  # the host wrote states, which may have moved their pages
-        self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
+    device: torch.device
+    module: ModuleType
 
-    def use_pinned_memory(self) -> None:
-        """From now on reserve states in pinned host memory; warns once."""
+    def __post_init__(self) -> None:
+        self.managed: bool = self.module.has_concurrent_managed_access(self.device.index or 0)
+        self.is_out = self.paged is True  # "auto" too is under pressure, or page_out was asked for
+        self._policy = PagingPolicy()
+        self._resident_steps = 0
+        self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
+        self.could_pin = not self.managed
+        if self.could_pin and self.is_out:
+            self.pin({})
+
+    def pin(self, states: Mapping[Tensor, State]) -> None:
+        """Move states that are ordinary tensors of the device into pinned host memory, for good, as all to come."""
         self.could_pin = False
         say_once(
             f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, WSL2 and "
             f"Tegra): {self.owner}'s paged states are in pinned host memory, and every step copies all of them."
         )
+        if states:
+            self.reserve([(param, is_coded(state)) for param, state in states.items()])
+        for param, state in states.items():
+            place = self.take(param, blank=False)
+            for name, tensor in place.items():
+                tensor.copy_(state[name])
+            state.update(place)
 
     def is_short(self) -> bool:
         """Whether less of the device than the margin is free; False while a graph is captured."""
@@ -63,11 +70,11 @@ class DevicePages(Pages):
         return free.bytes < free.margin and not _cuda_kernels.is_capturing(self.device)
 
     def reserve(self, wanted: Wanted) -> None:
-        """Nothing where the states ``could_pin``."""
+        """Make room for the states of these parameters, all 0, in one arena more, but for those that ``could_pin``."""
         if self.could_pin:
             return
         forms = self._forms(wanted)
-        arena_bytes = sum(numel * count * (1 if coded else 4) for numel, count, coded in forms)
+        arena_bytes = sum(numel * moments * (1 if coded else 4) for numel, moments, coded in forms)
         chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
@@ -78,22 +85,13 @@ class DevicePages(Pages):
         self._add(store, wanted, store.places)
         self._tables = None
 
-    def _view(self, store: Any, offsets: Sequence[int], i: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if not (self.managed and self.device.type == "cuda"):
-            return super()._view(store, offsets, i, shape, dtype)
-        if shape.numel() == 0:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        data = store.address + offsets[i], False
+    def _view(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if not self.managed or self.device.type != "cuda":
+            return super()._view(store, offset, shape, dtype)
+        data = store.address + offset, False
         interface = {"shape": (shape.numel(),), "typestr": TYPE_CODES[dtype], "data": data, "version": 3}
         place = SimpleNamespace(store=store, __cuda_array_interface__=interface)  # keeps the store alive
         return torch.as_tensor(place, device=self.device).view(shape)
-
-    def take(self, param: Tensor, blank: bool) -> State:
-        was_taken = param in self._taken
-        if blank and was_taken:
-            self.wait_until_readable()
-        self._moved = self._moved or not blank or was_taken
-        return super().take(param, blank)
 
     def wait_until_readable(self) -> None:
         if not self.managed:
@@ -113,17 +111,24 @@ class DevicePages(Pages):
         RuntimeError in the capture of a CUDA graph, unless all states are on the device and stay there.
         """
         assert plan.on_device is not None
-        self._apply_policy()
-        if _cuda_kernels.is_capturing(self.device):
-            self._check_that_nothing_moves()
-        if self._moved:
-            with _cuda_kernels.launching(self.device) as stream:
+        is_capturing = _cuda_kernels.is_capturing(self.device)
+        if not is_capturing:
+            self._apply_policy()
+        stays = self.managed and not self.is_out
+        if is_capturing and not (stays and not self.moved and all(store.is_resident for store in self.stores)):
+            raise RuntimeError(
+                f"{self.owner}: its paged states move between host and device in a step, and wait for what moved in "
+                "the step before, which a CUDA graph cannot hold: use paged=False, or capture all but step()."
+            )
+        with _cuda_kernels.launching(self.device) as stream:
+            if self.moved:
+                self.moved = False
                 for store in self.stores:
                     store.page_out(stream)
                     store.forget_residency()
-            self._moved = False
-        if self.managed and self.paged is not True and not self._sent_out:
-            self._bring_back()
+            if stays:
+                self._bring_back(stream, is_capturing)
+        if stays:
             plan.on_device.step(plan.table, options, by)
             return
         if self._tables is None or self._tables[0] is not plan:
@@ -131,61 +136,47 @@ class DevicePages(Pages):
         stores = [(table, self._budget_of(store)) for table, store in zip(self._tables[1], self.stores, strict=True)]
         plan.on_device.step(plan.table, options, by, stores)
 
-    def _bring_back(self) -> None:
-        """Have all states on the device, in the order of the current stream.
+    def _bring_back(self, stream: int, is_capturing: bool) -> None:
+        """Have all states on the device, in the order of the stream.
 
         Those that an allocation evicted look as if they were there, because CUDA does not report where managed pages
         are; kernels would read them over the bus in every step. So now and then all are asked for again, which moves
         only what has gone.
         """
         self._resident_steps += 1
-        again = self._resident_steps % ASK_AGAIN == 0 and not _cuda_kernels.is_capturing(self.device)
-        with _cuda_kernels.launching(self.device) as stream:
-            for store in self.stores:
-                if not store.is_resident:
-                    store.page_in(stream)
-                elif again:
-                    store.renew(stream)
-
-    def _check_that_nothing_moves(self) -> None:
-        stay = self.managed and self.paged is not True and not self._sent_out and not self._moved
-        if not (stay and all(store.is_resident for store in self.stores)):
-            raise RuntimeError(
-                f"{self.owner}: its paged states move between host and device in a step, and wait for what moved in "
-                "the step before, which a CUDA graph cannot hold: use paged=False, or capture all but step()."
-            )
+        again = self._resident_steps % ASK_AGAIN == 0 and not is_capturing
+        for store in self.stores:
+            if not store.is_resident:
+                store.page_in(stream)
+            elif again:
+                store.renew(stream)
 
     def _tables_of(self, plan: Plan) -> list[StoreTable]:
-        rows = [-1] * self._num_places
-        for row, number in enumerate(self.numbers(plan)):
-            rows[number] = row
-        tables = []
-        first = 0
-        for store in self.stores:
-            last = first + len(store.places)
-            tables.append(StoreTable(self.module, store, rows[first:last], self.device))
-            first = last
-        return tables
+        rows = {number: row for row, number in enumerate(self.numbers(plan))}
+        numbers = count()
+        return [
+            StoreTable(self.module, store, [rows.get(n, -1) for n in islice(numbers, len(store.places))], self.device)
+            for store in self.stores
+        ]
 
     def _apply_policy(self) -> None:
-        if self.managed and self.paged == "auto" and not _cuda_kernels.is_capturing(self.device):
-            free = free_device_memory(self.device)
-            out = self.states_paged_out()
-            move = self._policy.decide(time.monotonic(), free, self.states_in_memory(), out)
-            if move == "in" and device_memory(self.device)[0] < free.margin + out:
-                return  # there is room, but torch's allocator keeps it
-            if move is not None:
-                self._sent_out = move == "out"
-            elif out == 0 and free.bytes >= free.margin:
-                self._sent_out = False  # so little that it was never out
+        if not self.managed or self.paged != "auto":
+            return
+        free, out = free_device_memory(self.device), self.states_paged_out()
+        move = self._policy.decide(time.monotonic(), free, self.states_in_memory(), out)
+        if move == "in" and device_memory(self.device)[0] < free.margin + out:
+            return  # there is room, but torch's allocator keeps it
+        # So little is short that it was never out, where nothing is.
+        if move is not None or (out == 0 and free.bytes >= free.margin):
+            self.is_out = move == "out"
 
     def _budget_of(self, store: Any) -> int:
         """Bytes of the device that a store may take in a step."""
-        if self.paged is not True and not self._sent_out:
+        if not self.is_out:
             return int(store.num_bytes)
         share = max(1, len(self.stores))
         if self.budget is not None:
-            return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
+            return max(int(store.largest_chunk), self.budget // share)
         least = CHUNKS_AT_ONCE * int(store.largest_chunk)
         # Under "auto" another program needs what is free.
         return max(least, free_device_memory(self.device).bytes // 2 // share) if self.paged is True else least
@@ -195,7 +186,7 @@ class DevicePages(Pages):
         pinned memory are always there."""
         if not self.managed:
             return
-        self._sent_out = True
+        self.is_out = True
         with _cuda_kernels.launching(self.device) as stream:
             for store in self.stores:
                 store.page_out(stream)
@@ -203,7 +194,7 @@ class DevicePages(Pages):
 
     def page_in(self) -> None:
         """Let the next step bring back what "auto" sent out."""
-        self._sent_out = False
+        self.is_out = self.paged is True
 
     def states_paged_out(self) -> int:
         """Bytes of states on the host, going by the moves that were issued."""
@@ -213,7 +204,8 @@ class DevicePages(Pages):
         """Bytes of states on the device."""
         return sum(store.statistics[0] for store in self.stores)
 
-    def statistics(self) -> PagingStatistics:
-        """No stalls: the host waits for nothing, and what the device waits for is not measured."""
-        moved = [store.statistics[1:] for store in self.stores]
-        return self._statistics(self.states_in_memory(), self.states_paged_out(), moved)
+    def statistics(self) -> tuple[float, ...]:
+        """The values of :class:`PagingStatistics`; no stalls: the host waits for nothing, and what the device waits for
+        is not measured."""
+        moved = (sum(store.statistics[way] for store in self.stores) for way in (1, 2))
+        return self.state_bytes(), self.states_in_memory(), self.states_paged_out(), *moved, 0, 0.0

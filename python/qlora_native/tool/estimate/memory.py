@@ -25,7 +25,7 @@ from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
-from qlora_native.optim import base
+from qlora_native.optim.states import MIN_CODED_NUMEL
 from qlora_native.tool.estimate.activations import (
     LayerBytes,
     decoder_layers,
@@ -333,6 +333,6 @@ def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 def state_bytes(numel: int, optimizer: str) -> int:
     """Bytes of one parameter's optimizer states."""
-    if optimizer == "adamw8bit" and numel >= base.MIN_CODED_NUMEL:
+    if optimizer == "adamw8bit" and numel >= MIN_CODED_NUMEL:
         return MOMENTS[optimizer] * (numel + 4 * -(-numel // _native.STATE_BLOCK))
     return MOMENTS[optimizer] * 4 * numel

@@ -203,10 +203,6 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
             from qlora_native.distributed.sharding import load_sharded_states
 
             states = load_sharded_states(folder / STATES, optimizer)
-        elif ranks.is_sharded:
-            from qlora_native.distributed.sharding import shard_states
-
-            states = shard_states(states, optimizer)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         # A rank that did not exist when the checkpoint was made keeps its own state.
         prefix = f"rank.{ranks.rank}." if ranks.rank else ""
