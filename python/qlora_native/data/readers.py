@@ -27,7 +27,6 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # OWNER/NAME, of data [/CONFIG][:SPLIT]
 _FILE = re.compile(r".*\.(gguf|jsonl?|ndjson|parquet|[ct]sv|txt|md)", re.IGNORECASE)
 _UTF8_BOM = b"\xef\xbb\xbf"
-_SPACE = (" ", "\t", "\r", "\n")  # of JSON
 
 
 class SourceRow(NamedTuple):
@@ -54,7 +53,8 @@ def read_rows(
     """
     file = user_path(path)
     if name := hub_id(path):
-        rows = (_checked(file, number, value) for number, value in enumerate(load_data(name), 1))
+        values = enumerate(load_data(name), 1)
+        rows: Iterator[SourceRow] = (_checked(file, number, value) for number, value in values)
     else:
         if not file.exists():
             siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -119,7 +119,7 @@ def _read_text(file: Path) -> Iterator[SourceRow]:
             yield from _array_rows(file, _decode(file, 1, stream.read()))
             return
         for line, raw in enumerate(stream, 1):
-            if text := _decode(file, line, raw).strip("".join(_SPACE)):
+            if text := _decode(file, line, raw).strip():
                 try:
                     value = json.loads(text)
                 except (ValueError, RecursionError) as error:
@@ -140,8 +140,8 @@ def _decode(file: Path, first_line: int, raw: bytes) -> str:
 def _broken(where: str, error: Exception) -> UserError:
     column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
     return UserError(
-        f"{where}: the text is not valid JSON ({getattr(error, 'msg', error)}{column}); write one JSON object per line, "
-        "which may not span lines, or one array of objects."
+        f"{where}: the text is not valid JSON ({getattr(error, 'msg', error)}{column}); "
+        "write one object per line, which may not span lines, or one array of objects."
     )
 
 
@@ -172,7 +172,7 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
 
 
 def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in _SPACE:
+    while text[at : at + 1].isspace():
         at += 1
     return at
 
