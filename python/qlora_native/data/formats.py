@@ -25,7 +25,6 @@ from itertools import cycle
 from typing import Any
 
 from qlora_native.data.readers import SourceRow, kind_of
-from qlora_native.errors import UserError
 
 # role and content; an assistant's tool_calls, a tool's name and tool_call_id, as chat templates expect them
 Message = dict[str, Any]

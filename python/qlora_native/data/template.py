@@ -304,8 +304,8 @@ class ChatEncoder:
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
     def _without_offsets(self, text: str, spans: Spans, ids: list[int]) -> tuple[list[int], Spans]:
-        """Tokens and where the spans are in them: those of the text if what is before each border are tokens of it, else
-        those of each piece on its own."""
+        """Tokens, and where the spans are in them: those of the text if they begin with those of the text before each
+        border, else those of each piece on its own."""
         borders = [0, *chain.from_iterable(spans), len(text)]
         places = [self._by_prefix(text[:at], ids, -1) for at in borders]
         if -1 in places:
@@ -318,7 +318,9 @@ class ChatEncoder:
 
     def _leading_ids(self) -> list[int]:
         """The ids (a beginning-of-sequence token, or none) that this tokenizer puts before a plain text."""
-        bare, full = (list(self.tokenizer("a", add_special_tokens=all_of_it)["input_ids"]) for all_of_it in (False, True))
+        bare, full = (
+            list(self.tokenizer("a", add_special_tokens=all_of_it)["input_ids"]) for all_of_it in (False, True)
+        )
         return full[: full.index(bare[0])] if bare and bare[0] in full else []
 
     def _own_template(self) -> str | None:
