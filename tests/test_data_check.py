@@ -83,7 +83,7 @@ def found(model: Path, folder: Path, rows: Rows, prepare: Prepare | None = None,
         prepare(tokenizer)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     loaded = load_dataset(folder / "rows.jsonl", tokenizer, max_length=options.pop("max_length", 256))
-    train, held_out = loaded.split(0.25)
+    train, held_out = loaded.split(round(0.25 * len(loaded)))
     limits = {"positions": 256, "embeddings": 300, **options}
     return [finding.name for finding in iter_findings(train, held_out, tokenizer, **limits)]
 

@@ -70,9 +70,9 @@ def test_rows_and_arrays(tmp_path: Path) -> None:
     assert np.array_equal(second["input_ids"], dataset.input_ids[HEADER + 3 :])
     assert np.shares_memory(second["labels"], dataset.labels)
     assert np.array_equal(dataset[-1]["labels"], second["labels"])
-    assert len(list(dataset)) == len(dataset[0:2]) == 2
+    assert len(list(dataset)) == 2
     for index in (2, -3):
-        with pytest.raises(IndexError, match=f"row {index} of a dataset of 2"):
+        with pytest.raises(IndexError):
             dataset[index]
     with pytest.raises(ValueError, match="read-only"):
         second["input_ids"][0] = 1
@@ -131,7 +131,7 @@ def test_a_file_without_anything_to_train(tmp_path: Path, sentence: Check) -> No
         with pytest.raises(UserError, match=match) as caught:
             load_dataset(jsonl(tmp_path, *rows), byte_tokenizer(), max_length=HEADER)
         sentence(caught.value)
-    with pytest.raises(ValueError, match="format is 'json', expected None"):
+    with pytest.raises(ValueError, match="format is 'json', expected one of messages"):
         load_dataset(tmp_path / "train.jsonl", byte_tokenizer(), format="json")
 
 
@@ -149,20 +149,20 @@ def test_subset_keeps_rows_lines_and_counts(tmp_path: Path) -> None:
     assert part.stats.dropped == whole.stats.dropped == 1, "of the file"
     assert part.stats.tokens == 2 * HEADER + 4 + 3
     assert part.input_ids is whole.input_ids, "no copy"
-    with pytest.raises(ValueError, match="row numbers from 0 to 3"):
+    with pytest.raises(IndexError):
         whole.subset([4])
 
 
 def test_split_holds_out_the_same_rows_for_the_same_seed(tmp_path: Path) -> None:
     whole = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 21))), byte_tokenizer())
-    train, held = whole.split(0.25, seed=1)
+    train, held = whole.split(5, seed=1)
     assert (len(train), len(held)) == (15, 5)
     assert sorted([*train.lines, *held.lines]) == whole.lines.tolist()
     assert held.lines.tolist() == sorted(held.lines)
     assert whole.split(5, seed=1)[1].lines.tolist() == held.lines.tolist()
     assert whole.split(5, seed=2)[1].lines.tolist() != held.lines.tolist()
-    for bad in (0, 20, 0.01, 0.99):
-        with pytest.raises(UserError, match="expected at least 1 of each"):
+    for bad in (20, 21):
+        with pytest.raises(UserError, match=f"20 usable rows: holding {bad} out leaves none"):
             whole.split(bad)
 
 
@@ -192,7 +192,7 @@ def test_memory_is_bounded_however_long_the_file(tmp_path: Path, monkeypatch: py
     tracemalloc.start()
     try:
         dataset = load_dataset(file, tokenizer, max_length=4096, folder=tmp_path / "tokens")
-        train, _ = dataset.split(0.1)
+        train, _ = dataset.split(40)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

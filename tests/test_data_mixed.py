@@ -49,8 +49,8 @@ def test_shares_are_exact_to_a_row(weights: list[float]) -> None:
     assert counts.sum() == 20 and np.all(np.abs(counts - 20 * np.array(weights) / sum(weights)) <= 1)
 
 
-def make(packed: bool, weights: Any = WEIGHTS, file: np.ndarray = FILE) -> Sampler[Any]:
-    sampler: Sampler[Any] = PackedBatchSampler(LENGTHS, 2, 32, seed=1) if packed else BatchSampler(LENGTHS, 3, seed=1)
+def make(packed: bool, weights: Any = WEIGHTS, file: np.ndarray = FILE) -> Sampler:
+    sampler: Sampler = PackedBatchSampler(LENGTHS, 2, 32, seed=1) if packed else BatchSampler(LENGTHS, 3, seed=1)
     sampler.mix = None if weights is None else (file, weights)
     return sampler
 

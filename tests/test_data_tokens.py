@@ -142,8 +142,6 @@ def test_rows_are_truncated_at_their_right_end(extra: int, ending: str) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="train_on is 'answer', expected 'answers'"):
-        ChatEncoder(byte_tokenizer(), train_on="answer")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_length is 1, expected at least 2"):
         ChatEncoder(byte_tokenizer(), max_length=1)
 

@@ -314,13 +314,13 @@ def _over_diagonal(lower: Tensor) -> Tensor:
     """The factor, fp32 [K, K], of the reversed columns' one, fp64 [K, K], in the first half of whose memory it lies."""
     size = len(lower)
     factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)
-    for begin in range(0, size // 2, ROWS):  # both axes reversed: rows from the two ends change places
-        end = min(begin + ROWS, size // 2)
-        first = lower[begin:end].flip(0, 1)
-        lower[begin:end] = lower[size - end : size - begin].flip(0, 1)
-        lower[size - end : size - begin] = first
-    if size % 2:
-        lower[size // 2] = lower[size // 2].flip(0)
+    flat = lower.view(-1)
+    count = len(flat)
+    for begin in range(0, count // 2, ROWS * size):  # both axes reversed: elements from the two ends change places
+        end = min(begin + ROWS * size, count // 2)
+        first = flat[begin:end].flip(0)
+        flat[begin:end] = flat[count - end : count - begin].flip(0)
+        flat[count - end : count - begin] = first
     diagonal = torch.diagonal(lower).clone()
     for begin in range(0, size, ROWS):  # a row of the factor never lies behind the row that it is made of
         factor[begin : begin + ROWS] = lower[begin : begin + ROWS] / diagonal

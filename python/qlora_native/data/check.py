@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.data.template import IGNORE_INDEX, ChatEncoder
+from qlora_native.data.template import IGNORE_INDEX, ChatEncoder, trained_runs
 
 SAMPLED_ROWS = 512  # spread over the rows, which are decoded or looked at one by one
 SHARE = 0.1  # of rows from which on a mistake is one of the data, not of a row
@@ -79,7 +79,7 @@ def iter_findings(
             f"in {copied:,} of {len(sample):,} rows the prompt has the answer already, so the model learns to copy; "
             "remove it from the prompt",
         )
-    if stats.template == "tokenizer" and not encoder.has_generation_prompt():
+    if stats.template == "tokenizer" and not encoder.has_generation_prompt:
         yield Finding(
             "no-assistant-turn",
             "the chat template begins no turn of the assistant (add_generation_prompt changes nothing), so a prompt "
@@ -115,15 +115,12 @@ def iter_findings(
 
 def _last_answer(row: dict[str, np.ndarray]) -> tuple[int, int]:
     """Where the last trained run of a row begins and ends."""
-    trained = np.flatnonzero(row["labels"] != IGNORE_INDEX)
-    last_run = np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1]
-    return int(last_run[0]), int(last_run[-1]) + 1
+    return trained_runs(row["labels"] != IGNORE_INDEX)[-1]
 
 
 def _ends(encoder: ChatEncoder, row: dict[str, np.ndarray]) -> bool:
     """Whether the last trained run of a row has a token that ends it."""
-    start, end = _last_answer(row)
-    return encoder.ends_turn(row["input_ids"][:end].tolist(), start)
+    return encoder.ends_turn(row["input_ids"][slice(*_last_answer(row))].tolist())
 
 
 def _repeats_answer(tokenizer: Any, row: dict[str, np.ndarray]) -> bool:

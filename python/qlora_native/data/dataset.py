@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, overload
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from qlora_native._io import as_write_error
 from qlora_native.data.batching import permutation
-from qlora_native.data.formats import FORMATS, infer_format, normalize
+from qlora_native.data.formats import infer_format, normalize
 from qlora_native.data.readers import FIRST_ROWS, content_hash, read_rows
 from qlora_native.data.template import ChatEncoder, TrainOn
 from qlora_native.errors import UserError
@@ -22,7 +22,7 @@ from qlora_native.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_BYTES = 64 << 20  # tokens below this stay in memory; more go to a file in pieces of this size
+CHUNK_BYTES = 128 << 20  # tokens and labels up to this stay in memory; more are mapped from a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class DatasetStats:
     @property
     def share_trained(self) -> float:
         """Trained tokens over tokens, 0 to 1."""
-        return self.trained_tokens / self.tokens if self.tokens else 0.0
+        return self.trained_tokens / self.tokens
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON and model cards."""
@@ -55,16 +55,14 @@ class DatasetStats:
 
     def describe(self) -> str:
         """One line to print: the format, how it was found, and the counts."""
-        how = f"format {self.format}" + (" (inferred from the first rows)" if self.inferred else "")
-        if self.template == "default":
-            how += ", default chat template (the tokenizer has none)"
-        line = (
-            f"{self.path}: {how}; {self.rows:,} rows, {self.tokens:,} tokens, {self.share_trained:.0%} trained; "
-            f"{self.truncated:,} truncated to {self.max_length:,} tokens, {self.dropped:,} dropped"
+        inferred = " (inferred from the first rows)" if self.inferred else ""
+        template = ", default chat template (the tokenizer has none)" if self.template == "default" else ""
+        moved = f"; {self.folded_system:,} system messages put before the first user message"
+        return (
+            f"{self.path}: format {self.format}{inferred}{template}; {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.share_trained:.0%} trained; {self.truncated:,} truncated to {self.max_length:,} tokens, "
+            f"{self.dropped:,} dropped{moved if self.folded_system else ''}"
         )
-        if self.folded_system:
-            line += f"; {self.folded_system:,} system messages put before the first user message"
-        return line
 
 
 class Dropped(NamedTuple):
@@ -72,6 +70,12 @@ class Dropped(NamedTuple):
 
     lines: np.ndarray
     too_long: np.ndarray
+
+
+def _counts(lengths: np.ndarray, trained: np.ndarray, truncated: np.ndarray) -> dict[str, Any]:
+    """Fields of the statistics of rows."""
+    sums = {"tokens": lengths, "trained_tokens": trained, "truncated": truncated}
+    return {"rows": len(lengths), **{name: int(values.sum()) for name, values in sums.items()}}
 
 
 @dataclass(eq=False)
@@ -94,52 +98,35 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
     dropped: Dropped  # of the file; a subset keeps them
     stats: DatasetStats
 
-    def __post_init__(self) -> None:
-        for values in vars(self).values():
-            if isinstance(values, np.ndarray):
-                values.flags.writeable = False
-
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, np.ndarray]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, np.ndarray] | list[dict[str, np.ndarray]]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
+        at = range(len(self))[index]
         part = slice(self.starts[at], self.starts[at] + self.lengths[at])
         return {"input_ids": self.input_ids[part], "labels": self.labels[part]}
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> TokenizedDataset:
         """A dataset of those rows in that order; its stats count these rows, but for what was dropped."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        if chosen.ndim != 1 or np.any((chosen < 0) | (chosen >= len(self))):
-            raise ValueError(f"subset: indices must be a list of row numbers from 0 to {len(self) - 1}")
         names = ("starts", "lengths", "trained", "lines", "file", "truncated")
-        part = replace(self, **{name: getattr(self, name)[chosen] for name in names})
-        sums = {"truncated": part.truncated, "tokens": part.lengths, "trained_tokens": part.trained}
-        counts: Any = {name: int(values.sum()) for name, values in sums.items()}
-        part.stats = replace(self.stats, rows=len(chosen), **counts)
+        part = replace(self, **{name: getattr(self, name)[indices] for name in names})
+        part.stats = replace(self.stats, **_counts(part.lengths, part.trained, part.truncated))
         return part
 
-    def split(self, held_out: float | int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Training and held-out rows, chosen by ``seed``, each in the order of the file; UserError if one is empty.
-
-        ``held_out`` is a share of the rows below 1.0 (float), or their number (int).
-        """
-        count = round(held_out * len(self)) if isinstance(held_out, float) else held_out
-        if not 0 < count < len(self):
+    def split(self, held_out: int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
+        """Training rows and ``held_out`` others, chosen by ``seed``, each in the order of the file; UserError if none
+        are left to train on."""
+        if held_out >= len(self):
             raise UserError(
-                f"{self.stats.path}: holding out {held_out} of {len(self)} rows leaves {len(self) - count} to train on "
-                f"and {count} to evaluate, expected at least 1 of each; change the number held out or add rows."
+                f"{self.stats.path} has {len(self)} usable rows: holding {held_out} out leaves none to learn from; "
+                "add rows or set data.eval_fraction to 0"
             )
         order = permutation(len(self), seed)
-        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
+        return self.subset(np.sort(order[held_out:])), self.subset(np.sort(order[:held_out]))
+
+
+# What is kept of each row beside its tokens, in the order of the fields of a TokenizedDataset.
+_ROW = np.dtype([("length", "i8"), ("trained", "i4"), ("line", "i8"), ("file", "i2"), ("truncated", "?")])
 
 
 def load_dataset(
@@ -151,7 +138,7 @@ def load_dataset(
     train_on: TrainOn = "answers",
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
-    folder: str | Path | None = None,
+    folder: Path | None = None,
 ) -> TokenizedDataset:
     """Read, normalize and tokenize data files, row by row: neither the files nor their tokens need fit into memory.
 
@@ -165,138 +152,62 @@ def load_dataset(
         limit: read only this many rows of each file.
         folder: where tokens beyond some 16 million go; by default the system's folder for temporary files.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format is {format!r}, expected None or one of {', '.join(FORMATS)}")
     encoder = ChatEncoder(tokenizer, max_length=max_length, train_on=train_on)
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    paths = [path] if isinstance(path, (str, Path)) else path
     where = " + ".join(map(str, paths))
     formats = dict[str, None]()
-
-    ids, labels = (_TokenArray(Path(folder or tempfile.gettempdir())) for _ in range(2))
-    lengths = array("q")
-    lines = array("q")
-    dropped = array("q")
-    trained = array("i")
-    truncated = bytearray()
-    too_long = bytearray()
-    files = array("h")
+    folder = folder or Path(gettempdir())
+    writing = partial(as_write_error, folder, "; the tokens of the data do not fit into memory, so make room there")
     with_messages = False
-    for number, each in enumerate(paths):
-        rows = read_rows(each, limit=limit, columns=columns)
-        first = list(islice(rows, FIRST_ROWS))
-        name = format or infer_format(first, columns or ())
-        formats[name] = None
-        for source in chain(first, rows):
-            row = normalize(source, name)
-            with_messages |= row.messages is not None
-            encoded = encoder.encode(row)
-            if encoded.trained == 0:
-                dropped.append(row.line)
-                too_long.append(encoded.truncated > 0)
-                continue
-            ids.extend(encoded.input_ids)
-            labels.extend(encoded.labels)
-            lengths.append(len(encoded.input_ids))
-            trained.append(encoded.trained)
-            lines.append(row.line)
-            files.append(number)
-            truncated.append(encoded.truncated > 0)
-    if not lengths:
+    table = bytearray()
+    with writing():
+        folder.mkdir(parents=True, exist_ok=True)
+    with SpooledTemporaryFile(CHUNK_BYTES, dir=folder) as file:  # on disk it has no name, and vanishes in any case
+        for number, each in enumerate(paths):
+            rows = read_rows(each, limit=limit, columns=columns)
+            first = list(islice(rows, FIRST_ROWS))
+            name = format or infer_format(first, columns or ())
+            formats[name] = None
+            for source in chain(first, rows):
+                row = normalize(source, name)
+                with_messages |= row.messages is not None
+                made = encoder.encode(row)
+                known = len(made.input_ids), made.trained, row.line, number, made.truncated > 0
+                table += np.array(known, _ROW).tobytes()
+                if made.trained:
+                    with writing():
+                        file.write(np.array([made.input_ids, made.labels], np.int32).T.tobytes())
+        is_on_disk = file.tell() > CHUNK_BYTES
+        with writing():
+            file.seek(0)
+        tokens = np.memmap(file, np.int32, "r") if is_on_disk else np.frombuffer(file.read(), np.int32)
+    seen = np.frombuffer(table, _ROW)
+    kept, dropped = (seen[(seen["trained"] > 0) == is_kept] for is_kept in (True, False))
+    too_long = int(dropped["truncated"].sum())
+    if not len(kept):
         advice = "add assistant messages, or set train_on to 'all'"
         why = f"none of the {len(dropped)} rows has an answer to train on; {advice}"
-        if any(too_long):
-            late = f"{sum(too_long)} of {len(dropped)} rows begin their answer after max_length={max_length} tokens"
+        if too_long:
+            late = f"{too_long} of {len(dropped)} rows begin their answer after max_length={max_length} tokens"
             why = f"no row has a trained token left, as {late}; raise max_length"
         raise UserError(f"{where}: {why}.")
-
-    counts = np.array(lengths, dtype=np.int64)
-    stats = DatasetStats(
-        path=where,
-        files={str(each): content_hash(each) for each in paths},
-        format=" + ".join(formats),
-        inferred=format is None,
-        template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",
-        max_length=max_length,
-        train_on=train_on,
-        rows=len(lengths),
-        dropped=len(dropped),
-        dropped_too_long=sum(too_long),
-        truncated=sum(truncated),
-        tokens=int(counts.sum()),
-        trained_tokens=sum(trained),
-        folded_system=encoder.folded_system,
-    )
+    lengths = kept["length"]
     return TokenizedDataset(
-        ids.finish(),
-        labels.finish(),
-        np.cumsum(counts) - counts,
-        counts,
-        np.array(trained, dtype=np.int32),
-        np.array(lines, dtype=np.int64),
-        np.array(files, dtype=np.int16),
-        np.array(truncated, dtype=bool),
-        Dropped(np.array(dropped, dtype=np.int64), np.array(too_long, dtype=bool)),
-        stats,
+        *tokens.reshape(-1, 2).T,
+        np.cumsum(lengths) - lengths,
+        *(kept[name] for name in _ROW.names or ()),
+        Dropped(dropped["line"], dropped["truncated"]),
+        DatasetStats(
+            path=where,
+            files={str(each): content_hash(each) for each in paths},
+            format=" + ".join(formats),
+            inferred=format is None,
+            template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",
+            max_length=max_length,
+            train_on=train_on,
+            dropped=len(dropped),
+            dropped_too_long=too_long,
+            folded_system=encoder.folded_system,
+            **_counts(lengths, kept["trained"], kept["truncated"]),
+        ),
     )
-
-
-class Section(Protocol):
-    """What splitting asks of the section ``data`` of a config."""
-
-    @property
-    def train(self) -> str | list[str]: ...
-    @property
-    def eval(self) -> str | list[str] | None: ...
-    @property
-    def eval_fraction(self) -> float: ...
-    def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset: ...
-
-
-def load_split(
-    data: Section, tokenizer: Any, seed: int, **options: Any
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training rows and held-out rows (None if there are to be none) of the files that a config names."""
-    rows = data.load(data.train, tokenizer, **options)
-    if data.eval is not None:
-        return rows, data.load(data.eval, tokenizer, **options)
-    if data.eval_fraction == 0:
-        return rows, None
-    # A few rows still give a held-out loss: at least one is held out.
-    held_out = max(1, round(data.eval_fraction * len(rows)))
-    if held_out >= len(rows):
-        raise UserError(
-            f"{rows.stats.path} has {len(rows)} usable row: holding one out leaves none to learn from; "
-            "add rows or set data.eval_fraction to 0"
-        )
-    return rows.split(held_out, seed=seed)
-
-
-class _TokenArray:
-    """int32 numbers, appended row by row: in memory at first, beyond CHUNK_BYTES in a file without a name, which
-    vanishes with its last user, also after a crash, and is read through a memory map."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._last = array("i")
-        self._file: IO[bytes] | None = None
-
-    def extend(self, numbers: list[int]) -> None:
-        self._last.extend(numbers)
-        if len(self._last) * self._last.itemsize >= CHUNK_BYTES:
-            self._write()
-
-    def finish(self) -> np.ndarray:
-        if self._file is None:
-            return np.array(self._last, dtype=np.int32)
-        self._write()
-        with self._file:
-            return np.memmap(self._file, dtype=np.int32, mode="r")
-
-    def _write(self) -> None:
-        with as_write_error(self._folder, "; the tokens of the data do not fit into memory, so make room there"):
-            if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed in finish()
-            self._last.tofile(self._file)
-            self._file.flush()
-        del self._last[:]

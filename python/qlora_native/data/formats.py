@@ -12,22 +12,23 @@ prompt-completion  ``prompt``, ``completion``: two strings, or two lists of ``{r
 text               ``text``: one string, trained whole
 =================  ==========================================================================================
 
-Other keys are ignored. A key whose value is null counts as absent, as Parquet writes absent keys that way.
+Other keys are ignored. A key whose value is null, as Parquet writes absent keys, is left out by the readers.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import cycle
 from typing import Any
 
 from qlora_native.data.readers import SourceRow, kind_of
-from qlora_native.errors import UserError
 
 # role and content; an assistant's tool_calls, a tool's name and tool_call_id, as chat templates expect them
 Message = dict[str, Any]
+Turn = tuple[Message, bool]  # and whether it is trained, if it is an answer
 
 # In order of precedence: published sets often carry a rendered "text" or a bare "prompt" beside the richer keys.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 FORMATS = tuple(_REQUIRED)
 KEYS = (*(key for keys in _REQUIRED.values() for key in keys), "input", "system", "history", "tools")
 
+_SPELLINGS = [("role", "from"), ("content", "value")]  # of the keys of a message; "sharegpt" prefers the second ones
 _ROLES = {
     spelling: role
     for role, spellings in {
@@ -70,31 +72,23 @@ class Row:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def infer_format(rows: Iterable[SourceRow], mapped: Iterable[str] = ()) -> str:
+def infer_format(rows: Sequence[SourceRow], mapped: Iterable[str] = ()) -> str:
     """The one of :data:`FORMATS` that all ``rows`` (the first few of a file) satisfy; of those that need a key of
     ``mapped``, if any does.
 
     UserError with the row and near-miss keys if none does, or the rows differ.
     """
     meant = {name: needed for name, needed in _REQUIRED.items() if {*needed} & {*mapped}} or _REQUIRED
-    found = ""
-    where = ""
-    for row in rows:
-        keys = sorted(key for key, value in row.data.items() if value is not None)
-        if not found:
-            found = next((name for name, needed in meant.items() if {*needed} <= {*keys}), "")
-            where = row.where
-            if not found:
-                formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in meant.items())
-                advice = _renames(meant.values(), keys) or (
-                    "rename the keys to those of one format, or map them: --columns prompt=KEY completion=KEY"
-                )
-                raise row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")
-        elif not {*_REQUIRED[found]} <= {*keys}:
-            problem = str(_missing(row, found, keys)).removesuffix(".")
-            raise UserError(f"{problem} (a file holds one format, and {where} is '{found}').")
-    if not found:
-        raise ValueError("infer_format: got no rows, expected at least one")
+    first, *others = rows
+    found = next((name for name, needed in meant.items() if {*needed} <= {*first.data}), None)
+    if found is None:
+        formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in meant.items())
+        advice = _renames([key for needed in meant.values() for key in needed], first.data) or (
+            "rename the keys to those of one format, or map them: --columns prompt=KEY completion=KEY"
+        )
+        raise first.error(f"the keys {_listed(sorted(first.data))} fit no known format ({formats}); {advice}.")
+    for row in others:
+        _check_keys(row, f"format '{found}', which {first.where} has,", _REQUIRED[found], row.data)
     return found
 
 
@@ -103,106 +97,79 @@ def normalize(row: SourceRow, format: str) -> Row:
     empty fields."""
     if format not in _REQUIRED:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
-    data = {key: value for key, value in row.data.items() if value is not None}
-    if not data.keys() >= set(_REQUIRED[format]):
-        raise _missing(row, format, data)
-    tools = _tools(row, data["tools"]) if data.get("tools") else ()
     keys = _REQUIRED[format]
-    untrained = list[int]()
+    data = row.data
+    _check_keys(row, f"format '{format}'", keys, data)
+    tools = _tools(row, data["tools"]) if data.get("tools") else ()
     if format == "text" or (format == "prompt-completion" and all(isinstance(data[key], str) for key in keys)):
         plain = {key: _text(row, key, data[key], may_be_empty=key == "prompt") for key in keys}
         if tools:
             raise row.error(
-                "the row has 'tools' but plain text, and only a chat template can show them; "
-                "write the row as messages, or remove its 'tools' key."
+                "the row has 'tools' but plain text, which shows none; write messages, or remove its 'tools' key."
             )
         return Row(row.where, row.line, **plain)  # type: ignore[arg-type]
     if format == "alpaca":
-        messages = _alpaca(row, data)
+        turns = _alpaca(row)
     elif format == "prompt-completion":
-        if not all(isinstance(data[key], list) for key in keys):
-            raise row.error(
-                f"'prompt' is {kind_of(data['prompt'])} and 'completion' is {kind_of(data['completion'])}, "
-                "expected two strings or two arrays of {role, content}."
-            )
-        (before, _), (after, context) = (_turns(row, key, data[key]) for key in keys)
-        messages = [*before, *after]
-        untrained = [*range(len(before)), *(len(before) + index for index in context)]
+        context, answer = (_turns(row, key) for key in keys)
+        turns = [*((message, False) for message, _ in context), *answer]
     else:
-        messages, untrained = _turns(row, keys[0], data[keys[0]])
-        if format == "sharegpt" and data.get("system"):
-            messages.insert(0, {"role": "system", "content": _text(row, "system", data["system"])})
-            untrained = [index + 1 for index in untrained]
-    return Row(row.where, row.line, messages=tuple(messages), untrained=frozenset(untrained), tools=tools)
+        turns = _turns(row, keys[0])
+    if format in ("alpaca", "sharegpt") and (system := _text(row, "system", data.get("system", ""))).strip():
+        turns.insert(0, ({"role": "system", "content": system}, True))
+    messages = tuple(message for message, _ in turns)
+    untrained = frozenset(index for index, (_, is_trained) in enumerate(turns) if not is_trained)
+    return Row(row.where, row.line, messages, untrained=untrained, tools=tools)
 
 
-def _alpaca(row: SourceRow, data: Mapping[str, Any]) -> list[Message]:
-    messages: list[Message] = []
-    system = _text(row, "system", data.get("system", ""))
-    if system.strip():
-        messages.append({"role": "system", "content": system})
-    history = _from_json(row, "history", data.get("history", []))
-    if not isinstance(history, list):
-        raise row.error(f"'history' is {kind_of(history)}, expected an array of [question, answer] pairs.")
-    for index, pair in enumerate(history):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+def _alpaca(row: SourceRow) -> list[Turn]:
+    texts: dict[str, Any] = {}  # questions and answers in turn, by their places
+    for index, pair in enumerate(_array(row, "history", row.data.get("history", []), "[question, answer] pairs")):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise row.error(f"history[{index}] is {kind_of(pair)}, expected a [question, answer] pair.")
-        messages.append({"role": "user", "content": _text(row, f"history[{index}][0]", pair[0])})
-        messages.append({"role": "assistant", "content": _text(row, f"history[{index}][1]", pair[1], False)})
-    question = _text(row, "instruction", data["instruction"])
-    extra = _text(row, "input", data.get("input", ""))
-    if extra.strip():
-        question = f"{question}\n\n{extra}" if question.strip() else extra
-    if not question.strip():
-        raise row.error("'instruction' is empty, expected text; fill it or delete the row.")
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _text(row, "output", data["output"], False)})
-    return messages
+        texts |= {f"history[{index}][{side}]": text for side, text in enumerate(pair)}
+    asked = [_text(row, key, row.data.get(key, "")) for key in ("instruction", "input")]
+    question = "\n\n".join(text for text in asked if text.strip())
+    texts |= {"instruction": _text(row, "instruction", question, False), "output": row.data["output"]}
+    sides = zip(cycle(("user", "assistant")), texts.items(), strict=False)
+    return [({"role": role, "content": _text(row, at, text, role == "user")}, True) for role, (at, text) in sides]
 
 
-def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[int]]:
-    """The messages in ``value`` and the indices of those with ``weight`` 0; both spellings of the two keys are read."""
-    value = _from_json(row, key, value)
-    if not isinstance(value, list):
-        raise row.error(f"'{key}' is {kind_of(value)}, expected an array of messages.")
-    if not value:
+def _turns(row: SourceRow, key: str) -> list[Turn]:
+    """The messages under a key; those with ``weight`` 0 are not trained. Both spellings of their keys are read."""
+    entries = _array(row, key, row.data[key], "messages")
+    if not entries:
         raise row.error(f"'{key}' is empty, expected at least one message; delete the row.")
-    messages: list[Message] = []
-    untrained: list[int] = []
-    for index, entry in enumerate(value):
+    spellings = [names[::-1] if key == "conversations" else names for names in _SPELLINGS]
+    turns: list[Turn] = []
+    for index, entry in enumerate(entries):
         at = f"{key}[{index}]"
         if not isinstance(entry, dict):
             raise row.error(f"{at} is {kind_of(entry)}, expected an object with 'role' and 'content'.")
         turn = {name: item for name, item in entry.items() if item is not None}
         named = next((name for name in ("function_call", "tool_calls") if turn.get(name)), None)
         calls = _tool_calls(row, f"{at}.{named}", turn[named]) if named else []
-        spellings = [("role", "content"), ("from", "value")]
-        if key == "conversations":
-            spellings.reverse()
-        # The spelling the turn has more of; on a tie, the format's own.
-        role_key, content_key = max(spellings, key=lambda pair: (pair[0] in turn) + (pair[1] in turn))
-        for needed in (role_key, content_key):
-            if needed not in turn and not (calls and needed == content_key):
-                raise row.error(
-                    f"{at} has no '{needed}', got {_listed(turn)}; {_advice((role_key, content_key), turn)}."
-                )
-        role = _role(row, f"{at}.{role_key}", turn[role_key])
-        may_be_empty = role != "assistant" or bool(calls)
-        content = _content(row, f"{at}.{content_key}", turn.get(content_key, ""), may_be_empty)
+        role_key, content_key = (next((name for name in names if name in turn), names[0]) for names in spellings)
+        _check_keys(row, at, (role_key,) if calls else (role_key, content_key), turn)
+        role = _ROLES.get(str(turn[role_key]).strip().lower())
+        if role is None:
+            got = f"{at}.{role_key} is {turn[role_key]!r}"
+            raise row.error(f"{got}, expected system, user, assistant or tool (human, gpt).")
+        content_at = f"{at}.{content_key}"
+        content = _content(row, content_at, turn.get(content_key, ""), role != "assistant" or bool(calls))
         if turn[role_key] == "function_call":
-            calls = _tool_calls(row, f"{at}.{content_key}", content)
+            calls = _tool_calls(row, content_at, content)
             content = ""
         if calls and role != "assistant":
             raise row.error(f"{at} has tool calls and the role {role}, expected assistant.")
         others = ("reasoning_content", "name", "tool_call_id")
         kept = {name: turn[name] for name in others if isinstance(turn.get(name), str)}
-        messages.append({"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept})
         weight = turn.get("weight", 1)
         if weight not in (0, 1):
             raise row.error(f"{at}.weight is {weight!r}, expected 0 (context only) or 1 (trained).")
-        if weight == 0:
-            untrained.append(index)
-    return messages, untrained
+        message = {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
+        turns.append((message, weight == 1))
+    return turns
 
 
 def _tool_calls(row: SourceRow, at: str, value: Any) -> list[dict[str, Any]]:
@@ -210,12 +177,9 @@ def _tool_calls(row: SourceRow, at: str, value: Any) -> list[dict[str, Any]]:
     arguments as an object: templates write it as JSON themselves."""
     value = _from_json(row, at, value)
     calls = []
-    for index, given in enumerate(value if isinstance(value, list) else [value]):
+    for index, call in enumerate(value if isinstance(value, list) else [value]):
         place = f"{at}[{index}]" if isinstance(value, list) else at
-        call = given if isinstance(given, dict) else {}
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise row.error(f"{place} names no function, expected {{'name': ..., 'arguments': {{...}}}}.")
+        function = _function(row, place, call)
         arguments = function.get("arguments")
         arguments = {} if arguments in (None, "") else _from_json(row, f"{place}.arguments", arguments)
         if not isinstance(arguments, dict):
@@ -227,19 +191,19 @@ def _tool_calls(row: SourceRow, at: str, value: Any) -> list[dict[str, Any]]:
 
 def _tools(row: SourceRow, value: Any) -> tuple[dict[str, Any], ...]:
     """Each function as ``{type: function, function: {name, ...}}``."""
-    value = _from_json(row, "tools", value)
-    if not isinstance(value, list):
-        raise row.error(f"'tools' is {kind_of(value)}, expected an array of functions.")
-    tools = []
-    for index, tool in enumerate(value):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise row.error(f"tools[{index}] has no 'name', expected a function with name and parameters.")
-        try:
-            tools.append({"type": "function", "function": _without_nulls(function)})
-        except RecursionError:
-            raise row.error(f"tools[{index}] is nested too deep for a schema; remove the row.") from None
-    return tuple(tools)
+    given = _array(row, "tools", value, "functions")
+    functions = [_function(row, f"tools[{index}]", tool) for index, tool in enumerate(given)]
+    try:
+        return tuple({"type": "function", "function": _without_nulls(function)} for function in functions)
+    except RecursionError:
+        raise row.error("'tools' is nested too deep for a schema; remove the row.") from None
+
+
+def _function(row: SourceRow, at: str, given: Any) -> dict[str, Any]:
+    function = given.get("function", given) if isinstance(given, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise row.error(f"{at} names no function, expected an object with 'name'.")
+    return function
 
 
 def _without_nulls(value: Any) -> Any:
@@ -250,20 +214,17 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _from_json(row: SourceRow, at: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise row.error(f"'{at}' is not valid JSON ({error}); write the value itself or its JSON.") from None
 
 
-def _role(row: SourceRow, at: str, value: Any) -> str:
-    if isinstance(value, str) and (role := _ROLES.get(value.strip().lower())):
-        return role
-    near = difflib.get_close_matches(str(value).lower(), list(_ROLES), n=1)
-    advice = f"did you mean '{near[0]}'?" if near else "write one of these."
-    raise row.error(f"{at} is {value!r}, expected system, user, assistant or tool (human, gpt); {advice}")
+def _array(row: SourceRow, at: str, value: Any, what: str) -> list[Any]:
+    value = _from_json(row, at, value)
+    if not isinstance(value, list):
+        raise row.error(f"'{at}' is {kind_of(value)}, expected an array of {what}.")
+    return value
 
 
 def _content(row: SourceRow, at: str, value: Any, may_be_empty: bool) -> str:
@@ -271,9 +232,7 @@ def _content(row: SourceRow, at: str, value: Any, may_be_empty: bool) -> str:
     if isinstance(value, list):
         for index, part in enumerate(value):
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else None
-                got = f"a part of type {kind!r}" if kind else kind_of(part)
-                raise row.error(f"{at}[{index}] is {got}, expected text parts only; remove the row.")
+                raise row.error(f"{at}[{index}] is {part!r:.80}, expected text parts only; remove the row.")
         value = "".join(part["text"] for part in value)
     return _text(row, at, value, may_be_empty)
 
@@ -282,13 +241,12 @@ def _text(row: SourceRow, at: str, value: Any, may_be_empty: bool = True) -> str
     if not isinstance(value, str):
         raise row.error(f"'{at}' is {kind_of(value)}, expected a string.")
     if not may_be_empty and not value.strip():
-        raise row.error(f"'{at}' is empty, expected text to train on; fill it or delete the row.")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON may escape half of a pair alone; no tokenizer can encode it
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise row.error(f"'{at}' holds {half}, half of a surrogate pair; remove the character.") from None
+        raise row.error(f"'{at}' is empty, expected text; fill it or delete the row.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half of a pair alone; no tokenizer can encode it
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise row.error(f"'{at}' holds {half}, half of a surrogate pair; remove the character.") from None
     return value
 
 
@@ -296,21 +254,15 @@ def _listed(keys: Iterable[str]) -> str:
     return ", ".join(f"'{key}'" for key in keys) or "no keys"
 
 
-def _renames(formats: Iterable[Sequence[str]], keys: Iterable[str]) -> str:
-    """Advice to rename the keys that resemble an absent one of a format."""
-    renames: dict[str, str] = {}
-    for needed in formats:
-        lowered = {key.lower().strip(): key for key in keys if key not in needed}
-        near = {name: difflib.get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys}
-        renames |= {lowered[match[0]]: name for name, match in near.items() if match}
-    return " and ".join(f"rename '{got}' to '{meant}'" for got, meant in renames.items())
+def _renames(needed: Sequence[str], keys: Iterable[str]) -> str:
+    """Advice to rename the keys that resemble an absent one."""
+    lowered = {key.lower().strip(): key for key in keys if key not in needed}
+    near = {name: get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys}
+    return " and ".join(f"rename '{lowered[match[0]]}' to '{name}'" for name, match in near.items() if match)
 
 
-def _advice(needed: Sequence[str], keys: Iterable[str]) -> str:
-    return _renames([needed], keys) or "expected " + " and ".join(f"'{name}'" for name in needed)
-
-
-def _missing(row: SourceRow, format: str, keys: Iterable[str]) -> UserError:
-    needed = _REQUIRED[format]
-    absent = _listed(name for name in needed if name not in keys)
-    return row.error(f"format '{format}' needs {absent}, got {_listed(keys)}; {_advice(needed, keys)}.")
+def _check_keys(row: SourceRow, what: str, needed: Sequence[str], keys: Iterable[str]) -> None:
+    """UserError if ``what`` lacks a key that it needs."""
+    if absent := [name for name in needed if name not in keys]:
+        advice = _renames(needed, keys)
+        raise row.error(f"{what} needs {_listed(absent)}, got {_listed(keys)}{advice and f'; {advice}'}.")

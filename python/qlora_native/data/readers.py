@@ -12,24 +12,21 @@ import hashlib
 import json
 import os
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_native._io import reading, reason, regular, sha256, user_path
 from qlora_native.errors import UserError
 
 FIRST_ROWS = 20  # of a file, by which its format and its columns are found
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DATA_SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # OWNER/NAME, of data [/CONFIG][:SPLIT]
 _FILE = re.compile(r".*\.(gguf|jsonl?|ndjson|parquet|[ct]sv|txt|md)", re.IGNORECASE)
 _UTF8_BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 
 
 class SourceRow(NamedTuple):
@@ -54,46 +51,38 @@ def read_rows(
     first character); ``.csv`` and ``.tsv`` begin with a row of names; ``.parquet`` needs pyarrow. Blank lines, CRLF
     line ends and a UTF-8 byte order mark are accepted. ``OWNER/NAME[/CONFIG][:SPLIT]`` is read from the hub.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, expected None or at least 1")
     file = user_path(path)
     if name := hub_id(path):
-        data = (_checked(file, number, value) for number, value in enumerate(load_data(name), 1))
-        return _renamed(_not_empty(islice(data, limit), file), columns or {}, file)
-    if file.is_dir():
-        raise UserError(
-            f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
-        )
-    if not file.exists():
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, siblings, n=1)
-        advice = f"did you mean {file.parent / near[0]}?" if near else "check the path."
-        raise UserError(f"{file}: no such data file; {advice}")
-    regular(file)
-    if file.suffix.lower() not in DATA_SUFFIXES:
-        raise UserError(
-            f"{file}: got a '{file.suffix}' file, expected {', '.join(DATA_SUFFIXES)}; "
-            "convert it to JSONL, one JSON object per line."
-        )
-    readers = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}
-    rows = readers.get(file.suffix.lower(), _read_text)(file)
-    return _renamed(_not_empty(islice(rows, limit), file), columns or {}, file)
+        values = enumerate(load_data(name), 1)
+        rows: Iterator[SourceRow] = (_checked(file, number, value) for number, value in values)
+    else:
+        if not file.exists():
+            siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+            near = difflib.get_close_matches(file.name, siblings, n=1)
+            advice = f"did you mean {file.parent / near[0]}?" if near else "check the path."
+            raise UserError(f"{file}: no such data file; {advice}")
+        suffix = regular(file).suffix.lower()
+        if suffix not in DATA_SUFFIXES:
+            raise UserError(f"{file}: got a '{suffix}' file, expected {', '.join(DATA_SUFFIXES)}; convert it to JSONL.")
+        rows = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}.get(suffix, _read_text)(file)
+    return _renamed(islice(rows, limit), columns or {}, file)
 
 
 def _renamed(rows: Iterator[SourceRow], columns: Mapping[str, str], file: Path) -> Iterator[SourceRow]:
-    """The rows with their keys in place of the file's columns. UserError if its first rows have no such column."""
-    first = list(islice(rows, FIRST_ROWS)) if columns else []
-    found = list(dict.fromkeys(name for row in first for name in row.data))
+    """The rows with their keys in place of the file's columns, and without keys that are null. UserError if there is no
+    row, or the first ones have no such column."""
+    first = list(islice(rows, FIRST_ROWS if columns else 1))
+    if not first:
+        raise UserError(f"{file}: the file has no rows, expected at least one JSON object; write one object per line.")
+    found = {name for row in first for name in row.data}
     for key, column in columns.items():
-        if column not in found and key not in found:  # another of several files has it
-            near = difflib.get_close_matches(column, found, n=1)
-            advice = f"did you mean '{near[0]}'?" if near else "name one of these."
-            listed = ", ".join(f"'{name}'" for name in found)
-            raise UserError(f"{file}: data.columns.{key} is '{column}', and the file has {listed}; {advice}")
+        if not found & {key, column}:  # another of several files may have the key itself
+            listed = ", ".join(f"'{name}'" for name in sorted(found))
+            raise UserError(f"{file}: data.columns.{key} is '{column}', and the file has {listed}; name one of these.")
     for row in chain(first, rows):
-        kept = {name: value for name, value in row.data.items() if name not in columns.values()}
-        named = {key: row.data[column] for key, column in columns.items() if column in row.data}
-        yield row._replace(data={**kept, **named})
+        pairs = [pair for pair in row.data.items() if pair[0] not in columns.values()]
+        pairs += [(key, row.data.get(column)) for key, column in columns.items()]
+        yield row._replace(data={name: value for name, value in pairs if value is not None})
 
 
 def content_hash(path: str | Path) -> str:
@@ -106,28 +95,18 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _not_empty(rows: Iterator[SourceRow], file: Path) -> Iterator[SourceRow]:
-    count = 0
-    for count, row in enumerate(rows, 1):  # noqa: B007 - the count is read after the loop
-        yield row
-    if count == 0:
-        raise UserError(f"{file}: the file has no rows, expected at least one JSON object; write one object per line.")
-
-
 def _checked(file: Path, line: int, value: Any) -> SourceRow:
     row = SourceRow(f"{file}:{line}", line, value)
     if not isinstance(value, dict):
         raise row.error(f'the row is {kind_of(value)}, expected a JSON object like {{"text": "..."}}.')
-    if not value:
-        raise row.error('the row is an empty object, expected keys like "text" or "messages"; delete it.')
     return row
 
 
 def kind_of(value: Any) -> str:
     """JSON's name of a value's type, with its article."""
-    names = {"int": "a number", "float": "a number", "str": "a string", "list": "an array", "dict": "an object"}
-    name = type(value).__name__
-    return {**names, "bool": "true or false", "NoneType": "null"}.get(name, f"a {name}")
+    names = {int: "a number", float: "a number", str: "a string", list: "an array", dict: "an object"}
+    names |= {bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_text(file: Path) -> Iterator[SourceRow]:
@@ -138,8 +117,14 @@ def _read_text(file: Path) -> Iterator[SourceRow]:
         stream.seek(len(_UTF8_BOM) if start.startswith(_UTF8_BOM) else 0)
         if start.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
             yield from _array_rows(file, _decode(file, 1, stream.read()))
-        else:
-            yield from _line_rows(file, stream)
+            return
+        for line, raw in enumerate(stream, 1):
+            if text := _decode(file, line, raw).strip():
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise _broken(f"{file}:{line}", error) from None
+                yield _checked(file, line, value)
 
 
 def _decode(file: Path, first_line: int, raw: bytes) -> str:
@@ -152,56 +137,44 @@ def _decode(file: Path, first_line: int, raw: bytes) -> str:
         ) from None
 
 
-def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
-    for line, raw in enumerate(stream, 1):
-        text = _decode(file, line, raw).strip(" \t\r\n")
-        if not text:
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", str(error))
-            column = getattr(error, "colno", 1)
-            hint = "write one whole JSON object per line"
-            if text in ("{", "["):
-                hint = f"an object may not span lines: {hint}, or one array of objects"
-            raise UserError(f"{file}:{line}: the line is not valid JSON ({why}, column {column}); {hint}.") from None
-        yield _checked(file, line, value)
+def _broken(where: str, error: Exception) -> UserError:
+    column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    return UserError(
+        f"{where}: the text is not valid JSON ({getattr(error, 'msg', error)}{column}); "
+        "write one object per line, which may not span lines, or one array of objects."
+    )
 
 
 def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
     """The elements of the array one by one; the line of an element is that of its first character."""
     decoder = json.JSONDecoder()
-    line_ends = [found.start() for found in re.finditer("\n", text)]
+    line = 1
+    begin = 0  # of the element before
+    mark = "["
+    at = text.index(mark)
+    try:
+        while mark != "]":
+            at = _skip_space(text, at + 1)
+            if mark == "[" and text.startswith("]", at):
+                break
+            line += text.count("\n", begin, at)
+            begin = at
+            value, at = decoder.raw_decode(text, at)
+            yield _checked(file, line, value)
+            at = _skip_space(text, at)
+            mark = text[at : at + 1]
+            if mark not in (",", "]"):
+                raise json.JSONDecodeError("expected ',' or ']'", text, at)
+        if (at := _skip_space(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("extra data", text, at)
+    except (ValueError, RecursionError) as error:
+        raise _broken(f"{file}:{getattr(error, 'lineno', line)}", error) from None
 
-    def line_of(at: int) -> int:
-        return bisect_left(line_ends, at) + 1
 
-    def skip_space(at: int) -> int:
-        return len(text) if (found := _SPACE.match(text, at)) is None else found.end()
-
-    def broken(at: int, why: str) -> UserError:
-        where = f"{file}:{line_of(at)}"
-        return UserError(f"{where}: the array is not valid JSON ({why}); fix it, or write one object per line.")
-
-    at = skip_space(skip_space(0) + 1)
-    mark = text[at : at + 1]
-    at = skip_space(at + 1) if mark == "]" else at
-    while mark != "]":
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise broken(error.pos, f"{error.msg}, column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
-            raise broken(at, str(error)) from None
-        yield _checked(file, line_of(at), value)
-        at = skip_space(end)
-        mark = text[at : at + 1]
-        if mark not in ("]", ","):
-            raise broken(at, f"got {mark!r}, expected ',' or ']'" if mark else "the closing ']' is missing")
-        at = skip_space(at + 1)
-    if at < len(text):
-        raise broken(at, f"got {text[at]!r} after the closing ']'")
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
 
 
 def _read_table(file: Path) -> Iterator[SourceRow]:
@@ -215,7 +188,8 @@ def _read_table(file: Path) -> Iterator[SourceRow]:
             row = SourceRow(f"{file}:{line}", line, {name: cell for name, cell in cells.items() if cell})
             if "" in row.data:
                 raise row.error("the row has a cell more than the first one has names; quote cells with delimiters.")
-            yield from [row] if row.data else []
+            if row.data:
+                yield row
 
 
 def _read_parquet(file: Path) -> Iterator[SourceRow]:

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from qlora_native.data._limits import bound_operators, bounded_memory, bounded_time
 from qlora_native.data.formats import Message, Row
@@ -75,8 +79,6 @@ class ChatEncoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, train_on: TrainOn = "answers"
     ) -> None:
-        if train_on not in ("answers", "all"):
-            raise ValueError(f"train_on is {train_on!r}, expected 'answers' or 'all'")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2: one token to read and one to predict")
         self.tokenizer: Any = tokenizer
@@ -92,7 +94,6 @@ class ChatEncoder:
         self._marked = self._fast and bool(_GENERATION_BLOCK.search(self.chat_template))
         self._control_ids = self._control_tokens()
         self._blank: dict[int, bool] = {}
-        self._has_prompt: bool | None = None  # whether the template has a generation prompt
         self._tools: list[dict[str, Any]] | None = None  # of the current row
 
     def encode(self, row: Row) -> Encoded:
@@ -105,8 +106,8 @@ class ChatEncoder:
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, trained, strict=True)]
         if labels:
             labels[0] = IGNORE_INDEX
-        limit = self.max_length if self.max_length is not None else len(ids)
-        return Encoded(ids[:limit], labels[:limit], truncated=max(0, len(ids) - limit))
+        kept = ids[: self.max_length]
+        return Encoded(kept, labels[: self.max_length], truncated=len(ids) - len(kept))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the header of the answer that is to be generated."""
@@ -123,7 +124,7 @@ class ChatEncoder:
 
     def _plain(self, row: Row) -> Masked:
         context = row.prompt or ""
-        text = context + (row.completion if row.completion is not None else row.text or "")
+        text = context + (row.completion or row.text or "")
         ids, trained = self._mask(text, [(len(context), len(text))])
         if ids[: len(self._lead)] != self._lead:
             ids = [*self._lead, *ids]
@@ -143,8 +144,7 @@ class ChatEncoder:
         self._check_tools(messages, text, row.where)
         untrained = {index - shift for index in row.untrained}
         if self.train_on == "all":
-            ids, _ = self._tokenize(text)
-            trained = [True] * len(ids)
+            ids, trained = self._mask(text, [(0, len(text))])
         elif self._marked and not untrained and (marked := self._assistant_mask(messages)):
             ids, trained = marked
         else:
@@ -175,22 +175,21 @@ class ChatEncoder:
             if message["role"] != "assistant" or index in untrained:
                 continue
             before, after = self._around(messages, index)
-            prompt = self._generation_prompt(messages[:index])
-            start = end = None
-            if prompt is not None and text.startswith(prompt):
-                start = len(prompt)
-            elif before is not None and text.startswith(before):
-                start = len(before)
+            prompt = None
+            if index > 0 and self.has_generation_prompt:
+                prompt = self._try_render(messages[:index], add_generation_prompt=True)
+            heads = [head for head in (prompt, before) if head is not None and text.startswith(head)]
+            end = -1
             if after is not None and text.endswith(after):
                 end = len(text) - len(after)
             elif (through := self._try_render(messages[: index + 1])) is not None and text.startswith(through):
                 end = len(through.rstrip())
-            if start is None or end is None or end < start:
+            if not heads or end < len(heads[0]):
                 raise UserError(
                     f"{where}: the answer in message {index + 1} of {len(messages)} cannot be found in what the chat "
                     "template renders; mark answers in the template with {% generation %}, or set train_on to 'all'."
                 )
-            spans.append((start, end))
+            spans.append((len(heads[0]), end))
         return spans
 
     def _around(self, messages: list[Message], index: int) -> tuple[str | None, str | None]:
@@ -203,46 +202,30 @@ class ChatEncoder:
         pieces = (self._try_render(changed) or "").split(probe)
         return (pieces[0], pieces[1]) if len(pieces) == 2 else (None, None)
 
-    def _generation_prompt(self, before: list[Message]) -> str | None:
-        """The conversation so far and the header of an answer; None if the template has no generation prompt."""
-        if not before or self._has_prompt is False:
-            return None
-        prompt = self._try_render(before, add_generation_prompt=True)
-        if self._has_prompt is None and prompt is not None:
-            self._has_prompt = prompt != self._try_render(before)
-        return prompt if self._has_prompt else None
-
+    @cached_property
     def has_generation_prompt(self) -> bool:
         """Whether the template begins the turn of an assistant for a prompt."""
-        return self._generation_prompt([{"role": "user", "content": "a"}]) is not None
+        question = [{"role": "user", "content": "a"}]
+        prompt = self._try_render(question, add_generation_prompt=True)
+        return prompt is not None and prompt != self._try_render(question)
 
     def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> Masked:
         """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
-        if self.train_on == "all":
-            return (ids, trained) if not ends_in_answer or self.ends_turn(ids, 0) else self._with_eos(ids, trained)
-        trained = list(trained)
-        start = 0
-        end = 0
-        for at in range(len(ids)):
-            if not trained[at]:
-                continue
-            start = start if at == end else at
-            end = at + 1
-            if (end < len(ids) and trained[end]) or self.ends_turn(ids[:end], start):
+        for start, end in trained_runs(trained):
+            if self.ends_turn(ids[start:end]):
                 continue
             stop = end
             while stop < len(ids) and self._is_blank(ids[stop]):
                 stop += 1
             if stop < len(ids) and ids[stop] in self._control_ids:
                 trained[end : stop + 1] = [True] * (stop + 1 - end)
-        open_ended = end > 0 and not self.ends_turn(ids[:end], start) and all(map(self._is_blank, ids[end:]))
-        if ends_in_answer and open_ended and self.tokenizer.eos_token_id is not None:
-            return self._with_eos(ids[:end], trained[:end])  # without the white space, which would follow the end
+            elif stop == len(ids) and ends_in_answer and self.tokenizer.eos_token_id is not None:
+                return self._with_eos(ids[:end], trained[:end])  # without the white space, which would follow the end
         return ids, trained
 
-    def ends_turn(self, ids: list[int], start: int) -> bool:
-        """Whether ``ids[start:]`` ends in a token that ends a turn, white space after it or not."""
-        last = next((token for token in reversed(ids[start:]) if not self._is_blank(token)), None)
+    def ends_turn(self, ids: list[int]) -> bool:
+        """Whether the last of the tokens ends a turn, white space after it or not."""
+        last = next((token for token in reversed(ids) if not self._is_blank(token)), None)
         return last in self._control_ids
 
     def _is_blank(self, token: int) -> bool:
@@ -263,7 +246,7 @@ class ChatEncoder:
         except Exception as error:  # a template is a program and may raise anything
             folded = _fold_system(messages)
             text = self._try_render(folded, add_generation_prompt=add_generation_prompt) if folded else None
-            if folded and text is not None:
+            if text is not None:
                 self.folded_system += 1
                 return folded, text, 1
             roles = ", ".join(message["role"] for message in messages)
@@ -297,22 +280,22 @@ class ChatEncoder:
 
     def _mask(self, text: str, spans: Spans) -> Masked:
         ids, offsets = self._tokenize(text)
-        trained = [False] * len(ids)
         if offsets is None:
-            return self._mask_slow(text, spans, ids)
-        starts = [start for start, _ in offsets]
-        ends = [end for _, end in offsets]
-        for span_start, span_end in spans:
-            first = 0
-            stop = len(ids)
-            if span_start > 0:
-                first = bisect_right(ends, span_start)
-                if first == len(ids) or starts[first] != span_start:
-                    first = self._by_prefix(text[:span_start], ids, first)
-            if span_end < len(text):
-                stop = bisect_left(starts, span_end)
-                if stop == 0 or ends[stop - 1] != span_end:
-                    stop = self._by_prefix(text[:span_end], ids, stop)
+            ids, found = self._without_offsets(text, spans, ids)
+        else:
+            starts = [start for start, _ in offsets]
+            ends = [end for _, end in offsets]
+            found = []
+            for start, end in spans:
+                first = bisect_right(ends, start) if start > 0 else 0
+                if start > 0 and starts[first : first + 1] != [start]:
+                    first = self._by_prefix(text[:start], ids, first)
+                stop = bisect_left(starts, end) if end < len(text) else len(ids)
+                if end < len(text) and ends[max(0, stop - 1) : stop] != [end]:
+                    stop = self._by_prefix(text[:end], ids, stop)
+                found.append((first, stop))
+        trained = [False] * len(ids)
+        for first, stop in found:
             trained[first:stop] = [True] * max(0, stop - first)
         return ids, trained
 
@@ -320,37 +303,25 @@ class ChatEncoder:
         prefix_ids, _ = self._tokenize(prefix)
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
-    def _mask_slow(self, text: str, spans: Spans, ids: list[int]) -> Masked:
-        """Without offsets: by token prefixes if they all are prefixes, else by tokenizing each piece on its own."""
-        trained = [False] * len(ids)
-        for start, end in spans:
-            first, stop = (self._by_prefix(text[:at], ids, -1) for at in (start, end))
-            if first < 0 or stop < 0:
-                break
-            trained[first:stop] = [True] * (stop - first)
-        else:
-            return ids, trained
-        ids = []
-        trained = []
-        done = 0
-        for start, end in [*spans, (len(text), len(text))]:
-            for piece, keep in ((text[done:start], False), (text[start:end], True)):
-                piece_ids = self._tokenize(piece)[0] if piece else []
-                ids += piece_ids
-                trained += [keep] * len(piece_ids)
-            done = end
-        return ids, trained
+    def _without_offsets(self, text: str, spans: Spans, ids: list[int]) -> tuple[list[int], Spans]:
+        """Tokens, and where the spans are in them: those of the text if they begin with those of the text before each
+        border, else those of each piece on its own."""
+        borders = [0, *chain.from_iterable(spans), len(text)]
+        places = [self._by_prefix(text[:at], ids, -1) for at in borders]
+        if -1 in places:
+            pieces = [self._tokenize(text[start:end])[0] for start, end in pairwise(borders)]
+            ids = list(chain.from_iterable(pieces))
+            places = [0, *accumulate(map(len, pieces))]
+        return ids, list(zip(places[1::2], places[2::2], strict=False))
 
     # ---- properties of the tokenizer
 
     def _leading_ids(self) -> list[int]:
         """The ids (a beginning-of-sequence token, or none) that this tokenizer puts before a plain text."""
-        bare = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        full = list(self.tokenizer("a")["input_ids"])
-        for at in range(len(full) - len(bare) + 1):
-            if full[at : at + len(bare)] == bare:
-                return full[:at]
-        return []
+        bare, full = (
+            list(self.tokenizer("a", add_special_tokens=all_of_it)["input_ids"]) for all_of_it in (False, True)
+        )
+        return full[: full.index(bare[0])] if bare and bare[0] in full else []
 
     def _own_template(self) -> str | None:
         with suppress(ValueError):  # several named templates and none called "default"
@@ -384,9 +355,16 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)), 0)
 
 
-def _fold_system(messages: list[Message]) -> list[Message] | None:
-    """The system message's text put before the first user message, for templates without a system role."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return None
-    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
+def trained_runs(trained: Iterable[bool]) -> Spans:
+    """Begin and end of each run of trained tokens."""
+    edges = np.flatnonzero(np.diff([False, *trained, False])).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _fold_system(messages: list[Message]) -> list[Message]:
+    """The system message's text put before the first user message, for templates without a system role; [] if there
+    are no such two."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return []
+    system, question, *rest = messages
+    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]

@@ -110,6 +110,14 @@ class DataConfig(_Section):
         with as_user_error():
             return load_dataset(path, tokenizer, format=None if self.format == "auto" else self.format, **options)
 
+    def load_split(self, tokenizer: Any, seed: int, **options: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+        """Training rows and held-out rows, None if there are to be none; ``options`` as of :meth:`load`."""
+        rows = self.load(self.train, tokenizer, **options)
+        if self.eval is not None:
+            return rows, self.load(self.eval, tokenizer, **options)
+        # A few rows still give a held-out loss: at least one is held out.
+        return rows.split(max(1, round(self.eval_fraction * len(rows))), seed) if self.eval_fraction else (rows, None)
+
 
 class QuantConfig(_Section):
     """How the frozen weights are stored."""

@@ -70,11 +70,10 @@ def start(estimator: Estimator, limit: int, rows: int = ROWS, longest: int = LEN
 
 def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
     """How many rows of ``data.train`` are trained, and the tokens of the longest; of the first ``limit`` of a file."""
-    from qlora_native.data.dataset import load_split
     from qlora_native.weights.open import load_tokenizer
 
     tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
-    rows = load_split(config.data, tokenizer, config.train.seed, limit=limit)[0]
+    rows = config.data.load_split(tokenizer, config.train.seed, limit=limit)[0]
     return len(rows), config.data.longest(rows)
 
 

@@ -103,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
     from qlora_native._io import user_path
     from qlora_native.data.check import iter_findings
-    from qlora_native.data.dataset import load_split
     from qlora_native.weights.open import open_source
 
     text: Any = open_source(user_path(config.model)).config.get_text_config()
-    rows, held_out = load_split(config.data, tokenizer, config.train.seed, limit=args.limit)
+    rows, held_out = config.data.load_split(tokenizer, config.train.seed, limit=args.limit)
     positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
     trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
     embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_native._io import user_path
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
-from qlora_native.data.dataset import TokenizedDataset, load_split
+from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import Items
 from qlora_native.errors import UserError
 from qlora_native.models.fuse import modes_kept
@@ -33,7 +33,7 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
             raise UserError(
                 f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
             )
-    return load_split(config.data, tokenizer, config.train.seed, folder=user_path(config.output_dir))
+    return config.data.load_split(tokenizer, config.train.seed, folder=user_path(config.output_dir))
 
 
 def describe_rows(rows: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
@@ -44,11 +44,11 @@ def describe_rows(rows: TokenizedDataset, held_out: TokenizedDataset | None) -> 
     return [rows.stats.describe(), f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe()]
 
 
-def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
+def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
     size = config.train.batch_size * config.train.grad_accum
     seed = config.train.seed
-    sampler: Sampler[Any] = BatchSampler(rows.lengths, size, seed=seed)
+    sampler: Sampler = BatchSampler(rows.lengths, size, seed=seed)
     if config.data.packing:
         sampler = PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)
     if config.data.weights is not None:

@@ -150,7 +150,7 @@ class Run:
     held_out: TokenizedDataset | None
     base: dict[str, str]  # what is recorded of the frozen weights beside an adapter
     optimizer: AdamW | Lion
-    sampler: Sampler[Any]
+    sampler: Sampler
     total: int  # steps
     state: TrainState
     learner: Learner

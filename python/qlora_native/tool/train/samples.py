@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Samples(Observer):
         self._stop = stop_tokens(model, tokenizer)
         self._prompts = list[tuple[list[int], Sample]]()
         if isinstance(asked, int):
-            for row in held_out[:asked]:
+            for row in islice(held_out, asked):
                 prompt, expected = split_row(row)
                 texts = {"prompt": as_text(tokenizer, prompt), "expected": as_text(tokenizer, expected)}
                 self._prompts.append((prompt, texts))
