@@ -225,7 +225,7 @@ class Linear4bit(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         name = f"{prefix}weight"
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
-        ours = {name, *parts} if parts else ()
+        ours: set[str] = {name, *parts} if parts else set()
         rest = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(rest, prefix, *others)
         if not parts or name not in state_dict:
