@@ -122,7 +122,7 @@ def test_mistakes_are_sentences() -> None:
         ("give the state that quantize_4bit returned", lambda: F.gemv_4bit(weight, packed)),
         ("expected two dimensions", lambda: bnb.matmul_4bit(weight, *F.quantize_nf4(torch.randn(64)))),
         (r"x is torch.float32 \[2, 60\] .*64\]", lambda: bnb.matmul_4bit(torch.randn(2, 60), packed, state)),
-        ("expected quant_type, or one that ends in", lambda: F.QuantState.from_dict({"absmax": state.absmax}, "cpu")),
+        ("may be packed under one that ends in", lambda: F.QuantState.from_dict({"absmax": state.absmax}, "cpu")),
         ("missing keys: absmax;", lambda: F.QuantState.from_dict(rest, "cpu")),
         ("unknown keys: extra", lambda: F.QuantState.from_dict({**fields, "extra": 1}, "cpu")),
         ("holds no quant state", lambda: F.QuantState.from_dict({"quant_state.x": torch.tensor([1, 2]).byte()}, "cpu")),

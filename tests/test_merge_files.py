@@ -63,7 +63,7 @@ def test_the_report_has_layer_2_before_layer_10(tmp_path: Path) -> None:
         work.write(partial, 1 << 30)
     layers = [row["layer"].split(".")[2:] for row in check.check_weights(work, tmp_path / "out")]
     expected = [
-        [str(number), *name.split(".")] for number in range(11) for name in ("mlp.down_proj", "self_attn.q_proj")
+        [str(number), *name.split(".")] for number in range(11) for name in ("self_attn.q_proj", "mlp.down_proj")
     ]
     assert layers == expected
 

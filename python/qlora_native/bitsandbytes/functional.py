@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.bitsandbytes.state import QuantState, table_of
+from qlora_native.bitsandbytes.state import QuantState
 from qlora_native.functional import autocast
 from qlora_native.ops._direct import product, unobserved
-from qlora_native.weight import STORAGE_DTYPES, quant_type_number
+from qlora_native.weight import STORAGE_DTYPES, quant_type_number, quantize
 
 __all__ = ["QuantState", "gemv_4bit", "get_4bit_type"]
 __all__ += [f"{step}_{form}" for step in ("quantize", "dequantize") for form in ("4bit", "blockwise", "fp4", "nf4")]
 
 
 def __getattr__(name: str) -> Any:
-    instead = ""
-    if name.startswith("create_") and name.endswith("_map"):
-        instead = " Call quantize_blockwise without code for the signed dynamic map, or give it any fp32 [256], sorted."
     raise AttributeError(
-        f"qlora_native.bitsandbytes.functional has no {name!r}: it offers {', '.join(__all__)}.{instead}"
+        f"qlora_native.bitsandbytes.functional has no {name!r}: it offers {', '.join(__all__)}. For 8-bit maps call "
+        "quantize_blockwise, without code for the signed dynamic one, or give it any fp32 [256], sorted."
     )
 
 
@@ -51,21 +49,19 @@ def quantize_4bit(
     block size, a non-finite element, or bytes that do not fill whole elements of ``quant_storage``.
     """
     blocksize = 64 if blocksize is None else blocksize
-    packed, scales, nested_absmax, nested_offset = torch.ops.qlora_native.quantize_4bit(
-        A.detach(), quant_type_number(quant_type), blocksize, compress_statistics
-    )
+    w = quantize(A, quant_type=quant_type, block_size=blocksize, double_quant=compress_statistics)
+    packed = w.packed
     if quant_storage not in STORAGE_DTYPES or packed.numel() % quant_storage.itemsize:
         raise ValueError(
             f"quantize_4bit: {packed.numel()} packed bytes are no whole number of {quant_storage} elements: "
             "quant_storage is uint8, or bfloat16, float16 or float32 where their size divides the bytes."
         )
-    offset = state2 = None
-    if compress_statistics:
+    state2 = None
+    if w.nested_absmax is not None:
         nested_code = _native.nested_code().clone().to(A.device)
-        offset = nested_offset
-        state2 = QuantState(nested_absmax, code=nested_code, blocksize=reference.NESTED_BLOCK, dtype=torch.float32)
+        state2 = QuantState(w.nested_absmax, code=nested_code, blocksize=reference.NESTED_BLOCK, dtype=torch.float32)
     code = get_4bit_type(quant_type, device=A.device)
-    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
+    state = QuantState(w.absmax, A.shape, code, blocksize, quant_type, A.dtype, w.nested_offset, state2)
     packed = packed.view(quant_storage).reshape(-1, 1)
     if absmax is not None:
         state.absmax = absmax.copy_(state.absmax)
@@ -103,36 +99,10 @@ def dequantize_4bit(
     return out
 
 
-def _of_type(quant_type: str) -> Iterator[Callable[..., Any]]:
-    """:func:`quantize_4bit` and :func:`dequantize_4bit` of this type."""
-
-    def quantize(
-        A: Tensor,
-        absmax: Tensor | None = None,
-        out: Tensor | None = None,
-        blocksize: int | None = None,
-        compress_statistics: bool = False,
-        quant_storage: torch.dtype = torch.uint8,
-    ) -> tuple[Tensor, QuantState]:
-        return quantize_4bit(A, absmax, out, blocksize, compress_statistics, quant_type, quant_storage)
-
-    def dequantize(
-        A: Tensor,
-        quant_state: QuantState | None = None,
-        absmax: Tensor | None = None,
-        out: Tensor | None = None,
-        blocksize: int | None = None,
-    ) -> Tensor:
-        return dequantize_4bit(A, quant_state, absmax, out, blocksize, quant_type)
-
-    for function in (quantize, dequantize):
-        function.__doc__ = f":func:`{function.__name__}_4bit` with quant_type {quant_type!r}."
-        function.__name__ = function.__qualname__ = f"{function.__name__}_{quant_type}"
-        yield function
-
-
-quantize_fp4, dequantize_fp4 = _of_type("fp4")
-quantize_nf4, dequantize_nf4 = _of_type("nf4")
+quantize_fp4 = partial(quantize_4bit, quant_type="fp4")
+quantize_nf4 = partial(quantize_4bit, quant_type="nf4")
+dequantize_fp4 = partial(dequantize_4bit, quant_type="fp4")
+dequantize_nf4 = partial(dequantize_4bit, quant_type="nf4")
 
 
 def quantize_blockwise(
@@ -155,7 +125,8 @@ def quantize_blockwise(
     Returns uint8 of A's shape and the state. Exact: a tie takes the even index, a block of zeros the code of 0. Raises
     ValueError for another dtype or block size.
     """
-    _check_blocksize("quantize_blockwise", blocksize)
+    if blocksize <= 0:
+        raise ValueError(f"quantize_blockwise: blocksize is {blocksize}: expected a number above 0.")
     if A.dtype not in _native.DTYPE_NUMBER:
         raise ValueError(f"quantize_blockwise: A is {A.dtype}: expected float32, bfloat16 or float16.")
     table = (_native.nested_code() if code is None else code).to(A.device, copy=True)
@@ -188,7 +159,7 @@ def dequantize_blockwise(
         out: written, and returned.
         nested: ignored; the state has it.
 
-    Raises ValueError for neither state nor absmax, for codes that are not uint8, for a block size of 0 or less.
+    Raises ValueError for neither state nor absmax, and for codes that are not uint8.
     """
     if quant_state is None:
         if absmax is None:
@@ -196,15 +167,8 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     if A.dtype != torch.uint8:
         raise ValueError(f"dequantize_blockwise: A is {A.dtype}: expected uint8.")
-    block = _check_blocksize("dequantize_blockwise", quant_state.blocksize)
-    values = reference.dequantize_blockwise(A, quant_state.scales(), table_of(quant_state, A.device), block)
+    values = quant_state.decode(A)
     return values.to(quant_state.dtype) if out is None else out.copy_(values)
-
-
-def _check_blocksize(name: str, blocksize: int | None) -> int:
-    if blocksize is None or blocksize <= 0:
-        raise ValueError(f"{name}: blocksize is {blocksize}: expected a number above 0.")
-    return blocksize
 
 
 def gemv_4bit(
@@ -217,13 +181,10 @@ def gemv_4bit(
 ) -> Tensor:
     """A W^T for the weight [N, K] packed in ``B``; A is [..., K] with any number of rows, the result [..., N].
 
-    ``out`` is written, and returned. ``transposed_A`` and ``transposed_B`` are ignored: ``B`` may be transposed, the
-    shape is the state's. Raises ValueError without a state.
+    :func:`matmul_4bit` without a bias. ``transposed_A`` and ``transposed_B`` are ignored: ``B`` may be transposed, the
+    shape is the state's.
     """
-    if state is None:
-        raise ValueError("gemv_4bit: state is None: give the state that quantize_4bit returned.")
-    y: Tensor = torch.ops.qlora_native.linear_4bit(A, None, *state.op_args(B))
-    return y if out is None else out.copy_(y)
+    return matmul_4bit(A, B, state, out)
 
 
 def matmul_4bit(

@@ -12,18 +12,6 @@ from torch import Tensor
 from qlora_native.bitsandbytes import functional
 from qlora_native.bitsandbytes.state import QuantState
 
-_REGISTERED: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = []  # schema, kernel, kernel of the shapes
-
-
-def _op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Keep the decorated kernel for :func:`register_ops`; ``shapes`` gives empty results for fake tensors."""
-
-    def keep(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTERED.append((schema, kernel, shapes))
-        return kernel
-
-    return keep
-
 
 def _new_absmax(A: Tensor, blocksize: int) -> Tensor:
     return A.new_empty(-(-A.numel() // blocksize), dtype=torch.float32)
@@ -33,22 +21,11 @@ def _new_product(A: Tensor, B: Tensor, shapeB: list[int], *others: object, **mor
     return A.new_empty(*A.shape[:-1], shapeB[0])
 
 
-@_op(
-    "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
-    lambda A, blocksize, quant_type, dtype: (
-        A.new_empty(((A.numel() + 1) // (2 * dtype.itemsize), 1), dtype=dtype),
-        _new_absmax(A, blocksize),
-    ),
-)
 def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     packed, state = functional.quantize_4bit(A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage)
     return packed, state.absmax
 
 
-@_op(
-    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
-    lambda A, absmax, blocksize, quant_type, shape, dtype: A.new_empty(shape, dtype=dtype),
-)
 def _dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype, *out: Tensor
 ) -> Tensor:
@@ -56,11 +33,6 @@ def _dequantize_4bit(
     return functional.dequantize_4bit(A, state, out=out[0] if out else None)
 
 
-@_op(
-    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
-    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
-    _new_product,
-)
 def _gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -81,31 +53,64 @@ def _gemm_4bit(
     return functional.linear(A, B, state, bias)
 
 
-@_op("gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor", _new_product)
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: list[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     quant_type = "fp4" if code[1] > 0 else "nf4"  # the levels that are given win; this separates the built-in ones
     state = QuantState(absmax, shape=shapeB, code=code, blocksize=blocksize, quant_type=quant_type)
     return functional.gemv_4bit(A, B, state=state)
 
 
-@_op(
-    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
-    lambda A, code, blocksize: (A.new_empty(A.shape, dtype=torch.uint8), _new_absmax(A, blocksize)),
-)
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     codes, state = functional.quantize_blockwise(A, code, blocksize=blocksize)
     return codes, state.absmax
 
 
-@_op(
-    "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
-    lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
-)
 def _dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     state = QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
     return functional.dequantize_blockwise(A, state, out=out)
+
+
+def _fill(kernel: Callable[..., Any], *arguments: Any) -> None:
+    kernel(*arguments)
+
+
+# By schema: the kernel, and what makes empty results of fake tensors.
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)": (
+        _quantize_4bit,
+        lambda A, blocksize, quant_type, dtype: (
+            A.new_empty(((A.numel() + 1) // (2 * dtype.itemsize), 1), dtype=dtype),
+            _new_absmax(A, blocksize),
+        ),
+    ),
+    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) "
+    "-> Tensor": (
+        _dequantize_4bit,
+        lambda A, absmax, blocksize, quant_type, shape, dtype: A.new_empty(shape, dtype=dtype),
+    ),
+    "dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, "
+    "Tensor(a!) out) -> ()": (partial(_fill, _dequantize_4bit), lambda *_: None),
+    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
+    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor": (
+        _gemm_4bit,
+        _new_product,
+    ),
+    "gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor": (
+        _gemv_4bit,
+        _new_product,
+    ),
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)": (
+        _quantize_blockwise,
+        lambda A, code, blocksize: (A.new_empty(A.shape, dtype=torch.uint8), _new_absmax(A, blocksize)),
+    ),
+    "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor": (
+        _dequantize_blockwise,
+        lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
+    ),
+    "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, "
+    "Tensor(a!) out) -> ()": (partial(_fill, _dequantize_blockwise), lambda *_: None),
+}
 
 
 @cache
@@ -121,19 +126,9 @@ def register_ops() -> torch.library.Library:
         )
     library = torch.library.Library("bitsandbytes", "FRAGMENT")
 
-    def define(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    for schema, (kernel, shapes) in _OPS.items():
         name = schema.partition("(")[0]
         library.define(schema)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bitsandbytes::{name}", shapes, lib=library)
-
-    for schema, kernel, shapes in _REGISTERED:
-        define(schema, kernel, shapes)
-        if "dtype) -> " in schema:  # another overload fills ``out``
-            overload = schema.replace("(", ".out(", 1).replace("dtype) -> Tensor", "dtype, Tensor(a!) out) -> ()")
-            define(overload, partial(_fill, kernel), lambda *_: None)
     return library
-
-
-def _fill(kernel: Callable[..., Any], *arguments: Any) -> None:
-    kernel(*arguments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,25 @@ from qlora_native import optim as native
 from qlora_native.optim.base import Optimizer
 from qlora_native.optim.states import MIN_CODED_NUMEL
 
-_FORMS = [(paged, bits) for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
-__all__ = [f"{paged}{rule}{bits}" for rule in ("Adam", "AdamW", "Lion") for paged, bits in _FORMS]
-__all__.append("native_state_dict")
+_FORMS = {  # name: bits of the states, 0 by the argument optim_bits, and whether they are paged
+    "{}8bit": (8, False),
+    "{}32bit": (32, False),
+    "Paged{}": (0, True),
+    "Paged{}8bit": (8, True),
+    "Paged{}32bit": (32, True),
+}
+_RULES = ("Adam", "AdamW", "Lion")
+__all__ = ["native_state_dict", *_RULES, *(form.format(rule) for rule in _RULES for form in _FORMS)]
 WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
 MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}  # the number in bitsandbytes' names of a state -> our name
 BLOCKS = (_native.STATE_BLOCK, 2048)  # elements that share a scale; 2048 before bitsandbytes 0.44
 
 
 def __getattr__(name: str) -> Any:
-    instead = ""
-    if name == "GlobalOptimManager":
-        instead = " Give parameters that are to keep 32-bit states a group of their own: {'params': [...], 'bits': 32}."
-    raise AttributeError(f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}.{instead}")
+    raise AttributeError(
+        f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}. Parameters that are to keep "
+        "32-bit states get a group of their own: {'params': [...], 'bits': 32}."
+    )
 
 
 @cache
@@ -53,35 +59,26 @@ class State(dict[str, Any]):
     """
 
     def __missing__(self, key: str) -> Any:
-        kind = key[:-1]
-        name = MOMENTS.get(key[-1:], "")
-        if name in self:
-            value: Tensor = self[name]
-            is_coded = f"{name}_absmax" in self
-            signed = value.dtype == torch.int8
-            if kind == "state":
-                return value.view(torch.uint8) if signed else value
-            if kind == "absmax" and is_coded:
-                return self[f"{name}_absmax"]
-            if kind == "qmap" and is_coded:
-                return (table(True).roll(128) if signed else table(False)).to(value.device)
-        raise KeyError(key)
+        return _numbered(self, in_place=True)[key]
 
 
-def to_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of one parameter as bitsandbytes' ``state_dict`` holds them."""
-    wrapped: dict[str, Any] = {}
+def _numbered(state: Mapping[str, Any], in_place: bool) -> dict[str, Tensor]:
+    """The states under bitsandbytes' names: ``in_place`` the same memory and a map of its bytes, else ascending maps,
+    which bitsandbytes searches."""
+    found: dict[str, Tensor] = {}
     for number, name in MOMENTS.items():
         if name not in state:
             continue
         value: Tensor = state[name]
         if f"{name}_absmax" in state:
             signed = value.dtype == torch.int8
-            wrapped[f"qmap{number}"] = table(signed).to(value.device)
-            wrapped[f"absmax{number}"] = state[f"{name}_absmax"]
-            value = value.view(torch.uint8) ^ 128 if signed else value
-        wrapped[f"state{number}"] = value
-    return {"step": int(state.get("step", 0)), WRAPPER: wrapped}
+            qmap = table(signed).to(value.device)
+            value = value.view(torch.uint8)
+            if signed:
+                value, qmap = (value, qmap.roll(128)) if in_place else (value ^ 128, qmap)
+            found |= {f"qmap{number}": qmap, f"absmax{number}": state[f"{name}_absmax"]}
+        found[f"state{number}"] = value
+    return found
 
 
 def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,18 +91,15 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     result: dict[str, Any] = {"step": state.get("step", 0)}
     for number, name in MOMENTS.items():
-        value = state.get(f"state{number}")
+        value, absmax, qmap = (state.get(f"{part}{number}") for part in ("state", "absmax", "qmap"))
+        signed = name == "exp_avg"
         if value is None:
             continue
         if value.dtype != torch.uint8:
             result[name] = value
-            continue
-        absmax = state.get(f"absmax{number}")
-        qmap = state.get(f"qmap{number}")
-        if absmax is None or qmap is None:
+        elif absmax is None or qmap is None:
             raise ValueError(f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it.")
-        signed = name == "exp_avg"
-        if torch.equal(qmap.cpu(), table(signed)):
+        elif torch.equal(qmap.cpu(), table(signed)):
             result[name] = (value ^ 128).view(torch.int8) if signed else value
             result[f"{name}_absmax"] = absmax
         else:
@@ -134,7 +128,7 @@ def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 class _Bitsandbytes(Optimizer):
     """bitsandbytes' arguments, names of states, and layout of ``state_dict``."""
 
-    _bits: ClassVar[int | None] = None  # None: by the argument optim_bits
+    _bits: ClassVar[int] = 0  # 0: by the argument optim_bits
     _paged: ClassVar[bool] = False
     args: SimpleNamespace
 
@@ -142,14 +136,13 @@ class _Bitsandbytes(Optimizer):
         self, optim_bits: int, args: Any, min_8bit_size: int, is_paged: bool, amsgrad: bool = False
     ) -> dict[str, Any]:
         """Those of ``qlora_native.optim``; keeps the others in ``self.args``."""
-        name = type(self).__name__
         if amsgrad:
-            raise ValueError(f"{name}: amsgrad is True, which is not offered; bitsandbytes ignores it: leave it out.")
-        if self._bits == 8 and optim_bits not in (8, 32):
-            raise ValueError(f"{name}: optim_bits is {optim_bits}: this class is 8-bit; leave optim_bits out.")
-        bits = self._bits or getattr(args, "optim_bits", optim_bits)
-        min_8bit_size = getattr(args, "min_8bit_size", min_8bit_size)
-        self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=min_8bit_size, max_unorm=0.0, skip_zeros=False)
+            raise ValueError(
+                f"{type(self).__name__}: amsgrad is True, which is not offered; bitsandbytes ignores it: leave it out."
+            )
+        is_fixed = self._bits and optim_bits in (8, 32)  # a number that is neither is refused later
+        bits = self._bits if is_fixed else getattr(args, "optim_bits", optim_bits)
+        self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=getattr(args, "min_8bit_size", min_8bit_size))
         return {"bits": bits, "paged": "auto" if self._paged or is_paged else False}
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -170,8 +163,12 @@ class _Bitsandbytes(Optimizer):
         """In bitsandbytes' layout: it loads there, in this class and, by :func:`native_state_dict`, in
         ``qlora_native.optim``."""
         given = super().state_dict()
+        states = {
+            number: {"step": int(state.get("step", 0)), WRAPPER: _numbered(state, in_place=False)}
+            for number, state in given["state"].items()
+        }
         groups = [{"eps": 1e-8, **group} for group in given["param_groups"]]  # bitsandbytes reads it for Lion, too
-        return {**given, "state": {k: to_bitsandbytes(v) for k, v in given["state"].items()}, "param_groups": groups}
+        return {**given, "state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """A ``state_dict`` of this class, of bitsandbytes or of ``qlora_native.optim``; see :func:`native_state_dict`.
@@ -186,7 +183,8 @@ class Adam(_Bitsandbytes, native.AdamW):
     """Adam; ``weight_decay`` is decoupled, as in bitsandbytes.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for :class:`qlora_native.optim.AdamW`.
+        params, lr, betas, eps, weight_decay: as for :class:`qlora_native.optim.AdamW`; ``weight_decay`` is 0 by
+            default, of :class:`AdamW` 0.01.
         amsgrad: False; True raises ValueError.
         optim_bits: 32 or 8.
         args: an object whose ``optim_bits`` and ``min_8bit_size`` win over the arguments.
@@ -194,19 +192,22 @@ class Adam(_Bitsandbytes, native.AdamW):
         is_paged: let the states leave memory when it runs short (``paged="auto"``).
     """
 
+    _weight_decay: ClassVar[float] = 0.0
+
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
+        weight_decay = self._weight_decay if weight_decay is None else weight_decay
         arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
         super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
@@ -214,17 +215,7 @@ class Adam(_Bitsandbytes, native.AdamW):
 class AdamW(Adam):
     """AdamW; arguments as for :class:`Adam`."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *others: Any,
-        **more: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, *others, **more)
+    _weight_decay = 1e-2
 
 
 class Lion(_Bitsandbytes, native.Lion):
@@ -244,38 +235,14 @@ class Lion(_Bitsandbytes, native.Lion):
         super().__init__(params, lr, betas, weight_decay, **self._arguments(optim_bits, args, min_8bit_size, is_paged))
 
 
-class _FixedLion(Lion):
-    """The forms of Lion that take no ``optim_bits``."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        *others: Any,
-        **more: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, weight_decay, 32, *others, **more)
+def _forms(base: type[_Bitsandbytes]) -> Iterator[Any]:
+    """The 8-bit, the 32-bit and the three paged forms of ``base``."""
+    for name, (bits, paged) in _FORMS.items():
+        states = f"{bits or 'optim_bits'}-bit states" + (", which leave memory when it runs short" if paged else "")
+        members = {"_bits": bits, "_paged": paged, "__doc__": f"{base.__name__} with {states}.", "__module__": __name__}
+        yield type(name.format(base.__name__), (base,), members)
 
 
-_Class = TypeVar("_Class", bound=_Bitsandbytes)
-
-
-def _forms(base: type[_Class], fixed: type[_Class]) -> Iterator[type[_Class]]:
-    """The 8-bit, the 32-bit and the three paged forms of ``base``; ``fixed`` is the parent of those with fixed bits."""
-    rule = base.__name__
-
-    def form(name: str, parent: type[_Class], bits: int | None, paged: bool = False) -> type[_Class]:
-        states = f"{bits or 'optim_bits'}-bit states" + ", which leave memory when it runs short" * paged
-        members = {"_bits": bits, "_paged": paged, "__doc__": f"{rule} with {states}.", "__module__": __name__}
-        return cast("type[_Class]", type(name, (parent,), members))
-
-    unpaged = (base, form(f"{rule}8bit", fixed, 8), form(f"{rule}32bit", fixed, 32))
-    yield from unpaged[1:]
-    yield from (form(f"Paged{parent.__name__}", parent, parent._bits, paged=True) for parent in unpaged)
-
-
-Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit = _forms(Adam, Adam)
-AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit = _forms(AdamW, AdamW)
-Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit = _forms(Lion, _FixedLion)
+Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit = _forms(Adam)
+AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit = _forms(AdamW)
+Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit = _forms(Lion)

@@ -71,7 +71,7 @@ class QuantState:
 
     def __getattr__(self, name: str) -> Any:
         # FSDP walks the keys of a state_dict attribute by attribute, the packed one among them.
-        if name.startswith("bitsandbytes__") and name.removeprefix("bitsandbytes__") == self.quant_type:
+        if name == f"bitsandbytes__{self.__dict__.get('quant_type')}":
             return self.as_dict(packed=True)[f"quant_state.{name}"]
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -87,13 +87,7 @@ class QuantState:
         Raises ValueError naming the keys that are missing, unknown or broken.
         """
         values = dict(qs_dict)
-        packed = [key for key, value in values.items() if "quant_state" in key and isinstance(value, Tensor)]
-        if "quant_type" not in values and len(packed) != 1:
-            raise ValueError(
-                f"QuantState.from_dict: the keys are {', '.join(values) or 'none'}: expected quant_type, or one that "
-                f"ends in {_PACKED_KEY}nf4 or fp4."
-            )
-        for key in packed:
+        for key in [key for key, value in values.items() if "quant_state" in key and isinstance(value, Tensor)]:
             try:
                 values |= unpack_json(values.pop(key))
             except ValueError as error:
@@ -103,7 +97,10 @@ class QuantState:
         if values.keys() != expected:
             different = (expected - values.keys(), values.keys() - expected)
             missing, unknown = (", ".join(sorted(keys)) or "none" for keys in different)
-            raise ValueError(f"QuantState.from_dict: missing keys: {missing}; unknown keys: {unknown}.")
+            raise ValueError(
+                f"QuantState.from_dict: missing keys: {missing}; unknown keys: {unknown}; those that are no tensors "
+                f"may be packed under one that ends in {_PACKED_KEY}nf4 or fp4."
+            )
         offset = state2 = None
         if "nested_absmax" in values:
             offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
@@ -113,11 +110,16 @@ class QuantState:
                 code=values["nested_quant_map"].to(device),
                 dtype=getattr(torch, values["nested_dtype"]),
             )
-        shape = None if values["shape"] is None else torch.Size(values["shape"])
-        absmax = values["absmax"].to(device)
-        code = values["quant_map"].to(device)
-        dtype = getattr(torch, values["dtype"])
-        return cls(absmax, shape, code, values["blocksize"], values["quant_type"], dtype, offset, state2)
+        return cls(
+            values["absmax"].to(device),
+            None if values["shape"] is None else torch.Size(values["shape"]),
+            values["quant_map"].to(device),
+            values["blocksize"],
+            values["quant_type"],
+            getattr(torch, values["dtype"]),
+            offset,
+            state2,
+        )
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The fields by name.
@@ -134,12 +136,13 @@ class QuantState:
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": None if self.shape is None else tuple(self.shape),
         }
-        if self.state2 is not None and self.offset is not None and self.state2.code is not None:
+        if self.state2 is not None and self.offset is not None:
+            second = self.state2.as_dict()
             values |= {
-                "nested_absmax": self.state2.absmax,
-                "nested_blocksize": self.state2.blocksize,
-                "nested_quant_map": self.state2.code.clone(),  # tensors that share memory are not saved by safetensors
-                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
+                "nested_absmax": second["absmax"],
+                "nested_blocksize": second["blocksize"],
+                "nested_quant_map": second["quant_map"].clone(),  # safetensors saves no tensors that share memory
+                "nested_dtype": second["dtype"],
                 "nested_offset": self.offset.item(),
             }
         if not packed or self.quant_type is None:
@@ -162,7 +165,8 @@ class QuantState:
             return False
         names = ("shape", "dtype", "blocksize", "quant_type", "state2", "offset")  # None or a tensor of one element
         return all(bool(getattr(self, name) == getattr(other, name)) for name in names) and all(
-            _is_close(getattr(self, name), getattr(other, name)) for name in ("absmax", "code")
+            a is b or (a is not None and b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-6))
+            for a, b in ((self.absmax.float(), other.absmax.float()), (self.code, other.code))
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -171,32 +175,24 @@ class QuantState:
         """The scale of every block, fp32 [blocks], double quantization undone."""
         if self.state2 is None:
             return self.absmax.float()
-        second = self.state2
-        table = table_of(second, second.absmax.device)
-        absmax = reference.dequantize_blockwise(self.absmax, second.scales(), table, second.blocksize or 0)
+        absmax = self.state2.decode(self.absmax)
         return absmax if self.offset is None else absmax + self.offset
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of 8-bit codes, fp32, of their shape."""
+        table = (_native.nested_code() if self.code is None else self.code).to(codes.device)
+        return reference.dequantize_blockwise(codes, self.scales(), table, self.blocksize or 0)
 
     def op_args(self, packed: Tensor) -> tuple[Any, ...]:
         """The weight arguments of ``torch.ops.qlora_native.*`` for these packed bytes (of any storage dtype)."""
         absmax = self.absmax
         second = self.state2
-        nested: tuple[Tensor | None, ...] = (None, None, None)
+        nested: Any = (None, None, None)
         if second is not None:
             if second.blocksize == reference.NESTED_BLOCK and second.absmax.dtype == torch.float32:
                 nested = (second.absmax, None if self.offset is None else self.offset.float(), second._other_code)
             else:
                 absmax = self.scales()
-        data = packed.reshape(-1).view(torch.uint8)
         number = quant_type_number(self.quant_type or "")
+        data = packed.reshape(-1).view(torch.uint8)
         return (data, absmax, *nested[:2], self._other_code, nested[2], list(self.shape), number, self.blocksize)
-
-
-def table_of(state: QuantState, device: torch.device) -> Tensor:
-    """The 8-bit map of a blockwise state."""
-    return (_native.nested_code() if state.code is None else state.code).to(device)
-
-
-def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)

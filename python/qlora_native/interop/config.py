@@ -62,7 +62,7 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.compute_dtype, self.skip_modules = compute_dtype, skip_modules
-        self.__dict__ |= _translated(others, [*self.options(), "compute_dtype", "skip_modules"])
+        self._take(others)
         if self.compute_dtype is not None:
             self.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
         if self.compute_dtype not in (None, "float32", "bfloat16", "float16"):
@@ -76,24 +76,22 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         self.skip_modules = None if self.skip_modules is None else list(self.skip_modules)
         qn.quantize(torch.zeros(1, device="cpu"), **self.options())  # refuses wrong options now
 
+    def _take(self, others: dict[str, Any]) -> None:
+        for name, value in others.items():
+            if name in _THEIR_NAMES or name == METADATA:
+                setattr(self, _THEIR_NAMES.get(name, name), value)
+            elif name in _THEIR_OTHERS:
+                if value not in _THEIR_OTHERS[name]:
+                    raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
+            elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
+                names = [*self.options(), "compute_dtype", "skip_modules"]
+                near = get_close_matches(name, [*names, *_THEIR_NAMES], n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
+                raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
+
     def options(self) -> dict[str, Any]:
         """The arguments of :func:`qlora_native.quantize`."""
         return {"quant_type": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
-
-
-def _translated(others: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    translated: dict[str, Any] = {}
-    for name, value in others.items():
-        if name in _THEIR_NAMES or name == METADATA:
-            translated[_THEIR_NAMES.get(name, name)] = value
-        elif name in _THEIR_OTHERS:
-            if value not in _THEIR_OTHERS[name]:
-                raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
-        elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
-            near = get_close_matches(name, [*names, *_THEIR_NAMES], n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
-            raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
-    return translated
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs

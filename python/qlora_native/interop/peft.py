@@ -55,13 +55,15 @@ class QuantizedLoraLinear(Linear):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._plain_adapter() if not args and not kwargs else None
-        if name is None:
-            is_on = not self.disable_adapters and not self.merged
-            reads_weight = is_on and any(adapter in self.lora_variant for adapter in self.active_adapters)
+        is_on = not self.disable_adapters and not self.merged
+        active = [name for name in self.active_adapters if is_on and name in self.lora_A]
+        reads_weight = any(name in self.lora_variant for name in active)
+        is_plain = len(active) == 1 and not reads_weight and not self.lora_bias[active[0]]
+        base: Any = self.base_layer
+        if args or kwargs or not is_plain or not isinstance(base, QuantizedLinear):
             with self._standing_in() if reads_weight else nullcontext():
                 return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
+        name = active[0]
         seen = x if base.compute_dtype is None else x.to(base.compute_dtype)
         dropout = self.lora_dropout[name]
         dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(seen)
@@ -69,21 +71,13 @@ class QuantizedLoraLinear(Linear):
         y: Tensor = base.with_adapter(seen, a, b, self.scaling[name], dropped)
         return y.to(x.dtype)
 
-    def _plain_adapter(self) -> str | None:
-        """The one active adapter, if it is plain LoRA."""
-        if self.disable_adapters or self.merged or not isinstance(self.base_layer, QuantizedLinear):
-            return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        is_plain = len(active) == 1 and active[0] not in self.lora_variant and not self.lora_bias[active[0]]
-        return active[0] if is_plain else None
-
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weight, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
         if "_stand_in" in self.__dict__:  # PEFT merges again what it took out for a moment
             super().merge(safe_merge, adapter_names)
             return
-        base = cast(QuantizedLinear, self.get_base_layer())
+        base: Any = self.get_base_layer()
         before, merged = base.quantized, len(self.merged_adapters)
         with self._standing_in() as dense:
             super().merge(safe_merge, adapter_names)
@@ -97,7 +91,7 @@ class QuantizedLoraLinear(Linear):
         if "_stand_in" in self.__dict__ or not self.merged:
             super().unmerge()
             return
-        base = cast(QuantizedLinear, self.get_base_layer())
+        base: Any = self.get_base_layer()
         for name in self.merged_adapters:
             self._caches.pop(f"{name}-weight_norm", None)  # DoRA's, of no use any more
             if self.lora_bias.get(name):
@@ -108,7 +102,8 @@ class QuantizedLoraLinear(Linear):
     @contextmanager
     def _standing_in(self) -> Iterator[nn.Linear]:
         """Inside, PEFT's code finds a dense fp32 layer of the decoded weight, and the same bias, as the base."""
-        dense = cast(QuantizedLinear, self.get_base_layer()).dequantize(torch.float32)
+        base: Any = self.get_base_layer()
+        dense = base.dequantize(torch.float32)
         self.__dict__["_stand_in"] = dense  # not an attribute: it must not become a part of the module
         try:
             yield dense
@@ -202,17 +197,12 @@ def peft_config(**options: Any) -> LoraConfig:
     Args:
         options: PEFT's own; left out, ``r`` is 16, ``lora_alpha`` 32, ``target_modules`` "all-linear" and
             ``task_type`` "CAUSAL_LM". With ``layers_to_transform`` they are the usual names of linear layers.
-
-    Returns:
-        The config, with :class:`QuantizedLoraLinear` registered for 4-bit layers.
     """
     ours = LoraDefaults()
     # PEFT allows "all-linear" for all layers alone; names that a model does not have select nothing.
     targets = ours.target_modules if options.get("layers_to_transform") is None else list(_LINEAR_NAMES)
     defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    config = LoraConfig(**{**defaults, **options})
-    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
-    return config
+    return LoraConfig(**{**defaults, **options})
 
 
 _default = lora_model.dispatch_default

@@ -21,7 +21,7 @@ from qlora_native.models.build import HeapTrimmer, put_dense, put_four_bit
 from qlora_native.models.load import make_report
 from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
-from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
+from qlora_native.weight import bnb_state_key, from_bnb, quantize
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.files import first_sentence, read_header
 from qlora_native.weights.float8 import unscaled
@@ -104,24 +104,22 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def _quantized(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
         result = {}
-        for key in list(tensors):
-            tensor = tensors.pop(key)
-            is_4bit = key in self._weights
-            result[key] = put_four_bit(model, key, self._nearest(key, tensor)) if is_4bit else tensor
-        return result
-
-    def _nearest(self, name: str, tensor: Tensor) -> QuantizedWeight:
-        dense = tensor.t().contiguous() if self._weights[name] else tensor
         options = self.quantization_config.options()
-        try:
-            weight = quantize(dense, **options)
-        except ValueError as error:  # raised after loading, in a sentence: transformers would print a stack trace
-            reason = first_sentence(error).removeprefix("quantize: ")
-            self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantized: {reason}"
-            weight = quantize(torch.zeros_like(dense), **options)
-        weight.dtype = self._dtype
-        self._trim(tensor.nbytes)  # what was freed so far; the tensor itself goes next time
-        return weight
+        for key in list(tensors):
+            tensor = result[key] = tensors.pop(key)
+            if key not in self._weights:
+                continue
+            dense = tensor.t().contiguous() if self._weights[key] else tensor
+            try:
+                weight = quantize(dense, **options)
+            except ValueError as error:  # raised after loading, in a sentence: transformers would print a stack trace
+                reason = first_sentence(error).removeprefix("quantize: ")
+                self._refused = self._refused or f"{self._folder}: weight {key} cannot be quantized: {reason}"
+                weight = quantize(torch.zeros_like(dense), **options)
+            weight.dtype = self._dtype
+            self._trim(tensor.nbytes)  # what was freed so far; the tensor itself goes next time
+            result[key] = put_four_bit(model, key, weight)
+        return result
 
     def _of_its_parts(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
         """A 4-bit weight of its stored parts, in place of its layer."""

@@ -19,7 +19,7 @@ def _reading_ours(load: Callable[..., Any], folder_of: Callable[..., str]) -> Ca
     @wraps(load)
     def read(self: Any, *args: Any, **kwargs: Any) -> Any:
         folder = Path(folder_of(self, *args, **kwargs))
-        if (folder / TENSORS_NAME).is_file() and any(True for _ in lora_layers(self.model)):
+        if (folder / TENSORS_NAME).is_file() and any(lora_layers(self.model)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that it takes the place of what was trained since
                 return load_adapter(self.model, folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partialmethod
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,10 +128,6 @@ class Params4bit(nn.Parameter):
         """:meth:`to` a CUDA device."""
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """:meth:`to` an XPU."""
-        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), (self.data, self.requires_grad), self._attributes()
 
@@ -138,10 +135,9 @@ class Params4bit(nn.Parameter):
         self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        attributes = self._attributes()
-        attributes["quant_state"] = copy.deepcopy(attributes["quant_state"], memo)
-        attributes["module"] = memo.get(id(self.module), self.module)  # the layer's copy, if it is that which is copied
-        return type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **attributes)
+        module = memo.get(id(self.module), self.module)  # the layer's copy, if it is that which is copied
+        attributes = copy.deepcopy({**self._attributes(), "module": None}, memo)
+        return type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **{**attributes, "module": module})
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -229,12 +225,10 @@ class Linear4bit(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         name = f"{prefix}weight"
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
-        if not parts:
-            super()._load_from_state_dict(state_dict, prefix, *others)
-            return
-        rest = {key: value for key, value in state_dict.items() if key not in parts and key != name}
+        ours: set[str] = {name, *parts} if parts else set()
+        rest = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(rest, prefix, *others)
-        if name not in state_dict:
+        if not parts or name not in state_dict:
             return
         _, _, missing_keys, _, error_msgs = others
         missing_keys.remove(name)
@@ -246,30 +240,13 @@ class Linear4bit(nn.Linear):
             error_msgs.append(f"{name}: {error}")
 
 
-class _OfOneType(Linear4bit):
-    quant_type: ClassVar[str]
-
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        *others: Any,
-        **more: Any,
-    ) -> None:
-        options = (bias, compute_dtype, compress_statistics, self.quant_type)
-        super().__init__(input_features, output_features, *options, *others, **more)
-
-
-class LinearNF4(_OfOneType):
+class LinearNF4(Linear4bit):
     """:class:`Linear4bit` of type NF4."""
 
-    quant_type = "nf4"
+    __init__ = partialmethod(Linear4bit.__init__, quant_type="nf4")  # type: ignore[assignment]
 
 
-class LinearFP4(_OfOneType):
+class LinearFP4(Linear4bit):
     """:class:`Linear4bit` of type FP4."""
 
-    quant_type = "fp4"
+    __init__ = partialmethod(Linear4bit.__init__, quant_type="fp4")  # type: ignore[assignment]

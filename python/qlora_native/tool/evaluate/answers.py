@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
-import torch
 
-from qlora_native.models.fuse import modes_kept
 from qlora_native.models.generate import Sampling, iter_tokens, stop_tokens
+from qlora_native.tool.evaluate.measure import evaluating
 
 LONGEST = 64  # tokens of an answer
 
@@ -44,13 +42,8 @@ def answer(model: Any, tokenizer: Any, prompt: list[int], stop: set[int], *, is_
     return as_text(tokenizer, [*takewhile(lambda token: token not in stop, [*tokens])])
 
 
-@torch.no_grad()
 def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
     """The answer to each row, with dropout off; afterwards the model is in the mode it was in."""
-    from qlora_native.models.mapped import BESIDE, stream_if_needed
-
-    streaming = stream_if_needed(model, None, BESIDE)
     stop = stop_tokens(model, tokenizer)
-    with modes_kept(model), nullcontext() if streaming is None else closing(streaming):
-        model.eval()
+    with evaluating(model):
         return [answer(model, tokenizer, split_row(row)[0], stop) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
         exact = base + delta
         key = item.entry.key
         parts = {name: stored.read() for name, stored in written.items() if f"{name}.".startswith(f"{key}.")}
-        got = parts[key] if len(parts) == 1 else from_bnb(parts, key).dequantize(torch.float32)
-        if item.name in work.meta.transposed and got.shape != exact.shape:
-            got = got.t()
+        if len(parts) > 1:
+            got = from_bnb(parts, key).dequantize(torch.float32)
+        else:
+            got = parts[key].t() if item.name in work.meta.transposed else parts[key]
         off = float((got.double() - exact).norm())
         change = float(delta.norm())
         rows.append(
@@ -67,12 +69,8 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
                 "lost": off / change if change else None,
             }
         )
-    return sorted(rows, key=_place)
-
-
-def _place(row: dict[str, Any]) -> list[str]:
-    """By which rows are in the order of the layers: layer 9 before layer 10."""
-    return [part.zfill(6) if part.isdigit() else part for part in row["layer"].split(".")]
+    order = [name.removesuffix(".weight") for name in work.meta.model.state_dict()]
+    return sorted(rows, key=lambda row: order.index(row["layer"]))
 
 
 def check_logits(
@@ -134,10 +132,9 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
         y = y.double()
         p = x.log_softmax(-1)
         q = y.log_softmax(-1)
-        same = (p.argmax(-1) == q.argmax(-1)).double()
         kl = (p.exp() * (p - q)).sum(-1)
-        off = (y - x).square().sum(-1)
-        rows.append(torch.stack([kl, same, off, x.square().sum(-1)]))
+        same = (p.argmax(-1) == q.argmax(-1)).double()
+        rows.append(torch.stack([kl, same, (y - x).square().sum(-1), x.square().sum(-1)]))
     kl, same, off, size = torch.cat(rows, 1)
     return {
         "tokens": kl.numel(),
@@ -166,14 +163,13 @@ def _logits(
 
 def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
     """Compute y + scale * (x A^T) B^T at every adapted layer in plain torch, with no code that merging uses."""
-    for path, (a, b, scale) in adapter.pairs.items():
 
-        def add(module: Any, inputs: Any, y: Tensor, a: Tensor = a, b: Tensor = b, scale: float = scale) -> Tensor:
-            x = inputs[0].float()
-            low = x @ a.to(x).t()
-            return (y.float() + low @ b.to(x).t() * scale).to(y.dtype)
+    def add(a: Tensor, b: Tensor, scale: float, module: Any, inputs: Any, y: Tensor) -> Tensor:
+        x = inputs[0].float()
+        return (y.float() + x @ a.to(x).t() @ b.to(x).t() * scale).to(y.dtype)
 
-        model.get_submodule(path).register_forward_hook(add)
+    for path, pair in adapter.pairs.items():
+        model.get_submodule(path).register_forward_hook(partial(add, *pair))
     for name, tensor in adapter.saved.items():
         weight = model.get_parameter(name)
         weight.data = tensor.to(weight)  # which may have rows of new tokens
@@ -181,20 +177,15 @@ def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
 
 def _compute_in_fp32(model: nn.Module) -> None:
     """Hold each module's own 16-bit parameters in fp32 while it runs."""
+
+    def cast(own: dict[nn.Parameter, Tensor], dtype: torch.dtype, *_: Any) -> None:
+        for parameter, data in own.items():
+            parameter.data = data.to(dtype)
+
     for module in model.modules():
-        own = {p: p.data for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)}
-
-        def widen(module: Any, inputs: Any, own: Any = own) -> None:
-            for parameter, data in own.items():
-                parameter.data = data.float()
-
-        def narrow(module: Any, inputs: Any, y: Any, own: Any = own) -> None:
-            for parameter, data in own.items():
-                parameter.data = data
-
-        if own:
-            module.register_forward_pre_hook(widen)
-            module.register_forward_hook(narrow)
+        own = {p: p.data for p in module.parameters(recurse=False) if p.dtype == torch.bfloat16}
+        module.register_forward_pre_hook(partial(cast, own, torch.float32))
+        module.register_forward_hook(partial(cast, own, torch.bfloat16))
 
 
 def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
@@ -207,11 +198,6 @@ def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
 
 def report_markdown(report: dict[str, Any]) -> str:
     """The figures of a check as a Markdown page."""
-    logits = [
-        f"| {row['against']} | {row['tokens']} | {row['kl_mean']:.3g} | {row['kl_max']:.3g} "
-        f"| {row['relative']:.3g} | {100 * row['same_top']:.1f} % |"
-        for row in report["logits"]
-    ]
     lines = [
         "# What this merge cost",
         "",
@@ -223,7 +209,11 @@ def report_markdown(report: dict[str, Any]) -> str:
         "",
         "| against | tokens | KL mean | KL largest | relative difference | same likeliest token |",
         "|---|---|---|---|---|---|",
-        *logits,
+        *(
+            f"| {row['against']} | {row['tokens']} | {row['kl_mean']:.3g} | {row['kl_max']:.3g} "
+            f"| {row['relative']:.3g} | {100 * row['same_top']:.1f} % |"
+            for row in report["logits"]
+        ),
         "",
         f"Verdict: {report['verdict']}.",
         "",

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from qlora_native.tool.evaluate.harness import run_tasks
 from qlora_native.tool.evaluate.measure import Reference, Scores, measure
 from qlora_native.tool.evaluate.retention import retention
 from qlora_native.tool.evaluate.texts import Text
-from qlora_native.tool.evaluate.variants import ADAPTED, REFERENCE, SHIPPED, Variants, label_of
+from qlora_native.tool.evaluate.variants import ADAPTED, BASELINE, REFERENCE, SHIPPED, Variants, label_of
 
 
 @dataclass
@@ -40,27 +41,18 @@ class Comparison:
     variants: list[VariantResult]
     answers: list[dict[str, str]] = field(default_factory=list)  # text, question, expected, base and tuned
 
+    def named(self, name: str) -> VariantResult | None:
+        """The variant of this name, if it is among them."""
+        return next((variant for variant in self.variants if variant.name == name), None)
+
     @property
     def reference(self) -> VariantResult | None:
-        return self.variants[0] if self.variants[0].name == REFERENCE else None
-
-    @property
-    def baseline(self) -> VariantResult | None:
-        """Plain rounding, from which the share of the gap closed is counted."""
-        return next((variant for variant in self.variants if variant.name == "rtn"), None)
-
-    @property
-    def ships(self) -> bool:
-        """Whether a model is among them into which the adapter was merged."""
-        return any(variant.name == SHIPPED for variant in self.variants)
+        return self.named(REFERENCE)
 
     @property
     def adapted(self) -> tuple[VariantResult, VariantResult] | None:
-        """The form with the adapter, and the same without."""
-        tuned = next((variant for variant in self.variants if variant.name.endswith(ADAPTED)), None)
-        if tuned is None:
-            return None
-        return next(other for other in self.variants if f"{other.name}{ADAPTED}" == tuned.name), tuned
+        """The form with the adapter, which was measured after the same without, and that one first."""
+        return next((pair for pair in pairwise(self.variants) if pair[1].name.endswith(ADAPTED)), None)
 
     def is_better(self, text: str) -> bool | None:
         """Whether the adapter lowers the loss on a text by more than twice the standard error; None for less, either
@@ -75,9 +67,9 @@ class Comparison:
         """The figures of one variant on one text; those against the reference are None without one, shares of the gap
         closed without plain rounding."""
         scores = variant.texts[text]
-        best = self.reference.texts[text] if self.reference else None
-        worst = self.baseline.texts[text] if self.baseline else None
+        worst, best = (side and side.texts[text] for side in (self.named(BASELINE), self.reference))
         is_adapted = variant.name.endswith((ADAPTED, SHIPPED))  # what an adapter learned is no part of what 4 bits lost
+        base, tuned = (side.texts[text] for side in self.adapted) if is_adapted and self.adapted else (None, None)
         pairs = {
             "loss": scores.loss,
             "excess": scores.excess(best) if best else None,
@@ -85,14 +77,13 @@ class Comparison:
             "same_first": scores.agreement,
             "closed": scores.closed(worst, best) if worst and best and not is_adapted else None,
             "exact": scores.exact,
-            "change": scores.excess(self.adapted[0].texts[text]) if is_adapted and self.adapted else None,
+            "change": scores.excess(base) if base else None,
         }
         row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
         for name, pair in pairs.items():
             row[name], row[f"{name}_error"] = pair or (None, None)
-        if variant.name == SHIPPED and self.adapted is not None:
-            base, adapted = self.adapted
-            found = retention(base.texts[text], adapted.texts[text], scores)
+        if variant.name == SHIPPED and base and tuned:
+            found = retention(base, tuned, scores)
             row |= {key: found[key] for key in ("retention", "retention_error")}
         return row
 
@@ -132,34 +123,33 @@ def compare(
     Of the reference, some two bytes a token and element of the hidden state are kept in a temporary file.
     """
     results: list[VariantResult] = []
-    kept: dict[str, Reference] = {}
-    asked = {text.name: [row for row in text.rows[:answered] if has_answer(row)] for text in texts}
-    found = [_question(tokenizer, name, row) for name, rows in asked.items() for row in rows]
+    kept: dict[str, Reference | None] = {}
+    asked = [(text.name, row) for text in texts for row in text.rows[:answered] if has_answer(row)]
+    found = [_question(tokenizer, name, row) for name, row in asked]
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
             began = time.monotonic()
             note(f"{name}: loading")
             model = load()
+            seconds = time.monotonic() - began
             num_bytes = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-            result = VariantResult(name, num_bytes, time.monotonic() - began, label=label_of(name, model.load_report))
-            seconds = result.seconds_to_load
-            note(f"{result.label}: {result.num_bytes / 2**20:,.0f} MiB of weights, loaded in {seconds:.1f} s")
+            result = VariantResult(name, num_bytes, seconds, label=label_of(name, model.load_report))
+            note(f"{result.label}: {num_bytes / 2**20:,.0f} MiB of weights, loaded in {seconds:.1f} s")
             for text in texts:
                 highest = max(int(row["input_ids"].max()) for row in text.rows)
                 check_vocabulary(max(highest, pad_id), tokenizer, model, text.name)
                 keep_in = Path(folder) if name == REFERENCE else None
-                scores, reference = measure(model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in)
+                scores, made = measure(model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in)
+                kept.setdefault(text.name, made)  # of the first variant, if that is the reference
                 if not any(map(has_answer, text.rows)):
                     scores = replace(scores, wrong=None)
-                if reference is not None:
-                    kept[text.name] = reference
                 result.texts[text.name] = scores
                 note(f"{result.label}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}")
             if tasks:
                 result.tasks = run_tasks(model, tokenizer, tasks, limit)
             side = "tuned" if name.endswith(ADAPTED) else "base"
             if found and name not in (REFERENCE, SHIPPED) and side not in found[0]:
-                replies = answers(model, tokenizer, [row for rows in asked.values() for row in rows])
+                replies = answers(model, tokenizer, [row for _, row in asked])
                 for about, reply in zip(found, replies, strict=True):
                     about[side] = reply
             results.append(result)

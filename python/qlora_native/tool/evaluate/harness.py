@@ -30,11 +30,12 @@ def run_tasks(
 
     manager = TaskManager()
     for task in tasks:
-        if task.endswith((".yaml", ".yml")):
-            if not Path(task).is_file():
-                raise UserError(f"--lm-eval: {task} is not there: expected a task of lm-eval, or the YAML file of one")
-        elif not manager.match_tasks([task]):
-            raise UserError(f"--lm-eval: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
+        is_file = task.endswith((".yaml", ".yml"))
+        if not (Path(task).is_file() if is_file else manager.match_tasks([task])):
+            raise UserError(
+                f"--lm-eval: {task} is not there: expected a task of lm-eval (`lm-eval ls tasks` lists them), or the "
+                "YAML file of one"
+            )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     found = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
     return {

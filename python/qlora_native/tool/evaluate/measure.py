@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qlora_native.data.batching import collate
 from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.models.fuse import modes_kept
 from qlora_native.models.loss import has_plain_head, hidden_states, without_needless_mask
+from qlora_native.models.mapped import BESIDE, check_mapped_finite, stream_if_needed
 from qlora_native.nn.linear import QuantizedLinear
 
 BATCH_TOKENS = 2048  # in one forward pass, padding included
@@ -102,7 +103,15 @@ class Reference:
     head: Tensor | None  # [vocabulary, hidden], or None
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and layers streamed where a mapped model does not fit; afterwards the model is as it was."""
+    streaming = stream_if_needed(model, None, BESIDE)
+    with modes_kept(model), torch.no_grad(), nullcontext() if streaming is None else closing(streaming):
+        model.eval()
+        yield
+
+
 def measure(
     model: Any, rows: Rows, pad_id: int, *, against: Reference | None = None, keep_in: Path | None = None
 ) -> tuple[Scores, Reference | None]:
@@ -112,89 +121,75 @@ def measure(
         against: the reference, from a pass over the same rows.
         keep_in: a folder for the states that make this model a reference; without it none are kept.
     """
-    from qlora_native.models.mapped import BESIDE, check_mapped_finite, stream_if_needed
-
-    streaming = stream_if_needed(model, None, BESIDE)
-    with modes_kept(model), nullcontext() if streaming is None else closing(streaming):
-        model.eval()
-        scores, kept = _measure(model, rows, pad_id, against, keep_in)
+    sums = torch.zeros(3 if against is None else 5, len(rows), dtype=torch.float64)
+    kept: Tensor | None = None
+    done = 0
+    with evaluating(model):
+        head = _head_of(model)
+        for numbers, batch in _batches(rows, pad_id):
+            inputs = {key: value.to(model.device) for key, value in batch.items()}
+            targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
+            inputs = without_needless_mask(model, inputs, targets)
+            trained = targets != IGNORE_INDEX
+            output = model(**inputs, use_cache=False).logits if head is None else hidden_states(model, inputs)[0]
+            states = output[trained]
+            if keep_in is not None and kept is None:
+                kept = _file(keep_in, rows, states)
+            row_of = torch.tensor(numbers)[:, None].expand_as(targets)[trained.cpu()]
+            step = max(1, LOGITS_BYTES // (4 * (states.shape[-1] if head is None else len(head))))
+            columns = (column.split(step) for column in (states, targets[trained], row_of))
+            for part, expected, places in zip(*columns, strict=True):
+                here = slice(done, done + len(part))
+                found = log_probabilities(part, head)
+                nats = F.nll_loss(found, expected, reduction="none")
+                likeliest = found.argmax(1)
+                values = [torch.ones_like(nats), nats, likeliest != expected]
+                if kept is not None:
+                    kept[here] = part.to(kept.device)
+                if against is not None:
+                    theirs = log_probabilities(against.states[here].to(found.device), against.head)
+                    values.append(F.kl_div(found, theirs, reduction="none", log_target=True).sum(1))
+                    values.append(theirs.argmax(1) == likeliest)
+                for total, value in zip(sums, values, strict=True):
+                    total.index_add_(0, places, value.double().cpu())
+                done += len(part)
+    scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
     if not math.isfinite(float(scores.nats.sum())):
         check_mapped_finite(model, str(model.load_report.path) if hasattr(model, "load_report") else "")
-    return scores, kept
-
-
-def _measure(
-    model: Any, rows: Rows, pad_id: int, against: Reference | None, keep_in: Path | None
-) -> tuple[Scores, Reference | None]:
-    sums = torch.zeros(3 if against is None else 5, len(rows), dtype=torch.float64)
-    plain: bool | None = None
-    head = kept = None
-    done = 0
-    for numbers, batch in _batches(rows, pad_id):
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        inputs = without_needless_mask(model, inputs, targets)
-        if plain is None:
-            plain = has_plain_head(model, inputs)
-            if plain:
-                output = model.get_output_embeddings()
-                head = output.quantized.dequantize() if isinstance(output, QuantizedLinear) else output.weight.detach()
-        trained = targets != IGNORE_INDEX
-        states = (hidden_states(model, inputs)[0] if plain else model(**inputs, use_cache=False).logits)[trained]
-        if keep_in is not None:
-            kept = _file(keep_in, rows, states) if kept is None else kept
-            kept[done : done + len(states)] = states.to(kept.device)
-        row_of = torch.tensor(numbers)[:, None].expand_as(targets)[trained.cpu()]
-        step = max(1, LOGITS_BYTES // (4 * (len(head) if head is not None else states.shape[-1])))
-        for at in range(0, len(states), step):
-            part = slice(at, at + step)
-            found = log_probabilities(states[part], head)
-            expected_tokens = targets[trained][part]
-            likeliest = found.argmax(1)
-            picked = -found.gather(1, expected_tokens[:, None]).squeeze(1)
-            values = [torch.ones_like(picked), picked, likeliest != expected_tokens]
-            if against is not None:
-                theirs = against.states[done + at : done + at + len(found)].to(found.device)
-                expected = log_probabilities(theirs, against.head)
-                values.append(F.kl_div(found, expected, reduction="none", log_target=True).sum(1))
-                values.append(expected.argmax(1) == likeliest)
-            for total, value in zip(sums, values, strict=True):
-                total.index_add_(0, row_of[part], value.double().cpu())
-        done += len(states)
-    scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
     return scores, None if kept is None else Reference(scores, kept, head)
+
+
+def _head_of(model: Any) -> Tensor | None:
+    """The dense output embedding, [vocabulary, hidden], or None if logits are more than a product with it."""
+    if not has_plain_head(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}):
+        return None
+    head = model.get_output_embeddings()
+    weight: Tensor = head.quantized.dequantize() if isinstance(head, QuantizedLinear) else head.weight.detach()
+    return weight
 
 
 def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
     """log softmax in fp32, [tokens, vocabulary], of states [tokens, hidden] through ``head`` [vocabulary, hidden]."""
-    if head is None:
-        return states.float().log_softmax(1)
-    logits = torch.empty(len(states), len(head), dtype=torch.float32, device=states.device)
     states = states.float()
-    step = max(1, LOGITS_BYTES // (4 * head.shape[1]))
-    for at in range(0, len(head), step):  # the whole head in fp32 may be as large as the model
-        torch.mm(states, head[at : at + step].float().t(), out=logits[:, at : at + step])
-    return logits.log_softmax(1)
+    if head is not None:
+        step = max(1, LOGITS_BYTES // (4 * head.shape[1]))  # the whole head in fp32 may be as large as the model
+        states = torch.cat([states @ part.float().t() for part in head.split(step)], 1)
+    return states.log_softmax(1)
 
 
 def _file(folder: Path, rows: Rows, like: Tensor) -> Tensor:
     """A tensor [predicted tokens, width] in a file of ``folder``, which may be larger than memory."""
-    count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
+    shape = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows), like.shape[-1]
     path = folder / "reference.bin"
-    width = like.shape[-1]
-    path.unlink(missing_ok=True)  # a reference that was kept there before keeps its own bytes
-    mapped = torch.from_file(str(path), shared=True, size=max(1, count * width), dtype=like.dtype)
+    mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=like.dtype)
     path.unlink()
-    return mapped[: count * width].view(count, width)
+    return mapped.view(shape)
 
 
 def _batches(rows: Rows, pad_id: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Rows of like length together, the longest first: (their numbers, the padded batch)."""
-    order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable").tolist()
-    at = 0
-    while at < len(order):
-        size = max(1, BATCH_TOKENS // len(rows[order[at]]["input_ids"]))
-        numbers = order[at : at + size]
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    while order:
+        size = max(1, BATCH_TOKENS // len(rows[order[0]]["input_ids"]))
+        numbers, order = order[:size], order[size:]
         yield numbers, collate([rows[number] for number in numbers], pad_id)
-        at += size

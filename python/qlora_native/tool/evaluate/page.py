@@ -26,8 +26,13 @@ try:
 except ImportError:
     HAS_MATPLOTLIB = False
 
-CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
-CURVES["tokens_per_second"] = "Tokens per second"
+CURVES = {
+    "loss": "Training loss",
+    "eval_loss": "Held-out loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
 LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
 MOST_DOTS = 60
@@ -79,18 +84,20 @@ def write_page(folder: Path, curves: Curves | None = None) -> Path:
 
 @cache
 def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(source)
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    here = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=here, undefined=StrictUndefined, **options).get_template("page.html")
 
 
 def content(folder: Path, curves: Curves) -> dict[str, Any]:
     """What the template shows."""
     points = curves.read()
     facts: dict[str, Any] = {"model": folder.name, "config": "", "rows": [], "steps": None, "memory": None, "notes": []}
-    facts |= {"has_ended": False, **(read_json(folder / "report.json") if (folder / "report.json").is_file() else {})}
+    facts["has_ended"] = False
+    if (folder / "report.json").is_file():
+        facts |= read_json(folder / "report.json")
     step = int(max((steps[-1] for steps, _ in points.values() if len(steps)), default=0))
     figures = {"step": f"{step:,}" + (f" of {facts['steps']:,}" if facts["steps"] else "")}
     events = [(note["step"], shorten(note["text"])) for note in facts["notes"]]
@@ -103,12 +110,18 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens per second, median"] = f"{np.median(speeds):,.0f}"
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
-    charts = [_chart(key, points) for key in CURVES if len(points[key][0])] if HAS_MATPLOTLIB else []
     events.sort(key=lambda event: event[0])
-    facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
-    facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
-    facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
-    return {**facts, "figures": figures, "charts": charts, "can_draw": HAS_MATPLOTLIB}
+    return {
+        **facts,
+        "figures": figures,
+        "charts": [_chart(key, points) for key in CURVES if HAS_MATPLOTLIB and len(points[key][0])],
+        "can_draw": HAS_MATPLOTLIB,
+        "events": events[-MOST_EVENTS:],
+        "left_out": len(events) - MOST_EVENTS,
+        "samples": [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]],
+        "more_samples": len(curves.samples) - MOST_SAMPLES,
+        "config": shorten(facts["config"], MOST_CONFIG),
+    }
 
 
 def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Points:
     """The first and the last point, and of each of STRETCHES parts the lowest and the highest: no peak is lost."""
     if len(values) <= 2 * STRETCHES:
         return steps, values
-    kept = {0, len(values) - 1}
-    for part in np.array_split(np.arange(len(values)), STRETCHES):
-        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
-    return steps[sorted(kept)], values[sorted(kept)]
+    parts = np.array_split(np.arange(len(values)), STRETCHES)
+    ends = (part[find(values[part])] for part in parts for find in (np.argmin, np.argmax))
+    kept = np.unique([0, len(values) - 1, *ends])
+    return steps[kept], values[kept]

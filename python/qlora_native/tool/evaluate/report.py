@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from qlora_native._io import atomic_file, write_whole
 from qlora_native.tool.evaluate.comparison import Comparison, VariantResult
 from qlora_native.tool.evaluate.texts import shorten
-from qlora_native.tool.evaluate.variants import SHIPPED
+from qlora_native.tool.evaluate.variants import BASELINE, REFERENCE, SHIPPED
 
-RETENTION = "retention"
 COLUMNS = (
     *("", "loss", "perplexity", "less base", "exact"),
-    *("above 16-bit", "KL to 16-bit", "same first token", "gap closed", RETENTION),
+    *("above 16-bit", "KL to 16-bit", "same first token", "gap closed", "retention"),
 )
 MEANING = """Loss is the mean cross-entropy in nats a token, perplexity its exponential. "Less base" is the loss with
 the adapter less that without it on the same rows; "exact" counts the rows whose answer greedy generation gives token
@@ -32,21 +33,21 @@ base that the model without an adapter keeps."""
 def tables(comparison: Comparison) -> list[str]:
     """Markdown: one table a text and one a task."""
     lines: list[str] = []
-    for text in comparison.variants[0].texts:
+    first = comparison.variants[0]
+    for text, scores in first.texts.items():
         body = [_cells(comparison, variant, text) for variant in comparison.variants]
-        tokens = comparison.text_row(comparison.variants[0], text)["tokens"]
-        used = [at for at in range(len(COLUMNS)) if at == 0 or any(cells[at] for cells in body)]
-        head, *body = ([cells[at] for at in used] for cells in (COLUMNS, *body))
-        lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(head, body), ""]
+        columns = [column for column in zip(COLUMNS, *body, strict=True) if any(column[1:])]
+        table = _table(*zip(*columns, strict=True))
+        lines += [f"**{text}**, {int(scores.tokens.sum()):,} tokens predicted", "", *table, ""]
         lines += [_verdict(comparison, text), ""] if comparison.adapted is not None else []
-    for task, metrics in comparison.variants[0].tasks.items():
+    for task, metrics in first.tasks.items():
         body = [
-            [variant.label, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
+            [variant.label, *(f"{variant.tasks[task].get(key, math.nan):.4g}" for key in metrics)]
             for variant in comparison.variants
         ]
-        lines += [f"**{task}** (lm-eval)", "", *_table(("", *metrics), body), ""]
-    legend = _legend(comparison)
-    lines += [legend, ""] if legend else []
+        lines += [f"**{task}** (lm-eval)", "", *_table(["", *metrics], *body), ""]
+    if legend := _legend(comparison):
+        lines += [legend, ""]
     for number, about in enumerate(comparison.answers, 1):
         lines.append(f"{number}. {about['text']}")
         parts = ("question", "expected", "base", "tuned")
@@ -60,7 +61,8 @@ def _legend(comparison: Comparison) -> str:
     if comparison.adapted is not None:
         base, tuned = comparison.adapted
         parts += [f"{base.label}: the weights that the adapter was trained on", f"{tuned.label}: the same with it"]
-    parts += [f"{SHIPPED}: the model that the adapter was merged into"] if comparison.ships else []
+    if comparison.named(SHIPPED):
+        parts.append(f"{SHIPPED}: the model that the adapter was merged into")
     if any("4-bit by rtn" in variant.label for variant in comparison.variants):
         parts.append("rtn: rounded to nearest")
     return f"Rows: {'; '.join(parts)}." if parts else ""
@@ -83,8 +85,8 @@ def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> 
     page = [f"# {Path(comparison.model).name}", "", *(f"- {line}" for line in about), "", *tables(comparison)]
     if drawn:
         page += ["", "![Loss of each variant](report.png)"]
-    meaning = [MEANING, SHIPS] if comparison.ships else [MEANING]
-    write_whole(folder / "report.md", "\n".join([*page, "", *meaning, ""]))
+    page += ["", MEANING, *([SHIPS] if comparison.named(SHIPPED) else [])]
+    write_whole(folder / "report.md", "\n".join([*page, ""]))
     return drawn or not comparison.variants[0].texts
 
 
@@ -97,20 +99,19 @@ def plot(comparison: Comparison, path: Path) -> bool:
         return False
     key, label = ("excess", "nats a token above 16-bit") if comparison.reference else ("loss", "nats a token")
     variants = comparison.variants
-    texts = list(comparison.variants[0].texts)
+    texts = list(variants[0].texts)
     figure = Figure(figsize=(1.5 + 1.4 * max(2, len(variants)), 3.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(texts)
     for number, text in enumerate(texts):
         rows = [comparison.text_row(variant, text) for variant in variants]
-        places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(variants))]
-        errors: Any = [row[f"{key}_error"] or 0.0 for row in rows]
+        places = np.arange(len(variants)) + (number - (len(texts) - 1) / 2) * width
+        heights, errors = ([row[name] or 0.0 for row in rows] for name in (key, f"{key}_error"))
         name = f"{text}, {rows[0]['loss']:.3f} in 16 bits" if comparison.reference else text
-        axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=name, capsize=2)
+        axes.bar(places, heights, width, yerr=errors, label=name, capsize=2)
     axes.set_title(Path(comparison.model).name)
-    axes.set_xticks(
-        range(len(variants)), [variant.label.replace(", ", ",\n").replace(" + ", "\n+ ") for variant in variants]
-    )
+    labels = [variant.label.replace(", ", ",\n").replace(" + ", "\n+ ") for variant in variants]
+    axes.set_xticks(range(len(variants)), labels)
     axes.set_ylabel(label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(frameon=False, fontsize="small")
@@ -121,31 +122,33 @@ def plot(comparison: Comparison, path: Path) -> bool:
 
 def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[str]:
     row = comparison.text_row(variant, text)
+    if variant.name in (REFERENCE, BASELINE):
+        row["closed"] = None
+    if variant.name == REFERENCE:
+        row["excess"] = None
+    exact = row["exact"]
     rows = len(variant.texts[text].tokens)
-    against = variant is not comparison.reference and comparison.reference is not None
-    closes = against and variant is not comparison.baseline and row["closed"] is not None
-    figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
-    loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}", _figure(row, "change")]
-    exact = "" if row["exact"] is None else f"{round(row['exact'] * rows):,} of {rows:,}"
-    ships = _figure(row, RETENTION) if RETENTION in row else ""
-    return [variant.label, *loss, exact, *figures, _figure(row, "closed", 100) if closes else "", ships]
+    return [
+        *(variant.label, _figure(row, "loss"), f"{row['perplexity']:,.2f}", _figure(row, "change")),
+        "" if exact is None else f"{round(exact * rows):,} of {rows:,}",
+        *(_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)),
+        *(_figure(row, "closed", 100), _figure(row, "retention")),
+    ]
 
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
     """The value ± its error, with a ``scale`` of 100 as a percentage."""
-    value = row[key]
-    error = row[f"{key}_error"]
+    value = row.get(key)
     if value is None:
         return ""
+    error = row[f"{key}_error"]
     digits, unit = (4, "") if scale == 1 else (1, " %")
     numbers = (value,) if error is None or math.isnan(error) else (value, error)
     return " ± ".join(f"{scale * number:.{digits}f}" for number in numbers) + unit
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown whose columns are aligned in plain text too."""
-    columns = list(zip(head, *body, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    first, *others = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in (head, *body))
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return [first, f"|{rule}|", *others]
+def _table(*rows: Sequence[str]) -> list[str]:
+    """Markdown of a head and other rows, whose columns are aligned in plain text too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    return [head, re.sub("[^|]", "-", head), *body]

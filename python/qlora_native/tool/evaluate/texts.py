@@ -46,8 +46,7 @@ def load_text(
     """
     file = user_path(path)
     if file.suffix.lower() not in PLAIN_SUFFIXES:
-        options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "limit": limit}
-        data = load_dataset(file, tokenizer, columns=columns, **options)
+        data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, columns=columns, limit=limit)
         return Text(file.name, data, data.stats.describe(), data.stats.files[str(file)])
     with reading(file, "expected text in UTF-8"):
         text = regular(file).read_text(encoding="utf-8")

@@ -15,9 +15,10 @@ from qlora_native.models.load import LoadReport, load_dense
 from qlora_native.models.trained import TrainedBase
 from qlora_native.weight import CALIBRATED, METHODS
 from qlora_native.weights.open import open_source
-from qlora_native.weights.source import AUTO
+from qlora_native.weights.source import AUTO, Source
 
 REFERENCE = "16-bit"
+BASELINE = "rtn"  # plain rounding, from which the share of the gap closed is counted
 FOUR_BIT = "4-bit"
 KEPT = "as it is"
 ADAPTED = " + adapter"
@@ -52,43 +53,35 @@ class Variants:
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
 
     def __post_init__(self) -> None:
-        source = open_source(self.model)
-        self.is_four_bit, self.is_kept = source.is_four_bit, not self.methods and source.keeps(AUTO)
-        unknown = [name for name in self.methods if name not in METHODS]
-        if unknown:
-            raise UserError(f"{unknown[0]!r} is no method of quantizing: expected {', '.join(METHODS)}")
-        if self.is_four_bit and self.methods:
+        self.stored = stored_form(open_source(self.model))
+        if self.methods and self.stored == FOUR_BIT:
             raise UserError(f"{self.model} is 4-bit already: methods are compared from the 16-bit model")
-        if not (self.is_four_bit or self.is_kept) and self.reference is not None:
+        if self.methods:
+            self.stored = None
+        for name in self.methods:
+            if name not in METHODS:
+                raise UserError(f"{name!r} is no method of quantizing: expected {', '.join(METHODS)}")
+            if name in CALIBRATED and self.calibration is None:
+                raise UserError(f"method {name} needs calibration text, which must be another than the one evaluated")
+        if self.stored is None and self.reference is not None:
             raise UserError(f"{self.model} is 16-bit and its own reference: leave the reference out")
-        needing = [name for name in self.methods if name in CALIBRATED]
-        if needing and self.calibration is None:
-            raise UserError(f"method {needing[0]} needs calibration text, which must be another than the one evaluated")
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} has no adapter_config.json: expected an adapter folder")
-
         if self.shipped is not None and self.adapter is None:
             raise UserError(f"{self.shipped} is compared with the adapter that was merged into it: give the adapter")
 
-    @property
-    def base(self) -> str:
-        """The name of the first form, on which the adapter is measured."""
-        return FOUR_BIT if self.is_four_bit else KEPT if self.is_kept else [*self.methods, "rtn"][0]
-
     def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each variant's name and a function that loads it, in the order in which they are to be measured."""
-        dense = self.reference if self.is_four_bit or self.is_kept else self.reference or self.model
+        dense = self.reference if self.stored else self.model
         if dense is not None:
             yield REFERENCE, partial(load_dense, dense, **self.options)
         load = partial(load_to_device, self.model, **self.options)
-        forms = [(self.base, load)] if self.is_four_bit or self.is_kept else []
-        for method in () if forms else self.methods or (self.base,):
+        forms = [(self.stored, load)] if self.stored else []
+        for method in () if forms else self.methods or (BASELINE,):
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
         if (base := self.trained) is not None:
-            source = open_source(base.path)
-            is_kept = not source.is_four_bit and source.keeps(base.options.get("quant_type", AUTO))
-            name = FOUR_BIT if source.is_four_bit else KEPT if is_kept else "rtn"
+            name = stored_form(open_source(base.path), base.options.get("quant_type", AUTO)) or BASELINE
             others = [form for form in forms if form[0] in self.methods and form[0] != name]
             forms = [(name, partial(load_to_device, base.path, **base.options | self.options)), *others]
         yield from forms[:1]
@@ -99,3 +92,10 @@ class Variants:
             made = load_to_device if open_source(self.shipped).is_four_bit else load_dense
             yield SHIPPED, partial(made, self.shipped, **self.options)
         yield from forms[1:]
+
+
+def stored_form(source: Source, quant_type: str = AUTO) -> str | None:
+    """What a model is in its files, if it is not rounded when it is loaded."""
+    if source.is_four_bit:
+        return FOUR_BIT
+    return KEPT if source.keeps(quant_type) else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +14,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import TokenType
+from gguf import LlamaFileType, TokenType
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -30,14 +29,14 @@ from qlora_native.weights.stream import Item
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file
-    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
-    "q4_1": (Kind.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
-    "q4_k": (Kind.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S),
-    "iq4_nl": (Kind.IQ4_NL, gguf.LlamaFileType.MOSTLY_IQ4_NL),
-    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
+    "f32": LlamaFileType.ALL_F32,
 }
 # What stands in where rows are no whole blocks, as in llama.cpp.
 _NARROWER = {Kind.Q4_K: Kind.Q5_0}
@@ -88,6 +87,20 @@ def architecture_of(source: Source) -> Architecture:
     return ARCHITECTURES[kind]
 
 
+def names_of(source: Source) -> Callable[[str], str]:
+    """llama.cpp's names of a model's tensors, by ours; UserError for one that it has no place for."""
+    architecture = architecture_of(source)
+    names = architecture.name_map(source.config.num_hidden_layers)
+
+    def name_of(name: str) -> str:
+        found = names.get_name(name, (".weight", ".bias"))
+        if found is None:
+            raise UserError(f"{source.path}: GGUF's {architecture.name} has no place for {name}; {_INSTEAD}")
+        return found
+
+    return name_of
+
+
 def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model: Path) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
@@ -99,6 +112,7 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
     """
     config = work.source.config
     architecture = architecture_of(work.source)
+    wanted = Kind[out_type.upper()]
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(tokenizer, Path):
@@ -113,7 +127,7 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
                     writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
         else:
             _add_tokenizer(writer, tokenizer, model, config.vocab_size)
-        tensors = list(_tensors(work, architecture, OUT_TYPES[out_type][0]))
+        tensors = list(_tensors(work, architecture, wanted))
         for one in tensors:
             writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.nbytes, raw_dtype=one.kind)
         writer.write_header_to_file()
@@ -125,9 +139,7 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
         "tensors": len(tensors),
         "num_bytes": sum(one.nbytes for one in tensors),
         "other_types": {
-            one.name: one.kind.name.lower()
-            for one in tensors
-            if len(one.shape) > 1 and one.kind is not OUT_TYPES[out_type][0]
+            one.name: one.kind.name.lower() for one in tensors if len(one.shape) > 1 and one.kind is not wanted
         },
     }
 
@@ -149,10 +161,8 @@ def _kind_of(name: str, shape: torch.Size, kind: Kind) -> Kind:
         return Kind.F32
     if name in _WIDER and kind.name.startswith(("Q4", "IQ4")):
         kind = Kind.Q8_0
-    for one in (kind, _NARROWER.get(kind, Kind.F16)):
-        if shape[-1] % gguf.GGML_QUANT_SIZES[one][0] == 0:
-            return one
-    return Kind.F16
+    kinds = (kind, _NARROWER.get(kind, Kind.F16), Kind.F16)
+    return next(one for one in kinds if shape[-1] % gguf.GGML_QUANT_SIZES[one][0] == 0)
 
 
 def _head_dim(config: Any) -> int:
@@ -166,7 +176,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
     if window is not None and config.model_type != "gemma2":
         context = min(context, window)  # beyond it these architectures of llama.cpp attend to everything
     writer.add_name(path.stem if path.is_file() else path.name)
-    writer.add_file_type(OUT_TYPES[out_type][1])
+    writer.add_file_type(OUT_TYPES[out_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context)
@@ -203,7 +213,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
 
 def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[_Tensor]:
     config = work.source.config
-    names = architecture.name_map(config.num_hidden_layers)
+    name_of = names_of(work.source)
     if config.rope_parameters["rope_type"] == "llama3":
         exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -214,9 +224,7 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
             raise UserError(f"{work.source.path} stores {item.name} in several tensors: merge it to bf16 first.")
         if item.name in work.meta.tied and not work.untied:
             continue  # llama.cpp takes the embedding where there is no output tensor
-        name = names.get_name(item.name, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {item.name}; {_INSTEAD}")
+        name = name_of(item.name)
         shape = torch.Size(item.shape)
         rows = _rows(item, config, architecture)
         yield _Tensor(name, shape, _kind_of(name, shape, kind), rows, work.source.path)
@@ -238,20 +246,19 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     """Put a Hugging Face tokenizer into a gguf.GGUFWriter, with unused tokens up to the size of the ``vocabulary``."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     stored: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
-    model = stored.get("model") or {}
+    model = stored.get("model", {})
     if model.get("type") != "BPE":
         raise UserError(
             f"the tokenizer of {folder} is {model.get('type', 'of an unknown kind')}: expected BPE, of bytes or as "
             f"SentencePiece has it; {_INSTEAD}"
         )
     entries = {number: (token, TokenType.NORMAL) for token, number in model["vocab"].items()}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges: list[list[str]] = model["merges"]
     scores: dict[str, float] | None = None
     if model.get("byte_fallback"):
         scores = _scores(folder / "tokenizer.model", merges)
-        for number, (token, _) in entries.items():
-            if re.fullmatch("<0x[0-9A-F]{2}>", token):
-                entries[number] = token, TokenType.BYTE
+        of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
+        entries |= {number: (token, TokenType.BYTE) for number, (token, _) in entries.items() if token in of_bytes}
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         before = stored.get("normalizer") or {}
@@ -261,7 +268,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split(stored.get("pre_tokenizer"), folder))
-    for added in stored.get("added_tokens") or ():
+    for added in stored["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         kind = TokenType.UNKNOWN if added["id"] == tokenizer.unk_token_id else kind
         entries[added["id"]] = added["content"], kind
@@ -270,8 +277,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     if scores is not None:
-        by_id = {number: scores.get(token, 0.0) for token, number in model["vocab"].items()}
-        writer.add_token_scores([by_id.get(number, 0.0) for number in range(size)])
+        writer.add_token_scores([scores.get(text, 0.0) for text, _ in tokens])
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     for name in ("bos", "eos", "pad", "unk"):

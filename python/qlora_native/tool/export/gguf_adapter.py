@@ -10,7 +10,8 @@ import gguf
 
 from qlora_native.errors import UserError
 from qlora_native.models.merge_files import Merging
-from qlora_native.weights.gguf import ARCHITECTURES, interleaved, reordered_heads
+from qlora_native.tool.export.gguf import architecture_of, names_of
+from qlora_native.weights.gguf import interleaved, reordered_heads
 
 
 def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
@@ -24,12 +25,8 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
     config = work.source.config
     adapter = work.adapter
     where = work.source.path
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise UserError(
-            f"{where} is a {config.model_type} model, for which this library writes no GGUF adapter; it does "
-            f"{', '.join(ARCHITECTURES)}."
-        )
+    architecture = architecture_of(work.source)
+    name_of = names_of(work.source)
     if adapter.saved:
         raise UserError(
             f"the adapter trains {min(adapter.saved)}, which a GGUF adapter cannot hold: export --to gguf merges it."
@@ -39,7 +36,6 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
             f"the adapter changes the output embedding, which {where} ties to the input's: llama.cpp has one tensor "
             "for both; export --to gguf merges it."
         )
-    names = architecture.name_map(config.num_hidden_layers)
     alphas = [scale * len(a) for a, _, scale in adapter.pairs.values()]
     alpha = alphas[0] or 1.0
     num_bytes = 0
@@ -49,9 +45,7 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_name(where.stem if where.is_file() else where.name)
         for (module, (a, b, _)), own in zip(adapter.pairs.items(), alphas, strict=True):
-            name = names.get_name(f"{module}.weight", (".weight",))
-            if name is None:
-                raise UserError(f"{where}: GGUF's {architecture.name} has no place for {module}: adapt other layers.")
+            name = name_of(f"{module}.weight")
             heads = reordered_heads(config, architecture, module)
             b = b.float() * (own / alpha)
             for side, matrix in (("a", a.float()), ("b", b if heads is None else interleaved(b, heads))):

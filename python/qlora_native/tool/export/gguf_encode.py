@@ -10,6 +10,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -26,14 +27,13 @@ def encode(rows: Tensor, kind: Kind) -> np.ndarray:
 
     Source of Q4_K's search, least squares from several starts: make_qkx2_quants of llama.cpp.
     """
-    if kind not in _ENCODERS:
+    encoder = _ENCODERS.get(kind)
+    if encoder is None:
         return gguf.quants.quantize(rows.numpy(), kind)
-    encoder = _ENCODERS[kind]
     number = quant_type_number(kind.name.lower())
     size = GGUF_BLOCKS[number][0]
     parts = rows.reshape(-1, size).split(_AT_A_TIME // size)
-    blocks = torch.cat([encoder(part, number) for part in parts])
-    return blocks.view(len(rows), -1).numpy()
+    return torch.cat([encoder(part, number) for part in parts]).view(len(rows), -1).numpy()
 
 
 def _sum(t: Tensor) -> Tensor:
@@ -43,12 +43,10 @@ def _sum(t: Tensor) -> Tensor:
     return t
 
 
-def _header(blocks: int, *parts: Tensor, number: int) -> Tensor:
+def _header(number: int, *parts: Tensor) -> Tensor:
     """Blocks [n, bytes] that begin with these parts, halves or bytes [n, ...]; the rest is zeros."""
-    result = torch.zeros(blocks, GGUF_BLOCKS[number][1], dtype=torch.uint8)
     head = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
-    result[:, : head.shape[1]] = head
-    return result
+    return F.pad(head, (0, GGUF_BLOCKS[number][1] - head.shape[1]))
 
 
 def _iq4_nl(x: Tensor, number: int) -> Tensor:
@@ -77,7 +75,7 @@ def _iq4_nl(x: Tensor, number: int) -> Tensor:
         error = _sum((x - nearest(inverse, level_of) * scale).square())
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
-    blocks = _header(len(x), best.half(), number=number)
+    blocks = _header(number, best.half())
     codes = nearest(reciprocals(best), code_of.to(torch.uint8))
     return gguf_blocks.with_codes(blocks, codes, number)
 
@@ -137,7 +135,7 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
     s, t = scale.to(torch.uint8).view(-1, 2, 4).unbind(1)
     m, n = minimum.to(torch.uint8).view(-1, 2, 4).unbind(1)
     packed = s | t >> 4 << 6, m | n >> 4 << 6, t & 15 | (n & 15) << 4
-    header = _header(len(x), unit[..., 0], minimum_unit[..., 0], *packed, number=number)
+    header = _header(number, unit[..., 0], minimum_unit[..., 0], *packed)
     return gguf_blocks.with_codes(header, code.flatten(1), number)
 
 

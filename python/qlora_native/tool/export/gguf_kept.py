@@ -15,7 +15,6 @@ from qlora_native.errors import UserError
 from qlora_native.models.merge_files import Merging
 from qlora_native.models.progress import Progress
 from qlora_native.models.recode import calibrated_codes
-from qlora_native.weights.files import StoredTensor
 from qlora_native.weights.gguf import ARCHITECTURES, DENSE, KEPT
 from qlora_native.weights.gguf_source import GgufSource
 
@@ -47,24 +46,18 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
         codes = calibrated_codes(work, adapter_folder, CalibrationData(text), Path(folder), progress)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for module, pair in adapter.pairs.items():
+            """The bytes of each weight with its adapter, in the model's order of rows."""
+            for module, (a, b, scale) in adapter.pairs.items():
                 name = f"{module}.weight"
-                before, after = _with_adapter(source, stored[name], *pair, codes.get(module))
+                if module in codes:
+                    before = source.quantized(stored[name], torch.float32, True).packed
+                    after = torch.from_file(str(codes[module]), size=before.numel(), dtype=before.dtype).view_as(before)
+                else:
+                    floats = source.read(stored[name])
+                    total = (floats.float() + b.float() @ a.float() * scale).to(floats.dtype)
+                    before, after = floats.view(torch.uint8), total.view(torch.uint8)
                 changed[name] = float((before != after).double().mean())
                 yield name, after
 
         source.write_copy(path, weights())
     return {"tensors": len(source.gguf.tensors), "num_bytes": path.stat().st_size, "changed": changed}
-
-
-@torch.no_grad()
-def _with_adapter(
-    source: GgufSource, stored: StoredTensor, a: Tensor, b: Tensor, scale: float, codes: Path | None
-) -> tuple[Tensor, Tensor]:
-    """The bytes of a weight before and after, in the model's order of rows."""
-    if codes is None:
-        before = source.read(stored)
-        after = (before.float() + b.float() @ a.float() * scale).to(before.dtype)
-        return before.view(torch.uint8), after.view(torch.uint8)
-    packed = source.quantized(stored, torch.float32, True).packed
-    return packed, torch.from_file(str(codes), size=packed.numel(), dtype=torch.uint8).view_as(packed)
