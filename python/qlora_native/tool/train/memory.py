@@ -99,7 +99,7 @@ class MemoryReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, in bytes; ``predicted`` is by part, with the ``mapped`` weights."""
         parts = {} if self.predicted is None else dict(vars(self.predicted.peak))
-        if self.streamed and parts:
+        if parts:
             parts["weights"] = max(0, parts["weights"] - self.streamed)
         return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
 
