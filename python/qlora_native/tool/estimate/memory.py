@@ -90,12 +90,9 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        names = ("total", "moment", "reserve", "paged", "graphs")
         return {
-            "total": self.total,
-            "moment": self.moment,
-            "reserve": self.reserve,
-            "paged": self.paged,
-            "graphs": self.graphs,
+            **{name: getattr(self, name) for name in names},
             "peak": vars(self.peak),
             "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
         }

@@ -139,7 +139,8 @@ class MappedWeights(Observer):
         self._model = model
         self._where = config.model
         self.stream: _C.WeightStream | None = None
-        parts = parts_of(model)
+        is_mapped = getattr(getattr(model, "load_report", None), "bytes_mapped", 0)
+        parts = parts_of(model) if is_mapped else []
         self._files = list({id(part.file): part.file for part in parts}.values())
         if not parts:
             if config.weight_budget is not None:
@@ -164,11 +165,12 @@ class MappedWeights(Observer):
 
     def computed(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
-        from qlora_native.models.mapped import check_files, check_mapped_finite
+        if self._files:
+            from qlora_native.models.mapped import check_files, check_mapped_finite
 
-        check_files(self._files)
-        if self._files and not math.isfinite(loss):
-            check_mapped_finite(self._model, self._where)
+            check_files(self._files)
+            if not math.isfinite(loss):
+                check_mapped_finite(self._model, self._where)
 
 
 # In a plain RuntimeError of torch's CPU allocator, C++, oneDNN, cuBLAS and cuDNN.
