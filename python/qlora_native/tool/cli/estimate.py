@@ -42,6 +42,7 @@ WHEN = {
     "loss": "the loss, with all activations kept",
     "backward": "backward pass",
     "step": "the optimizer's step",
+    "shipping": "finding the codes that ship, after the last step",
 }
 
 
