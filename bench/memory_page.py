@@ -137,8 +137,8 @@ def streamed() -> list[str]:
     return [
         f"Llama 3 70B with 8-bit AdamW, 1 x 1,024 tokens, takes {needed / GIB:.1f} GiB of a card of 16 GB: "
         f"{len(plan.streamed)} of {len(plan.units)} layers stream.",
-        f"{plan.streamed_bytes / GIB:.1f} GiB of pinned memory hold them, and {streaming.pass_bytes / GIB:.1f} GiB are "
-        "copied in each direction of a micro-batch.",
+        f"{plan.streamed_bytes / GIB:.1f} GiB of pinned memory hold them, and {plan.bytes_read() / 2 / GIB:.1f} GiB "
+        "are copied in each direction of a micro-batch.",
         "",
     ]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import qlora_native as qn
+from qlora_native.distributed import OneProcess
 from qlora_native.distributed.sharding import load_sharded_states, save_sharded_states
 from qlora_native.optim import AdamW
 from qlora_native.tool.train.checkpoint import STATE as TRAINER
@@ -73,8 +74,8 @@ def test_a_checkpoint_of_several_processes_runs_no_code(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_checkpoint_whose_numbers_are_wrong(tmp_path: Path, keys: list[Any], wrong: object) -> None:
-    options: dict[str, Any] = {"state": {}, "config": "", "keep": 1, "save_adapter": lambda partial: None}
-    folder = save_checkpoint(tmp_path, 1, optimizer=trained(), **options)
+    options: dict[str, Any] = {"state": {}, "config": "", "keep": 1, "ranks": OneProcess()}
+    folder = save_checkpoint(tmp_path, 1, save_adapter=lambda partial: None, optimizer=trained(), **options)
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
     whole = node = json.loads((folder / TRAINER).read_text())
     for key in keys[:-1]:
@@ -82,7 +83,7 @@ def test_a_checkpoint_whose_numbers_are_wrong(tmp_path: Path, keys: list[Any], w
     node[keys[-1]] = wrong
     (folder / TRAINER).write_text(json.dumps(whole))
     with pytest.raises(qn.UserError, match=r"step-000001 cannot be read: .*; delete"):
-        load_checkpoint(folder, trained())
+        load_checkpoint(folder, trained(), OneProcess())
 
 
 def umask() -> int:
@@ -154,7 +155,7 @@ def test_metrics_and_notes_that_are_damaged(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "report.json").write_text(json.dumps({"notes": notes[:number]}))
         page = RunPage(tmp_path, {"steps": 2, "rows": []}, Progress(2, 2, 1, quiet=True), TrainState(step=2))
-        page.write()
+        page.evaluated({})
         assert json.loads((tmp_path / "report.json").read_text())["notes"] == notes[: 2 - number]
     metrics = Metrics(path, 2)
     metrics.close()

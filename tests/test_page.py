@@ -265,7 +265,7 @@ def test_it_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch:
     (tmp_path / "metrics.jsonl").touch()
     shown = RunPage(tmp_path, {}, Progress(1, 0, 1, quiet=True), TrainState())
     for _ in range(100):
-        shown.write()
+        shown.evaluated({})
         clock[0] += 30
     shown.close()
     shown.close()

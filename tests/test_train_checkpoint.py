@@ -293,7 +293,7 @@ def trained_optimizer(numel: int, kind: Any = torch.optim.AdamW, **options: Any)
 
 
 def write(folder: Path, step: int, optimizer: torch.optim.Optimizer, keep: int = 2) -> Path:
-    options: dict[str, Any] = {"state": {"step": step}, "config": "model: m\n", "keep": keep}
+    options: dict[str, Any] = {"state": {"step": step}, "config": "model: m\n", "keep": keep, "ranks": OneProcess()}
     return checkpoint.save_checkpoint(folder, step, save_adapter=lambda partial: None, optimizer=optimizer, **options)
 
 
@@ -334,7 +334,7 @@ def test_optimizer_and_random_state_come_back(tmp_path: Path, kind: Any, options
     folder = write(tmp_path, 3, optimizer)
     drawn = (torch.rand(3), random.random(), np.random.rand())
     other = trained_optimizer(5000, kind, lr=0.5, **options)
-    assert checkpoint.load_checkpoint(folder, other) == {"step": 3}
+    assert checkpoint.load_checkpoint(folder, other, OneProcess()) == {"step": 3}
     again = (torch.rand(3), random.random(), np.random.rand())
     assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
     (expected,), (got,) = optimizer.state.values(), other.state.values()
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, 3, trained_optimizer(7))
     (folder / name).write_bytes((folder / name).read_bytes()[:20])
     with pytest.raises(UserError, match="step-000003.* cannot be read: .*delete"):
-        checkpoint.load_checkpoint(folder, trained_optimizer(7))
+        checkpoint.load_checkpoint(folder, trained_optimizer(7), OneProcess())
 
 
 def test_a_checkpoint_whose_step_is_no_number(run: Run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers.utils import import_utils
 import qlora_native as qn
 from qlora_native import lora
 from qlora_native.models import fuse
-from qlora_native.models.loss import causal_lm_loss
 from qlora_native.ops import _cuda_kernels, linear_cross_entropy
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train import passes
@@ -67,16 +65,16 @@ class Run:
 
     def __init__(self, model: Any, is_captured: bool) -> None:
         self.notes: list[str] = []
-        self.model, loss_of = model, partial(causal_lm_loss, model)
-        self.passes = Passes(model, loss_of, self.notes.append, is_captured=is_captured)
+        self.model = model
+        self.passes = Passes(model, self.notes.append, is_captured=is_captured)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = qn.optim.AdamW(self.params, lr=1e-2, max_norm=1.0)
 
     def step(self, number: int, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
-        self.passes.begin()
-        for index, (rows, columns, padded) in enumerate(shapes):
-            self.passes.run(batch(rows, columns, 10 * number + index, padded), 0.25 + 0.5 * index)
-        self.passes.end()
+        self.passes.run(
+            (batch(rows, columns, 10 * number + index, padded), 0.25 + 0.5 * index)
+            for index, (rows, columns, padded) in enumerate(shapes)
+        )
         grads = [p.grad.clone() for p in self.params if p.grad is not None]
         self.optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
         self.optimizer.step()
@@ -118,9 +116,7 @@ def test_packed_rows(model: Callable[[], Any]) -> None:
         packed["position_ids"] = torch.cat((torch.arange(begin), torch.arange(16 - begin))).expand(2, -1).contiguous()
         packed["labels"][packed["position_ids"] == 0] = -100
         for run in runs:
-            run.passes.begin()
-            run.passes.run(packed, 1.0)
-            run.passes.end()
+            run.passes.run([(packed, 1.0)])
         assert all(map(same_bytes, *([p.grad for p in run.params] for run in runs)))
         for run in runs:
             run.optimizer.step()
@@ -136,9 +132,7 @@ def test_what_cannot_be_captured_goes_on_eagerly(model: Callable[[], Any], monke
         in_front = batch(2, 8, 0)
         in_front["attention_mask"][0, :3], in_front["labels"][0, :3] = 0, -100
         for _ in range(4):
-            run.passes.begin()
-            run.passes.run(in_front, 1.0)
-            run.passes.end()
+            run.passes.run([(in_front, 1.0)])
     assert not runs[1].passes.graphs and not runs[1].notes
     for run in runs:
         run.optimizer.zero_grad()

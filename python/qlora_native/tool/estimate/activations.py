@@ -7,7 +7,7 @@ Experts alone are a formula: how many tokens each of them meets depends on the t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -51,12 +51,14 @@ class Saved(NamedTuple):
     of_input: int = 0  # those that are not saved where the input needs no gradient
 
 
-def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Path and module of the outermost layers that checkpointing recomputes."""
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not (found and path.startswith(f"{found[-1][0]}.")):
-            found.append((path, module))
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The outermost layers that checkpointing recomputes."""
+    found = list[nn.Module]()
+    inside = set[nn.Module]()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            found.append(module)
+            inside = {*module.modules()}
     return found
 
 
@@ -75,21 +77,21 @@ def head_shape(config: Any) -> tuple[int, int, int]:
     return heads, most(config, "num_key_value_heads") or heads, most(config, "head_dim") or config.hidden_size // heads
 
 
-def norms_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Path and module of each norm with a weight of one dimension."""
-    for path, part in module.named_modules():
-        weight = getattr(part, "weight", None)
-        if "norm" in type(part).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1:
-            yield path, part
-
-
-def norm_bytes(norm: Any, setting: Setting) -> int:
-    """What a norm keeps for each row."""
-    twin, rows = _as_loaded(norm, setting), 1 << 20  # beside so many, what it keeps once is nothing
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        twin.to_empty(device="cpu")
-        x = torch.empty(rows, norm.weight.shape[0], dtype=setting.dtype, device="cpu", requires_grad=True)
-        return _saved(lambda: twin(x), x, twin.parameters()).total // rows
+def norm_bytes(model: PreTrainedModel, setting: Setting) -> int:
+    """What the norms outside of the decoder layers keep for each token."""
+    inside = {part for layer in decoder_layers(model) for part in layer.modules()}
+    rows = 1 << 20  # beside so many, what it keeps once is nothing
+    found = 0
+    for norm in model.modules():
+        weight = getattr(norm, "weight", None)
+        is_norm = "norm" in type(norm).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+        if is_norm and norm not in inside:
+            twin = _as_loaded(norm, setting)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                twin.to_empty(device="cpu")
+                x = torch.empty(rows, len(weight), dtype=setting.dtype, device="cpu", requires_grad=True)
+                found += _saved(partial(twin, x), x, twin.parameters()).total // rows
+    return found
 
 
 def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
@@ -97,28 +99,27 @@ def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
     twin = _Twin(model, setting)
     config = twin.config
     size = setting.dtype.itemsize
-    hidden = twin.config.hidden_size
+    hidden = config.hidden_size
     step = getattr(config, "chunk_size", None) or TOKENS  # mixers with a state compute whole chunks
-    steps = (1, 2, 3)
+    least = 1
     if twin.window is not None and setting.length > twin.window:  # attention in longer rows is masked
         step = twin.window
-        steps = (2, 3, 4)
+        least = 2
     elif twin.window is not None:
         step = max(1, min(step, twin.window // 3))
     # A layer saves constant + token T + square T^2 of a row of T tokens: three lengths give the two that grow.
-    runs = [twin.run(step * count) for count in steps]
+    runs = [twin.run(step * (least + more)) for more in range(3)]
     found = []
-    for kind, (_, layer) in zip(twin.kinds, decoder_layers(model), strict=True):
+    for kind, layer in zip(twin.kinds, decoder_layers(model), strict=True):
         modules = list(layer.modules())
-        token = 0.0
-        square = 0.0
-        first = 0.0
+        square = first = 0.0
         shared = 0
         unknown = ""
-        if all(kind in run for run in runs):
-            low, middle, high = (run[kind] for run in runs)
+        saved = [run[kind] for run in runs if kind in run]
+        if len(saved) == len(runs):
+            low, middle, high = saved
             square = (high.total - 2 * middle.total + low.total) / (2 * step**2)
-            token = (middle.total - low.total) / step - square * step * (steps[0] + steps[1])
+            token = (middle.total - low.total) / step - square * step * (2 * least + 1)
             first = (middle.of_input - low.of_input) / step
             shared = hidden * size * low.has_input
         else:
@@ -148,17 +149,19 @@ class _Twin:
 
     def __init__(self, model: PreTrainedModel, setting: Setting) -> None:
         self.config: Any = model.config.get_text_config()
-        layers = [layer for _, layer in decoder_layers(model)]
+        layers = decoder_layers(model)
         types = getattr(self.config, "layer_types", None) or [None] * len(layers)
         self.kinds: list[Kind] = [(types[number], str(layer)) for number, layer in enumerate(layers)]
         has_windows = getattr(self.config, "use_sliding_window", True)
         self.window: int | None = getattr(self.config, "sliding_window", None) if has_windows else None
-        self.layers: dict[Kind, nn.Module] = {}
+        self.found: dict[Kind, Saved] = {}
+        of_kind: dict[Kind, nn.Module] = {}
         copies: dict[int, Any] = {}
         for kind, layer in zip(self.kinds, layers, strict=True):
-            if kind not in self.layers:
-                self.layers[kind] = _as_loaded(layer, setting)
-            copies[id(layer)] = self.layers[kind]
+            if kind not in of_kind:
+                of_kind[kind] = _as_loaded(layer, setting)
+                of_kind[kind].register_forward_pre_hook(partial(self._measure, kind), with_kwargs=True)
+            copies[id(layer)] = of_kind[kind]
         self.model: Any = copy.deepcopy(model, copies).train()
         for module in self.model.modules():
             if _is_experts(module):
@@ -172,38 +175,37 @@ class _Twin:
 
     def run(self, length: int) -> dict[Kind, Saved]:
         """What a layer of each kind saves of one row; without those that do not run on fake tensors."""
-        found: dict[Kind, Saved] = {}
-        handles = [
-            layer.register_forward_pre_hook(partial(self._measure, found, kind, length), with_kwargs=True)
-            for kind, layer in self.layers.items()
-        ]
+        self.found = {}
         # An unknown model may raise anything.
         with suppress(Exception), self.mode, self.device, torch.no_grad():
             self.model(input_ids=torch.zeros(1, length, dtype=torch.long, device="cpu"), use_cache=False)
-        for handle in handles:
-            handle.remove()
-        return found
+        return self.found
 
-    def _measure(
-        self, found: dict[Kind, Saved], kind: Kind, length: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> None:
-        if kind in found:
+    def _measure(self, kind: Kind, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kind in self.found:
             return
-        is_windowed = kind[0] in (None, "sliding_attention")
-        is_masked = self.window is not None and length > self.window and is_windowed
-        args, kwargs = tree_map(partial(_argument, is_masked), (args, kwargs))
         hidden = args[0] if args else next(iter(kwargs.values()))
-        others = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        own = [*layer.parameters(), *layer.buffers(), *others]
+        is_windowed = kind[0] in (None, "sliding_attention")
+        is_masked = self.window is not None and hidden.shape[-2] > self.window and is_windowed
+        own = [*layer.parameters(), *layer.buffers(), *filter(torch.is_tensor, tree_leaves((args, kwargs)))]
 
         def saved(needs_grad: bool) -> Saved:
             x = torch.empty_like(hidden, requires_grad=needs_grad)
-            inputs, named = tree_map(lambda value: x if value is hidden else value, (args, kwargs))
-            return _saved(lambda: layer.forward(*inputs, **named), x, own)
+
+            def argument(value: Any) -> Any:
+                """As it would be for numbers: no mask where every position sees all earlier ones, else the mask of one
+                document."""
+                if isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.bool:
+                    setattr(value, fuse._FOUND, None)
+                    return value if is_masked else None
+                return x if value is hidden else value
+
+            inputs, named = tree_map(argument, (args, kwargs))
+            return _saved(partial(layer.forward, *inputs, **named), x, own)
 
         trained = saved(True)
-        found[kind] = trained._replace(of_input=trained.total - saved(False).total)
-        if len(found) == len(self.layers):
+        self.found[kind] = trained._replace(of_input=trained.total - saved(False).total)
+        if self.found.keys() == set(self.kinds):
             raise _Done
 
 
@@ -221,15 +223,6 @@ def _saved(call: Callable[[], Any], x: Tensor, own: Iterable[Tensor]) -> Saved:
     for tensor in own:
         storages.pop(tensor.untyped_storage()._cdata, None)
     return Saved(sum(storage.nbytes() for storage in storages.values()), x.untyped_storage()._cdata in storages)
-
-
-def _argument(is_masked: bool, value: Any) -> Any:
-    """A layer's argument as it would be for numbers: no mask where every position sees all earlier ones, else the mask
-    of one document."""
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.bool:
-        return value
-    setattr(value, fuse._FOUND, None)
-    return value if is_masked else None
 
 
 def _is_experts(module: nn.Module) -> bool:

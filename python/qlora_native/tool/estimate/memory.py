@@ -19,25 +19,16 @@ from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.targets import saved_modules
 from qlora_native.models.build import four_bit_parts
-from qlora_native.models.load import LoadReport
 from qlora_native.models.loss import LOGIT_FIELDS, is_random
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.optim.states import MIN_CODED_NUMEL
-from qlora_native.tool.estimate.activations import (
-    LayerBytes,
-    decoder_layers,
-    head_shape,
-    layer_bytes,
-    norm_bytes,
-    norms_of,
-)
+from qlora_native.tool.estimate.activations import LayerBytes, decoder_layers, head_shape, layer_bytes, norm_bytes
 from qlora_native.tool.estimate.model import Setting, meta_model
 from qlora_native.weights.source import Source
 
-MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread, beside what AMX packs
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
@@ -99,12 +90,9 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        names = ("total", "moment", "reserve", "paged", "graphs")
         return {
-            "total": self.total,
-            "moment": self.moment,
-            "reserve": self.reserve,
-            "paged": self.paged,
-            "graphs": self.graphs,
+            **{name: getattr(self, name) for name in names},
             "peak": vars(self.peak),
             "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
         }
@@ -121,41 +109,83 @@ class Estimator:
 
     def __init__(self, model: Path | Source | PreTrainedConfig, setting: Setting) -> None:
         self.setting = setting
+        self.model: Any
         self.model, self.loading_bytes = meta_model(model, setting)  # held beside the model while it is loaded
-        self.config: Any = self.model.config.get_text_config()
+        self.config = self.model.config.get_text_config()
         self.positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 20
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.trained = [parameter.numel() for parameter in trained]
-        self.adapters = sum(parameter.nbytes for parameter in trained)
-        whole = saved_modules(self.model, setting.lora.modules_to_save)
-        parameters = {parameter for module in whole.values() for parameter in module.parameters()}
-        self.whole = sum(parameter.nbytes for parameter in parameters)
-        names = [f"{path}.{name}" for path, module in whole.items() for name, _ in module.named_parameters()]
-        report: LoadReport = self.model.load_report
-        self.replaced = sum(report.dense.get(name, 0) for name in names)  # bytes that they had before
-        embeddings = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        trains_in, trains_out = (part in whole.values() for part in embeddings)
+        self.trained = [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
+        self.adapters = 4 * sum(self.trained)  # fp32
+        modules = saved_modules(self.model, setting.lora.modules_to_save).values()
+        whole = {parameter for module in modules for parameter in module.parameters()}
+        self.whole = sum(parameter.nbytes for parameter in whole)
+        names = [name for name, parameter in self.model.named_parameters() if parameter in whole]
+        self.replaced = sum(self.model.load_report.dense.get(name, 0) for name in names)  # bytes that they had before
         numel = self.config.vocab_size * self.config.hidden_size
-        self.whole_in = trains_in * numel
-        self.whole_out = trains_out * numel
+        head = self.model.get_output_embeddings()
+        self.whole_in, self.whole_out = (
+            numel * (part in modules) for part in (self.model.get_input_embeddings(), head)
+        )
         four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
         self.shapes = {(weight.shape[-2], weight.shape[-1]) for weight in four_bit}
-        layers = decoder_layers(self.model)
-        inside = tuple(path + "." for path, _ in layers)
-        self.modules = [layer for _, layer in layers]
-        norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
-        self.norm_bytes = sum(norm_bytes(norm, setting) for norm in norms)  # kept for a token, outside of the layers
+        self.modules = decoder_layers(self.model)
+        self.norm_bytes = norm_bytes(self.model, setting)  # kept for a token, outside of the layers
         # Whether the config names an operation between the output embedding and the logits.
         scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
-        self.changes_logits = scaled or getattr(self.model.get_output_embeddings(), "bias", None) is not None
+        self.changes_logits = scaled or getattr(head, "bias", None) is not None
         self.is_random = is_random(self.model)
         self.copied = copied_bytes(self.model, setting.dtype)
         self._layers: dict[bool, list[LayerBytes]] = {}
 
     def at(self, **changes: Any) -> Estimate:
         """The estimate with other values of the setting on which no shape depends."""
-        return _Sum(self, replace(self.setting, **changes)).estimate()
+        setting = replace(self.setting, **changes)
+        layers = self.layers(setting)
+        on_card = setting.device == "cuda"
+        in_memory = sum(state_bytes(numel, setting.optimizer) for numel in self.trained)
+        paged = 0
+        if setting.paged is True:
+            paged = in_memory
+            in_memory = min(in_memory, setting.page_budget or 0) if on_card else 0
+        report = self.model.load_report
+        frozen = Terms(
+            weights=self.packed,
+            scales=report.bytes_4bit - self.packed,
+            dense=report.bytes_dense,
+            slack=0 if on_card else len(layers) * LAYER_SLACK,
+        )
+        held = replace(
+            frozen,
+            dense=frozen.dense - self.replaced,
+            adapters=self.adapters,
+            copies=self.copied if on_card else 0,
+            optimizer=in_memory,
+            scratch=self._scratch(setting),
+        )
+        loss, backward = self._passes(setting, held)
+        moments = {
+            "loading": replace(frozen, scratch=self.loading_bytes),
+            "loss": loss,
+            "backward": backward,
+            "step": replace(held, gradients=self.adapters),
+        }
+        if setting.ships:
+            from qlora_native.calibration.adapted import TOKENS
+
+            widest = max((k for _, k in self.shapes), default=0)
+            # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.
+            activations = 2 * TOKENS * max((layer.token for layer in layers), default=0)
+            scratch = 28 * widest**2 + 24 * TOKENS * widest
+            # With the codes that are written.
+            moments["shipping"] = replace(
+                held, weights=2 * self.packed, activations=round(activations), scratch=scratch
+            )
+        graphs = 0
+        if self._is_captured(setting):
+            # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
+            graphs = max(terms.activations + terms.loss + terms.scratch for terms in (loss, backward))
+        unknown = tuple(dict.fromkeys(layer.unknown for layer in layers if layer.unknown))
+        return Estimate(setting, moments, paged, graphs, unknown if layers else (type(self.model).__name__,))
 
     def longest(self, num_bytes: int, batch_size: int) -> int:
         """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
@@ -170,154 +200,91 @@ class Estimator:
         return bisect_left(rows, True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes))
 
     def layers(self, setting: Setting) -> list[LayerBytes]:
-        window = getattr(self.config, "sliding_window", None)
-        beyond = isinstance(window, int) and setting.length > window
+        beyond = setting.length > (getattr(self.config, "sliding_window", None) or setting.length)
         if beyond not in self._layers:
             self._layers[beyond] = layer_bytes(self.model, setting)
         return self._layers[beyond]
 
-
-class _Sum:
-    """The terms of one setting."""
-
-    def __init__(self, estimator: Estimator, setting: Setting) -> None:
-        self.estimator = estimator
-        self.setting = setting
-        self.config = estimator.config
-        self.on_card = setting.device == "cuda"
-        self.tokens = setting.batch_size * setting.length
-        self.size = setting.dtype.itemsize
-        self.pairs = self.tokens * setting.length
-        self.layers = estimator.layers(setting)
-
-    def estimate(self) -> Estimate:
-        adapters = self.estimator.adapters
-        packed = self.estimator.packed
-        in_memory = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
-        paged = 0
-        if self.setting.paged is True:
-            in_memory, paged = min(in_memory, self.setting.page_budget or 0), in_memory
-            in_memory = in_memory if self.on_card else 0
-        report: LoadReport = self.estimator.model.load_report
-        frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
-        copies = self.estimator.copied if self.on_card else 0
-        dense = frozen.dense - self.estimator.replaced
-        held = replace(frozen, dense=dense, adapters=adapters, copies=copies)
-        held = replace(held, optimizer=in_memory, scratch=self._scratch())
-        before = self._gradients_held()
-        moments = {
-            "loading": replace(frozen, scratch=self.estimator.loading_bytes),
-            "loss": replace(held, gradients=before, activations=self._kept(), loss=self._loss()),
-            "backward": self._backward(held, before),
-            "step": replace(held, gradients=adapters),
-        }
-        if self.setting.ships:
-            from qlora_native.calibration.adapted import TOKENS
-
-            widest = max((k for _, k in self.estimator.shapes), default=0)
-            # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.
-            activations = 2 * TOKENS * max((layer.token for layer in self.layers), default=0)
-            scratch = 28 * widest**2 + 24 * TOKENS * widest
-            # With the codes that are written.
-            moments["shipping"] = replace(held, weights=2 * packed, activations=round(activations), scratch=scratch)
-        graphs = 0
-        if self._is_captured():
-            # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
-            passes = (moments[name] for name in ("loss", "backward"))
-            graphs = max(terms.activations + terms.loss + terms.scratch for terms in passes)
-        if not self.on_card:
-            slack = len(self.layers) * LAYER_SLACK
-            moments = {name: replace(terms, slack=slack) for name, terms in moments.items()}
-        unknown = tuple(dict.fromkeys(layer.unknown for layer in self.layers if layer.unknown))
-        rough = unknown if self.layers else (type(self.estimator.model).__name__,)
-        return Estimate(self.setting, moments, paged, graphs, rough)
-
-    def _is_captured(self) -> bool:
+    def _is_captured(self, setting: Setting) -> bool:
         """Whether passes of one process are captured, as ``train.cuda_graph`` has it."""
-        is_kept = not self.setting.checkpointing or not self.estimator.is_random
-        wanted = self.on_card and self.setting.cuda_graph
-        return wanted and is_kept and not self.estimator.changes_logits
+        if setting.device != "cuda" or not setting.cuda_graph or self.changes_logits:
+            return False
+        return not (setting.checkpointing and self.is_random)
 
-    def _kept(self) -> int:
-        """What all layers keep at the end of the forward pass."""
-        if self.setting.checkpointing:
-            kept = float(self.tokens * sum(layer.input for layer in self.layers))
-        else:
-            kept = sum(self._of(layer) for layer in self.layers)
-            kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
-        return round(kept + self._shared())
-
-    def _of(self, layer: LayerBytes) -> float:
-        return self.tokens * layer.token + self.pairs * layer.square
-
-    def _shared(self) -> int:
-        """Of all layers together: the angles of the rotation, token numbers, labels and masks."""
-        return 2 * self.setting.length * head_shape(self.config)[2] * self.size + 5 * 8 * self.tokens
-
-    def _backward(self, held: Terms, before: int) -> Terms:
-        """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
-        gradients and the adapters' gradients of the layers behind are the most."""
-        best = Terms()
-        so_far = 0.0
-        behind = sum(layer.gradients for layer in self.layers)
-        for number, layer in enumerate(self.layers):
-            own = self._of(layer) - (self.tokens * layer.first if number == 0 else 0)
-            so_far += self.tokens * layer.input if self.setting.checkpointing else own
-            here = so_far + self.tokens * layer.spare + self._shared()
-            if self.setting.checkpointing:
-                here += own - self.tokens * layer.shared
-            terms = replace(held, gradients=max(before, behind + self.estimator.whole), activations=round(here))
-            best = max(best, terms, key=lambda t: t.total)
+    def _passes(self, setting: Setting, held: Terms) -> tuple[Terms, Terms]:
+        """At the loss, with all that the layers keep, and at the fullest moment of the backward pass: in the layer
+        where what is kept so far, its own tensors, its gradients and the adapters' gradients of the layers behind are
+        the most."""
+        layers = self.layers(setting)
+        tokens = setting.tokens
+        # Of all layers together: the angles of the rotation, token numbers, labels and masks.
+        kept: float = 2 * setting.length * head_shape(self.config)[2] * setting.dtype.itemsize + 5 * 8 * tokens
+        before = self._gradients_held(setting)
+        behind = sum(layer.gradients for layer in layers)
+        fullest = Terms()
+        for number, layer in enumerate(layers):
+            own = tokens * (layer.token + setting.length * layer.square)
+            if number == 0:
+                own -= tokens * layer.first  # its input needs no gradient
+            here = tokens * layer.spare
+            if setting.checkpointing:
+                kept += tokens * layer.input
+                here += own - tokens * layer.shared
+            else:
+                kept += own
+            gradients = max(before, behind + self.whole)
+            terms = replace(held, gradients=gradients, activations=round(kept + here))
+            fullest = max(fullest, terms, key=lambda t: t.total)
             behind -= layer.gradients
         # The embedding's come last: beside those of earlier micro-batches, or of an output embedding tied to it.
-        added = 4 * self.estimator.whole_in * (before >= self.estimator.adapters or self.estimator.whole_out > 0)
-        last = replace(held, gradients=self.estimator.adapters + added)
-        return max(best, last, key=lambda t: t.total)
+        added = 4 * self.whole_in * (before >= self.adapters or self.whole_out > 0)
+        last = replace(held, gradients=self.adapters + added)
+        loss = replace(held, gradients=before, activations=round(kept), loss=self._loss(setting))
+        return loss, max(fullest, last, key=lambda t: t.total)
 
-    def _loss(self) -> int:
+    def _loss(self, setting: Setting) -> int:
         """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
         changes them afterwards."""
+        tokens = setting.tokens
+        size = setting.dtype.itemsize
         hidden = self.config.hidden_size
         vocabulary = self.config.vocab_size
-        states = round(self.tokens * self.estimator.norm_bytes)
-        states += 2 * self.tokens * hidden * self.size
-        if self.estimator.changes_logits:
-            return states + self.tokens * vocabulary * FULL_LOGITS
-        chunk = chunk_tokens(self.setting.device, vocabulary, self.size, self.tokens)
-        if numel := self.estimator.whole_out:  # the sum of its gradients, its mean, the copy that is multiplied
-            states += numel * (8 + self.size % 4) + 4 * chunk * vocabulary
-        return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
+        states = round(tokens * self.norm_bytes) + 2 * tokens * hidden * size
+        if self.changes_logits:
+            return states + tokens * vocabulary * FULL_LOGITS
+        chunk = chunk_tokens(setting.device, vocabulary, size, tokens)
+        if numel := self.whole_out:  # the sum of its gradients, its mean, the copy that is multiplied
+            states += numel * (8 + size % 4) + 4 * chunk * vocabulary
+        return states + chunk * (vocabulary + 2 * hidden) * size + 12 * tokens
 
-    def _gradients_held(self) -> int:
+    def _gradients_held(self, setting: Setting) -> int:
         """Bytes that gradients of the adapters have at the loss: all but the first micro-batch of a step begin with
         those of the ones before, and passes in a CUDA graph leave them in one place for good. On the CPU the heap keeps
         their place from step to step, up to the size from which a block is a mapping of its own."""
-        if self.setting.micro_batches > 1 or self._is_captured():
-            return self.estimator.adapters
-        if self.on_card:
+        if setting.micro_batches > 1 or self._is_captured(setting):
+            return self.adapters
+        if setting.device == "cuda":
             return 0
-        least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
-        return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
+        least = LEAST_MAPPED_WITH_CHECKPOINTING if setting.checkpointing else LEAST_MAPPED
+        return sum(4 * numel for numel in self.trained if 4 * numel < least)
 
-    def _scratch(self) -> int:
+    def _scratch(self, setting: Setting) -> int:
         """Of kernels."""
-        if self.on_card:  # a weight decoded for torch's own product
-            largest = max((n * k for n, k in self.estimator.shapes), default=0)
-            return min(largest * self.size, PANEL_BYTES)
-        rows = self.setting.batch_size
-        length = self.setting.length
+        size = setting.dtype.itemsize
+        if setting.device == "cuda":  # a weight decoded for torch's own product
+            return min(max((n * k for n, k in self.shapes), default=0) * size, PANEL_BYTES)
         heads, groups, width = head_shape(self.config)
-        q = torch.empty(rows, heads, length, width, dtype=self.setting.dtype, device="meta")
-        dtype = _native.DTYPE_NUMBER[self.setting.dtype]
+        rows = setting.batch_size, heads
+        dtype = _native.DTYPE_NUMBER[setting.dtype]
         attention = 0  # of torch's, which takes other heads
-        if is_native(q):
-            attention = _C.causal_attention_scratch_bytes(dtype, (rows, heads, groups, length, width), True) + ALIGNMENT
-        hidden = self.config.hidden_size
+        if is_native(torch.empty(*rows, setting.length, width, dtype=setting.dtype, device="meta")):
+            sizes = (*rows, groups, setting.length, width)
+            attention = _C.causal_attention_scratch_bytes(dtype, sizes, True) + ALIGNMENT
         vocabulary = self.config.vocab_size
-        chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
-        tokens = min(self.tokens, 1 << 20)  # more take no more
-        products = [(tokens, n, k) for n, k in self.estimator.shapes]
-        products.append((chunk, vocabulary, hidden))
+        tokens = min(setting.tokens, 1 << 20)  # more take no more
+        products = [(tokens, n, k) for n, k in self.shapes]
+        chunk = chunk_tokens("cpu", vocabulary, size, setting.tokens)
+        products.append((chunk, vocabulary, self.config.hidden_size))
         most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
         return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
 
@@ -325,14 +292,18 @@ class _Sum:
 def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the adapters as their products on CUDA take them, A in another dtype and scale * B, which are kept from
     pass to pass."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and isinstance(m.base_layer, QuantizedLinear)]
-    pairs = [(layer.lora_A, layer.lora_A.dtype != dtype) for layer in layers]
-    pairs += [(layer.lora_B, layer.lora_B.dtype != dtype or layer.scale != 1.0) for layer in layers]
-    return sum(matrix.numel() * dtype.itemsize for matrix, is_copied in pairs if is_copied)
+    numel = 0
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear) and isinstance(layer.base_layer, QuantizedLinear):
+            is_cast = layer.lora_A.dtype != dtype  # B's dtype is A's
+            numel += layer.lora_A.numel() if is_cast else 0
+            numel += layer.lora_B.numel() if is_cast or layer.scale != 1.0 else 0
+    return numel * dtype.itemsize
 
 
 def state_bytes(numel: int, optimizer: str) -> int:
     """Bytes of one parameter's optimizer states."""
+    moments = 1 if optimizer == "lion" else 2
     if optimizer == "adamw8bit" and numel >= MIN_CODED_NUMEL:
-        return MOMENTS[optimizer] * (numel + 4 * -(-numel // _native.STATE_BLOCK))
-    return MOMENTS[optimizer] * 4 * numel
+        return moments * (numel + 4 * -(-numel // _native.STATE_BLOCK))
+    return moments * 4 * numel

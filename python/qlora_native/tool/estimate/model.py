@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_native.data.readers import fetch_model, hub_id
@@ -22,8 +21,8 @@ from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME
 from qlora_native.weights.match import Entry
 from qlora_native.weights.open import open_source
-from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside, is_transposed
-from qlora_native.weights.source import AUTO, SafetensorsSource, Source
+from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside
+from qlora_native.weights.source import AUTO, Source
 from qlora_native.weights.stream import stream
 
 READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
@@ -47,6 +46,11 @@ class Setting:
     ships: str | None = None  # the format of a 4-bit model to write at the end: nf4 or gguf
     cuda_graph: bool = True  # capture passes, where that is possible
     device: str = "cpu"  # or "cuda"
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, padding counted."""
+        return self.batch_size * self.length
 
     @classmethod
     def from_config(
@@ -83,100 +87,77 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
 
     UserError as :func:`qlora_native.load_model`; ValueError if the model has no modules of the names given.
     """
-    stored: dict[str, Any] | None = None  # the config's description of weights that are 4-bit already
     if isinstance(model, Path):
         model = opened(model)
-    if isinstance(model, PreTrainedConfig):
-        stored = four_bit_config(model, Path(model.name_or_path))
-    if stored is not None:
-        double = stored.get("double_quant", stored.get("bnb_4bit_use_double_quant", False))
-        skip = stored.get("skip_modules", stored.get("llm_int8_skip_modules"))
-        quant = {**setting.quant, "block_size": stored.get("block_size", 64), "double_quant": bool(double)}
-        setting = replace(setting, quant=quant, skip_modules=tuple(skip or ()))
-    config, path = (model, Path()) if isinstance(model, PreTrainedConfig) else (model.config, model.path)
+    source = model if isinstance(model, Source) else None
+    config = model.config if isinstance(model, Source) else model
     meta = MetaModel(config, setting.dtype, torch.device("meta"))
-    options: Options = {}
-    if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
-        skipped = dense_beside(setting.lora.modules_to_save, setting.lora.trainable_tokens, is_kept=True)
-        match, read = model.match_kept(meta, skipped, is_mapped=True), [0]
-        for item in stream(model, meta, entries=match.entries):
-            if item.weight is None:
-                read.append(item.entry.num_bytes)
-            else:
-                meta.store(item.name, item.weight().to("meta"), item.entry.file)
-        setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
-        options = dict.fromkeys(match.rounded, setting.quant)
-        return _trained(meta, options, setting, path), max(read)
-    if setting.quant["quant_type"] == AUTO:
-        setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
-    if isinstance(model, SafetensorsSource):
-        entries = [item.entry for item in stream(model, meta) if item.weight is not None]
-        options = {entry.name: _stored_options(entry, meta, setting) for entry in entries}
-    if not options:
-        skipped = [*setting.skip_modules, *setting.lora.modules_to_save]
-        chosen = meta.four_bit_weights(skipped, setting.quant["block_size"])
-        options = dict.fromkeys(chosen, setting.quant)
-    if isinstance(model, Source) and not model.is_whole:
-        beside = _largest_read(model, meta, options)
-    elif isinstance(model, PreTrainedConfig):
-        beside = max((2 * meta.shapes[name].numel() for name in options), default=0)
+    lora = setting.lora
+    quant = setting.quant
+    skipped = [*setting.skip_modules, *lora.modules_to_save]
+    if source is None and (stored := four_bit_config(config, Path(config.name_or_path))) is not None:
+        double = stored.get("double_quant", stored.get("bnb_4bit_use_double_quant", False))
+        quant = {**quant, "block_size": stored.get("block_size", 64), "double_quant": bool(double)}
+        own: Any = stored.get("skip_modules", stored.get("llm_int8_skip_modules"))
+        skipped = [*(own or ()), *lora.modules_to_save]
+    is_kept = source is not None and source.keeps(quant["quant_type"])
+    if is_kept or quant["quant_type"] == AUTO:
+        quant = {**quant, "quant_type": "nf4"}
+    entries = None
+    options: dict[str, dict[str, Any]] = {}  # arguments of quantize for each 4-bit weight, by its name
+    if source is not None and is_kept:
+        beside = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept)
+        match = source.match_kept(meta, beside, is_mapped=True)
+        entries = match.entries
+        options = dict.fromkeys(match.rounded, quant)
+    elif source is None or not source.is_four_bit:
+        options = dict.fromkeys(meta.four_bit_weights(skipped, quant["block_size"]), quant)
+    if source is None:
+        read = max((2 * meta.shapes[name].numel() for name in options), default=0)
+    elif source.is_whole:
+        # The peak of transformers' reader of GGUF, where nothing is 4-bit: the tokenizer's arrays, and either the
+        # largest tensor (decoded rows, these end to end, and a copy, all in fp32, and in `dtype`), or all in `dtype`
+        # with the memory of those rows, which the heap keeps.
+        sizes = [tensor.numel() for name, tensor in meta.shapes.items() if name not in meta.tied]
+        size = setting.dtype.itemsize
+        decoded = max((12 + size) * max(sizes), size * sum(sizes) + 4 * max(sizes))
+        read = READER_TOKEN * config.get_text_config().vocab_size + decoded
     else:
-        beside = _read_whole(meta, setting.dtype)
-        trained = _trained(meta, options, setting, path)
-        return trained, max(0, beside - trained.load_report.num_bytes)
-    return _trained(meta, options, setting, path), beside
+        read = 0  # of the largest stored tensor that goes through memory of its own
+        for item in stream(source, meta, entries=entries):
+            entry = item.entry
+            is_lasting = entry.is_plain and item.name not in options
+            if item.weight is None and not (is_lasting and entry.parts[0].dtype == meta.dtype_of(item.name)):
+                read = max(read, *(part.num_bytes for part in entry.parts))
+            elif is_kept and item.weight is not None:
+                meta.store(item.name, item.weight().to("meta"), entry.file)
+            elif item.weight is not None:
+                options[item.name] = {**quant, **_stored_options(entry, meta)}
+    trained = _trained(meta, options, setting, Path() if source is None else source.path)
+    if source is not None and source.is_whole:
+        read = max(0, read - trained.load_report.num_bytes)
+    return trained, read
 
 
-def _read_whole(meta: MetaModel, dtype: torch.dtype) -> int:
-    """Bytes at the peak of transformers' reader of GGUF, where nothing is 4-bit: the tokenizer's arrays, and either the
-    largest tensor (decoded rows, these end to end, and a copy, all in fp32, and in ``dtype``), or all in ``dtype`` with
-    the memory of those rows, which the heap keeps."""
-    sizes = [tensor.numel() for name, tensor in meta.shapes.items() if name not in meta.tied]
-    largest = max(sizes)
-    vocabulary = meta.model.config.get_text_config().vocab_size
-    read = max((12 + dtype.itemsize) * largest, dtype.itemsize * sum(sizes) + 4 * largest)
-    return int(READER_TOKEN * vocabulary + read)
-
-
-Options = dict[str, dict[str, Any]]  # arguments of quantize for each 4-bit weight, by its name
-
-
-def _trained(meta: MetaModel, options: Options, setting: Setting, path: Path) -> PreTrainedModel:
+def _trained(meta: MetaModel, options: dict[str, dict[str, Any]], setting: Setting, path: Path) -> Any:
     """The model as loading leaves it, with its ``load_report``, and with adapters."""
-    model = meta.model
-    for name in options:
-        parent = model.get_submodule(name.rpartition(".")[0])
+    for name, chosen in options.items():
         dense = meta.shapes[name].to(setting.dtype)
-        meta.store(name, quantize(dense.t() if is_transposed(parent) else dense, **options[name]), "")
-    for name, tensor in meta.shapes.items():
-        if name in meta.missing and name not in options and meta.dtype_of(name) != tensor.dtype:
-            parent, _, leaf = name.rpartition(".")
-            wide = nn.Parameter(tensor.to(torch.float32), requires_grad=False)
-            setattr(model.get_submodule(parent), leaf, wide)
+        meta.store(name, quantize(dense.t() if name in meta.transposed else dense, **chosen), "")
+    for name in meta.missing - meta.tied.keys():
+        meta.store(name, meta.shapes[name].to(meta.dtype_of(name)), "")
+    model = meta.model
     model.tie_weights(missing_keys=set(meta.tied), recompute_mapping=False)
     model.load_report = make_report(model, path)
     add_lora(model, setting.lora)
     return model.train()
 
 
-def _stored_options(entry: Entry, meta: MetaModel, setting: Setting) -> dict[str, Any]:
+def _stored_options(entry: Entry, meta: MetaModel) -> dict[str, Any]:
     """Of a weight that is 4-bit in the files."""
     parts = {part.name.removeprefix(entry.key): part for part in entry.parts}
-    scales = parts.get(".absmax")
-    if scales is None or not scales.shape:
+    blocks = math.prod(parts[".absmax"].shape) if ".absmax" in parts else 0
+    if not blocks:
         raise UserError(f"{entry.file}: {entry.key} has no scales: expected {entry.key}.absmax.")
-    blocks = math.prod(scales.shape)
-    per_block = meta.shapes[entry.name].numel() / blocks if blocks else setting.quant["block_size"]
-    stored = {"block_size": 1 << max(0, math.ceil(math.log2(per_block))), "double_quant": ".nested_absmax" in parts}
-    return {**setting.quant, **stored}
-
-
-def _largest_read(source: Source, meta: MetaModel, options: Options) -> int:
-    """Bytes of the largest stored tensor that goes through memory of its own on its way into the model."""
-    sizes = [0]
-    for item in stream(source, meta):
-        dtype = item.entry.parts[0].dtype
-        is_kept = item.entry.is_plain and item.name not in options and dtype == meta.dtype_of(item.name)
-        if item.weight is None and not is_kept:
-            sizes += [stored.num_bytes for stored in item.entry.parts]
-    return max(sizes)
+    per_block = meta.shapes[entry.name].numel() / blocks
+    return {"block_size": 1 << max(0, math.ceil(math.log2(per_block))), "double_quant": ".nested_absmax" in parts}

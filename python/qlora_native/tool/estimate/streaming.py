@@ -7,7 +7,6 @@ which that slows down, since the kernel moves pages on the same cores.
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import threading
@@ -32,6 +31,7 @@ from qlora_native.models.loss import causal_lm_loss, has_plain_head
 from qlora_native.models.mapped import mapped_tensors, num_bytes, parts_of, plan_streaming
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate.memory import Estimator
+from qlora_native.tool.estimate.model import Setting
 
 READ = 256 << 20  # bytes read to measure the disk
 BLOCK = 8 << 20
@@ -66,9 +66,8 @@ class StreamedRun:
 def disk_rate(file: Path) -> float:
     """Bytes a second of reading a file past the page cache, or through it where the file system allows nothing else."""
     block = mmap.mmap(-1, BLOCK)
-    flags = getattr(os, "O_DIRECT", 0)
     try:
-        descriptor = os.open(file, os.O_RDONLY | flags)
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:
         descriptor = os.open(file, os.O_RDONLY)
     done = 0
@@ -87,32 +86,35 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     setting = estimator.setting
     terms = estimator.at().peak
     model: Any = load_model(Path(config.model), residency="mapped", dtype=setting.dtype)
-    status = kib_fields(Path("/proc/self/status").read_text(encoding="ascii"))
-    beside = terms.total - terms.weights - terms.scales - terms.dense
-    free = Free(memory - status["RssAnon"], memory, "memory")
+    held = kib_fields(Path("/proc/self/status").read_text(encoding="ascii"))["RssAnon"]
     add_lora(model, setting.lora).train()
+    if setting.checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     weights = num_bytes(parts_of(model))
+    beside = terms.total - terms.weights - terms.scales - terms.dense
+    free = Free(memory - held, memory, "memory")
     budget = config.weight_budget or free.bytes - free.margin - beside
     plan = plan_streaming(model, budget)
-    file = max((part.file for _, _, part in mapped_tensors(model)), key=lambda file: file.num_bytes, default=None)
-    if file is None:
+    files = [part.file for _, _, part in mapped_tensors(model)]
+    if not files:
         raise UserError(f"{config.model} has no weights of 64 KiB or more, so none would stream")
-    shape = setting.batch_size, setting.length
-    layer, rest = _seconds(model, *shape, setting.checkpointing)
+    path = max(files, key=lambda file: file.num_bytes).path
+    layer, rest = _seconds(model, setting)
     count = len(plan.units) - 2
     forward = [0.0, *[layer[0]] * count, rest]
     backward = [0.0, *[layer[1]] * count, 0.0]
-    tokens = setting.batch_size * setting.length
-    in_memory = tokens / (sum(forward) + sum(backward))
+    in_memory = speed = setting.tokens / (sum(forward) + sum(backward))
+    found = rate or disk_rate(Path(path))
     fits = weights <= budget
-    slower = 0.0
-    found = rate or disk_rate(Path(file.path))
     if not fits:
-        with _reading(file.path) as reads:
-            slowed, _ = _seconds(model, *shape, setting.checkpointing)
+        slower = 0.0
+        with _reading(path) as reads:
+            slowed, _ = _seconds(model, setting)
         if reads.num_bytes >= READ:  # of less, noise is most
             slower = max(0.0, 1 - sum(layer) / sum(slowed)) / reads.rate
             found = rate or min(found, reads.rate)
+        speed = setting.tokens / plan.seconds(found, forward, backward, slower)
     return StreamedRun(
         memory=memory,
         weights=weights,
@@ -121,7 +123,7 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
         layers_streamed=0 if fits else len(plan.streamed),
         bytes_read=0 if fits else plan.bytes_read() * setting.micro_batches,
         disk_rate=found,
-        tokens_per_second=in_memory if fits else tokens / plan.seconds(found, forward, backward, slower),
+        tokens_per_second=speed,
         tokens_per_second_in_memory=in_memory,
     )
 
@@ -141,9 +143,9 @@ def _reading(path: str) -> Iterator[_Reads]:
     stream = _C.WeightStream(pieces, [], [])
 
     def read() -> None:
-        for now in itertools.cycle(range(len(pieces))):
-            if ends.is_set() or not stream.want([now, (now + 1) % len(pieces)], now, False):
-                break
+        now = 0
+        while not ends.is_set() and stream.want([now, (now + 1) % len(pieces)], now, False):
+            now = (now + 1) % len(pieces)
 
     reader = threading.Thread(target=read, name="reads", daemon=True)
     began = time.monotonic()
@@ -151,21 +153,18 @@ def _reading(path: str) -> Iterator[_Reads]:
     try:
         yield found
     finally:
-        found.num_bytes, seconds = stream.bytes_read, time.monotonic() - began
-        found.rate = found.num_bytes / seconds
+        found.num_bytes = stream.bytes_read
+        found.rate = found.num_bytes / (time.monotonic() - began)
         ends.set()
         reader.join()
 
 
-def _seconds(model: Any, rows: int, length: int, checkpointing: bool) -> tuple[tuple[float, float], float]:
+def _seconds(model: Any, setting: Setting) -> tuple[tuple[float, float], float]:
     """Seconds of a decoder layer, forward and backward, and of everything else, of one micro-batch."""
     path, layers = decoder_layers(model)
     parent, _, name = path.rpartition(".")
     whole = model.get_submodule(parent)
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    ids = torch.arange(rows * length).view(rows, length) % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(setting.tokens).view(-1, setting.length) % model.get_input_embeddings().num_embeddings
     has_plain_head(model, {"input_ids": ids[:, :2]})
     found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     try:
@@ -178,8 +177,6 @@ def _seconds(model: Any, rows: int, length: int, checkpointing: bool) -> tuple[t
             found[count].append((between - began, time.monotonic() - between))
     finally:
         setattr(whole, name, layers)
-    del found[2][0]
-    forward, backward = (median(each) for each in zip(*found[1], strict=True))
-    more_forward, more_backward = (median(each) for each in zip(*found[2], strict=True))
-    layer = max(0.0, more_forward - forward), max(0.0, more_backward - backward)
+    (forward, backward), both = (tuple(map(median, zip(*runs, strict=True))) for runs in (found[1], found[2][1:]))
+    layer = max(0.0, both[0] - forward), max(0.0, both[1] - backward)
     return layer, max(0.0, forward + backward - sum(layer))

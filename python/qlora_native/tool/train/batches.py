@@ -22,9 +22,6 @@ from qlora_native.tool.config import TrainConfig
 
 Batch = dict[str, Tensor]
 
-# How far the hidden states of one token may lie apart in two orders of rounding, relative to their norm.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
@@ -34,14 +31,6 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
                 f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
             )
     return config.data.load_split(tokenizer, config.train.seed, folder=user_path(config.output_dir))
-
-
-def describe_rows(rows: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
-    """What is trained on and what is held out, as lines to print."""
-    if held_out is None:
-        return [rows.stats.describe()]
-    is_part = held_out.stats.path == rows.stats.path
-    return [rows.stats.describe(), f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe()]
 
 
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler:
@@ -64,12 +53,11 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """The items of one step, ``batch_size`` at a time, as tensors on ``device``."""
     for at in range(0, len(items), batch_size):
-        part = items[at : at + batch_size]
-        sequences = [[rows[number] for number in item] for item in part if isinstance(item, list)]
-        if sequences:
-            batch = collate_packed(sequences, pad_id)
+        part: Any = items[at : at + batch_size]
+        if isinstance(part[0], list):
+            batch = collate_packed([[rows[number] for number in item] for item in part], pad_id)
         else:
-            batch = collate([rows[number] for number in part if isinstance(number, int)], pad_id)
+            batch = collate([rows[number] for number in part], pad_id)
         yield {key: value.to(device) for key, value in batch.items()}
 
 
@@ -83,21 +71,21 @@ def check_packing(model: Any) -> None:
 
     vocabulary = model.get_input_embeddings().num_embeddings
     numbers = torch.arange(28, device=model.device)[None]
-    first, other = ((numbers[:, :12] * step + 3) % vocabulary for step in (5, 11))
     row = (numbers * 7 + 1) % vocabulary
     positions = torch.cat((numbers[:, :12], numbers), 1)
+    heads = ((numbers[:, :12] * step + 3) % vocabulary for step in (5, 11))
     name = type(model).__name__
     with modes_kept(model):
         model.eval()
         try:
             alone = hidden(row, numbers)
-            behind, behind_other = (hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in (first, other))
+            found = [hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in heads]
         except TypeError as error:
             raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
-    for got, expected in ((behind, alone), (behind_other, behind)):
-        off = (got.float() - expected.float()).norm(dim=-1)
-        distance = float((off / expected.float().norm(dim=-1)).max())
-        if not distance <= TOLERANCE.get(got.dtype, TOLERANCE[torch.bfloat16]):
+    for behind in found:
+        off = (behind.float() - alone.float()).norm(dim=-1)
+        distance = float((off / alone.float().norm(dim=-1)).max())
+        if not distance <= (1e-3 if behind.dtype == torch.float32 else 5e-2):  # of two orders of rounding
             raise UserError(
                 f"{name} cannot train on packed rows: a row's hidden states change by {distance:.0%} when another row "
                 "stands before it; set data.packing to false"

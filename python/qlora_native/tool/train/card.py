@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,29 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     record = read_record(folder)
     is_kept = quant.type == "keep"
     is_stored = "folder" in record
-    is_made = bool(record)
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
     made = ""
     base = f"base in 4 bits ({quant.type} by {quant.method}, blocks of {quant.block_size}"
     base += ", double quantization)" if quant.double_quant else ")"
-    if is_made:
+    if record:
         base = "GGUF file whose weights stayed as they are" if is_kept else "base in 4 bits"
         base += f" ({quant.type} by {quant.method})" if is_stored else ""
         arguments = repr(str(Path(config.output_dir) / record["folder"]) if is_stored else model)
     started = "" if lora.adapter is None else f", from the adapter in {lora.adapter}"
     trains_more = bool(lora.modules_to_save or lora.trainable_tokens)
     skipped = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept) if trains_more else []
-    if skipped and (is_kept or not is_made):
+    if skipped and (is_kept or not record):
         arguments += f", skip_modules={skipped!r}"
     merged = model
-    if quant.method != "rtn" and not is_made:  # too slow to do on each load
-        made = f" Make it with `{_command(config, skipped)}`:"
+    kept = Path(config.output_dir) / FILE if quant.method in CALIBRATED else None
+    command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit", skipped)
+    made_for_peft = "" if record or _is_bitsandbytes(config) else f", on the base that `{command}` makes"
+    if quant.method != "rtn" and not record:  # too slow to do on each load
+        made = f" Make it with `{command}`:"
         arguments, merged = "'base-4bit'", "base-4bit"
-    data = [("training rows", path) for path in config.data.files]
-    data += [("held-out rows", config.data.eval)] if config.data.eval is not None else []
-    files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data]
+    files = [f"| training rows | `{path}` | `{hashes[path]}` |" for path in config.data.files]
+    if (path := config.data.eval) is not None:
+        files.append(f"| held-out rows | `{path}` | `{hashes[path]}` |")
     losses = ""
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before these steps, "
@@ -91,7 +93,7 @@ model = qn.load_model({arguments})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 
-With PEFT{_made_for_peft(config, record, skipped)}:
+With PEFT{made_for_peft}:
 
 ```python
 {peft_snippet(config, record, "path/to/this/folder")}
@@ -118,19 +120,6 @@ As a model of its own: `{shlex.join(["qlora", "merge", merged, "path/to/this/fol
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _command(config: TrainConfig, skipped: Sequence[str]) -> str:
-    """The command that makes the 4-bit base."""
-    kept = Path(config.output_dir) / FILE if config.quant.method in CALIBRATED else None
-    return quantize_command(config.model, config.quant.model_dump(), config.train.dtype, kept, "base-4bit", skipped)
-
-
-def _made_for_peft(config: TrainConfig, record: Mapping[str, str], skipped: Sequence[str]) -> str:
-    """How to make the base that PEFT loads, where transformers does not make it."""
-    if record or _is_bitsandbytes(config):
-        return ""
-    return f", on the base that `{_command(config, skipped)}` makes"
-
-
 def _is_bitsandbytes(config: TrainConfig) -> bool:
     """Whether bitsandbytes makes the 4-bit weights of the run of the files, whose name alone is looked at."""
     return config.quant.method == "rtn" and config.quant.block_size == 64 and not config.model.endswith(".gguf")
@@ -141,21 +130,19 @@ def peft_snippet(config: TrainConfig, record: Mapping[str, str], adapter: str) -
     quant = config.quant
     dtype = config.train.dtype
     model = Path(config.model)
+    names = ""
     if "folder" in record:
         place = repr(str(Path(config.output_dir) / record["folder"]))
-        names = ""
     elif quant.type == "keep":
-        place = f"{str(model.parent)!r}, gguf_file={model.name!r}"
+        place = f"{str(model.parent)!r}, gguf_file={model.name!r}, quantization_config=GgufConfig(dequantize=True)"
         names = ", GgufConfig"
-        place += ", quantization_config=GgufConfig(dequantize=True)"
     elif record:
         place = repr(config.model)
-        names = ""
     elif _is_bitsandbytes(config):
         place = f"{config.model!r}, quantization_config=four_bit"
         names = ", BitsAndBytesConfig"
     else:
-        place, names = "'base-4bit'", ""
+        place = "'base-4bit'"
     lines = ["from peft import PeftModel", f"from transformers import AutoModelForCausalLM{names}", ""]
     if names == ", BitsAndBytesConfig":
         options = f"bnb_4bit_quant_type={quant.type!r}, bnb_4bit_use_double_quant={quant.double_quant}"

@@ -48,14 +48,13 @@ TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.
 BEFORE = "delete that checkpoint, and --resume continues from the one before it"
 _NAME = re.compile(r"step-(\d{6,})")
 
-# Keys of ``train`` that stay the same between two halves of a run, as all of ``quant`` and ``lora`` do. The data have a
-# check of their own: the sampler compares the rows.
-_FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
-# What runs did whose config does not have the key yet.
-_BEFORE_THE_KEY = {"train.optimizer": "adamw"} | {
-    key: field.get_default(call_default_factory=True) for key, field in keys().items() if key.startswith("lora.")
+# Keys that stay the same between two halves of a run, with their defaults, for runs whose config does not have the key
+# yet. The data have a check of their own: the sampler compares the rows.
+_FIXED = {
+    key: field.get_default(call_default_factory=True)
+    for key, field in keys().items()
+    if re.match(r"quant\.|lora\.|train\.(seed|batch_size|grad_accum|dtype|optimizer)$", key)
 }
-
 
 LARGEST_SCALE = 65536.0  # of a loss in float16
 SCALE_STEPS = 200  # without an overflow, after which it is doubled
@@ -75,19 +74,18 @@ class LossScale:
             if parameter.grad is not None:
                 parameter.grad.mul_(1 / self.value)
 
-    def has_overflowed(self, loss: float, norm: float) -> bool:
-        """Whether a step's gradient, whose norm is given, is not finite because of the scale: its loss is finite."""
-        return self.value != 1 and math.isfinite(loss) and not math.isfinite(norm)
-
-    def update(self, loss: float, norm: float) -> None:
-        """Count a step: halve the scale after an overflow, double it after SCALE_STEPS without one."""
+    def update(self, loss: float, norm: float) -> bool:
+        """Count a step by its loss and its gradient's norm: halve the scale after an overflow, double it after
+        SCALE_STEPS without one. Returns whether the gradient is not finite because of the scale: its loss is finite."""
+        has_overflowed = self.value != 1 and math.isfinite(loss) and not math.isfinite(norm)
         self.steps += 1
-        if self.has_overflowed(loss, norm):
+        if has_overflowed:
             self.value /= 2
             self.steps = 0
         elif self.steps >= SCALE_STEPS and 1 < self.value < LARGEST_SCALE and math.isfinite(loss):
             self.value *= 2
             self.steps = 0
+        return has_overflowed
 
 
 @dataclass
@@ -109,23 +107,21 @@ class TrainState:
 
     def count_evaluation(self, loss: float) -> bool:
         """Count a held-out loss; returns whether training has brought it below every earlier one."""
-        self.loss_after = loss
-        self.since_best += 1
-        if self.step == 0:
-            self.loss_before, self.best_loss, self.since_best = loss, loss, 0
-            return False
         is_best = self.best_loss is None or loss < self.best_loss
+        self.loss_after = loss
+        self.since_best = 0 if is_best else self.since_best + 1
         if is_best:
-            self.best_loss, self.best_step, self.since_best = loss, self.step, 0
-        return is_best
+            self.best_loss = loss
+            self.best_step = self.step or None
+        if self.step == 0:
+            self.loss_before = loss
+        return is_best and self.step > 0
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in ``output_dir``, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE).is_file()]
+    found = [path for path in output_dir.glob("step-*") if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save_checkpoint(
@@ -137,14 +133,13 @@ def save_checkpoint(
     state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop needs again
     config: str,
     keep: int,
-    ranks: OneProcess | None = None,
+    ranks: OneProcess,
 ) -> Path:
     """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path. Every
     rank calls it, and ``save_adapter`` is called on every one.
 
     UserError if it cannot be written: the half-written folder is removed, older checkpoints stay.
     """
-    ranks = ranks or OneProcess()
     folder = output_dir / f"step-{step:06d}"
     partial = partial_folder(folder)
     before = checkpoints(output_dir)
@@ -155,7 +150,7 @@ def save_checkpoint(
         for rank, states in enumerate(ranks.gather(own))
         for name, state in states.items()
     }
-    plain: dict[str, dict[str, Any]] = {}
+    plain: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
         with ranks.together(), as_write_error(folder, advice):
             if ranks.is_first:
@@ -169,10 +164,12 @@ def save_checkpoint(
                 save_sharded_states(partial / STATES, optimizer)
         else:
             for number, values in optimizer.state_dict()["state"].items():
-                plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+                plain[number] = {}
                 for name, value in values.items():
                     if isinstance(value, Tensor):
                         tensors[f"optimizer.{number}.{name}"] = value.detach().cpu().contiguous()
+                    else:
+                        plain[number][name] = value
         with ranks.together(), as_write_error(folder, advice):
             if ranks.is_first:
                 save_file(tensors, partial / TENSORS)  # from where the states lie, without a copy
@@ -186,10 +183,9 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess | None = None) -> dict[str, Any]:
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess) -> dict[str, Any]:
     """Restore the optimizer's states, not its hyper-parameters, and the random state; returns ``state`` as it was given
     to save_checkpoint. The number of ranks, and whether the model is sharded over them, may differ."""
-    ranks = ranks or OneProcess()
     with reading(folder, BEFORE):
         check_folder(folder)
         tensors = load_file(folder / TENSORS)
@@ -222,25 +218,20 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return tensors, {
-        "numpy": [name, np.asarray(words).tolist(), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
+    name, words, *others = np.random.get_state()
+    return tensors, {"numpy": [name, words.tolist(), *others], "python": random.getstate()}  # type: ignore[union-attr]
 
 
 def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Restore the state that :func:`random_state` returned; other entries of ``tensors`` are ignored."""
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            if f"random.cuda.{number}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
-    name, words, position, has_gauss, gauss = plain["numpy"]
+    for number in range(torch.cuda.device_count()):
+        if f"random.cuda.{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
+    _, words, position, *_ = plain["numpy"]
     if not 0 <= position <= len(words) == NUMPY_WORDS:  # numpy reads there unchecked
         raise ValueError(f"numpy's random state is at {position} of {len(words)} words, expected {NUMPY_WORDS}")
-    np.random.set_state((name, np.array(words, dtype=np.uint32), position, has_gauss, gauss))
+    np.random.set_state(plain["numpy"])
     version, internal, gauss_next = plain["python"]
     random.setstate((version, tuple(internal), gauss_next))
 
@@ -252,13 +243,12 @@ class Checkpoint(NamedTuple):
     quant_type: str
     method: str
 
-    def refuse(self, *changed: str) -> None:
+    def refuse(self, changed: str) -> None:
         """UserError for settings that are not those of the checkpoint, each as ``key old -> new``."""
-        if changed:
-            raise UserError(
-                f"{self.folder} was made with other settings: {', '.join(changed)}; "
-                "set them back, or start anew with another --output_dir"
-            )
+        raise UserError(
+            f"{self.folder} was made with other settings: {changed}; "
+            "set them back, or start anew with another --output_dir"
+        )
 
 
 def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Checkpoint | None:
@@ -280,27 +270,22 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
     if not (folder / STATE).is_file():
         near = f"; {found[-1]} is one" if found else ""
         raise UserError(f"resume is {folder}, which is no checkpoint (it has no {STATE}){near}")
-    skipped = {"quant.save"}
-    if config.quant.type == "auto":
-        skipped.add("quant.type")
-    if config.quant.falls_back:
-        skipped.add("quant.method")
+    quant = config.quant
+    is_open = {"quant.save": True, "quant.type": quant.type == "auto", "quant.method": quant.falls_back}
     changed = []
+    now = config.model_dump(mode="json")
     with reading(folder / CONFIG, BEFORE):
         before = read_yaml(folder / CONFIG)[0]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
             changed.append(f"model {before['model']} -> {config.model}")
-        now = config.model_dump(mode="json")
-        for key in keys():
-            block, _, name = key.partition(".")
-            if key in skipped or not (block in ("quant", "lora") or (block == "train" and name in _FIXED_KEYS)):
-                continue
-            was = before[block].get(name, _BEFORE_THE_KEY.get(key))
-            value = now[block][name]
-            if was != value:
-                changed.append(f"{key} {was} -> {value}")
+        for key, default in _FIXED.items():
+            block, name = key.split(".")
+            was = before[block].get(name, default)
+            if was != now[block][name] and not is_open.get(key):
+                changed.append(f"{key} {was} -> {now[block][name]}")
         checkpoint = Checkpoint(folder, before["quant"]["type"], before["quant"]["method"])
-    checkpoint.refuse(*changed)
+    if changed:
+        checkpoint.refuse(", ".join(changed))
     return checkpoint
 
 

@@ -12,6 +12,7 @@ run stops. A step that runs out of memory is repeated, once, with the optimizer'
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from pydantic import TypeAdapter
 
 from qlora_native._io import as_write_error, atomic_folder, locked, reading, recover, user_path
@@ -34,8 +37,7 @@ from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.models.loss import check_loss
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.evaluate import page as _page  # noqa: F401 - its matplotlib is no part of the memory of a run
-from qlora_native.tool.train.batches import check_packing, describe_rows, load_rows, make_sampler
+from qlora_native.tool.train.batches import check_packing, load_rows, make_sampler
 from qlora_native.tool.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -70,7 +72,6 @@ from qlora_native.tool.train.setup import (
     parameter_groups,
     prepare_model,
     resolve,
-    seed_all,
     what_is_trained,
 )
 from qlora_native.weights.open import load_tokenizer, open_source
@@ -201,7 +202,7 @@ class Run:
                 return folder
             from qlora_native.tool.train.card import write_card
 
-            hashes = {**self.rows.stats.files, **(self.held_out.stats.files if self.held_out is not None else {})}
+            hashes = self.rows.stats.files | (self.held_out.stats.files if self.held_out else {})
             with as_write_error(folder), atomic_folder(folder) as partial:
                 self._write_adapter(partial)
                 (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
@@ -234,6 +235,7 @@ def prepare(
     from qlora_native.models.trained import check_base, record_of, stored_base
 
     options, output_dir = config.train, user_path(config.output_dir)
+    quiet = quiet or not ranks.is_first
     keep_freed_memory(options.grad_checkpointing)
 
     # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
@@ -282,7 +284,10 @@ def prepare(
     sampler = make_sampler(config, rows)
     total = options.steps or sampler.steps(options.epochs or 1)
     state = TrainState(scale=LossScale(LARGEST_SCALE if options.dtype == "float16" else 1.0))
-    seed_all(options.seed + ranks.rank)  # dropout differs from rank to rank
+    seed = options.seed + ranks.rank  # dropout differs from rank to rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     if checkpoint is not None:
         load_adapter(model, checkpoint.folder)
         with reading(checkpoint.folder, BEFORE):
@@ -292,15 +297,16 @@ def prepare(
 
     # What watches the steps. Only the first process writes and prints.
     metrics = [Metrics(output_dir / "metrics.jsonl", state.step)] if ranks.is_first else []
-    quiet = quiet or not ranks.is_first
     progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
     is_converted = source is not None and not source.is_four_bit
-    for line in (what_is_trained(config, model, is_converted, total), *describe_rows(rows, held_out)):
-        progress.note(line)
+    progress.note(what_is_trained(config, model, is_converted, total))
+    progress.note(rows.stats.describe())
+    if held_out is not None:
+        is_part = held_out.stats.path == rows.stats.path
+        progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
-    folder = output_dir if ranks.is_first else None
-    page = RunPage(folder, facts, progress, state, memory.as_dict if memory is not None else lambda: None)
+    page = RunPage(output_dir, facts, progress, state, memory)
     reason = why_eager(config, model, ranks.world)
     streamed = getattr(model, "streamed_layers", None)
     notes += changes
@@ -329,7 +335,8 @@ def prepare(
     observers += [*metrics, *loggers]
     if on_step is not None:
         observers.append(OnStep(on_step))
-    observers.append(page)  # last: it is made of what the others write
+    if ranks.is_first:
+        observers.append(page)  # last: it is made of what the others write
     if not state.step and (held_out or options.samples):
         progress.note("evaluating before the first step")
     return Run(
@@ -412,7 +419,7 @@ def take_step(run: Run) -> Record:
         observer.computed(loss)
     rate = learning_rate(state.step, run.total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_ratio", 1.0)
+        group["lr"] = rate * group["lr_ratio"]
     norm = math.nan
     if math.isfinite(loss):  # else the gradient is not, and the step would find that out at the cost of reading it
         run.retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite
@@ -420,17 +427,14 @@ def take_step(run: Run) -> Record:
     count_skipped(run, loss, norm)
     optimizer.zero_grad()  # now: an evaluation may need their memory
     seconds = time.monotonic() - began
-    record: Record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}
-    record |= {"tokens": tokens, "trained_tokens": trained}
+    record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
     return record | {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
 
 
 def count_skipped(run: Run, loss: float, norm: float) -> None:
     """Note a step that changed nothing since its loss or its gradient's norm is not finite; UserError after many."""
     state, options = run.state, run.config.train
-    has_overflowed = state.scale.has_overflowed(loss, norm)
-    state.scale.update(loss, norm)
-    if has_overflowed:
+    if state.scale.update(loss, norm):
         scale = f"{state.scale.value:g}"
         run.note(f"the gradient overflows in float16, step skipped; from here on the loss is scaled by {scale}")
         return
@@ -465,7 +469,8 @@ def finish(run: Run) -> TrainSummary:
             from qlora_native.tool.evaluate import retention as shipped
 
             run.note(shipped.describe(retention))
-    run.page.close()
+    if run.ranks.is_first:
+        run.page.close()
     run.progress.close()  # the summary is printed below the bar
     seconds = time.monotonic() - run.began
     adapter_dir, shipped_dir = run.save_adapter("adapter", retention), None

@@ -30,13 +30,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def anonymous_bytes(status: str) -> tuple[int, int]:
-    """Memory in use that is not backed by a file, now and at most so far, from the text of /proc/self/status. The
-    second is an upper bound: file pages only grow."""
-    sizes = kib_fields(status)
-    return sizes["RssAnon"] + sizes["RssShmem"], sizes["VmHWM"] - sizes["RssFile"]
-
-
 @dataclass(frozen=True)
 class Forecast:
     """The memory that a run is expected to take, and how its model is loaded for that."""
@@ -55,8 +48,7 @@ def forecast(config: TrainConfig, source: Source, longest: int, rows: int = 1 <<
         estimator = Estimator(source, Setting.from_config(config, device, rows, longest))
         if device == "cpu":
             return Forecast(estimator.at())
-        card = torch.device("cuda", torch.cuda.current_device())
-        return fit(estimator, free_device_memory(card).bytes)
+        return fit(estimator, free_device_memory(torch.device(device, torch.cuda.current_device())).bytes)
     except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
         return Forecast(reason=f"{type(error).__name__}: {error}".partition("\n")[0])
 
@@ -78,27 +70,25 @@ class MemoryReport:
     def __init__(self, forecast: Forecast) -> None:
         self.predicted = forecast.estimate
         self.reason = forecast.reason
-        self.is_on_card = torch.cuda.is_available()
         self.mapped = self.streamed = 0  # bytes of mapped weights: in memory at once, and those left in the files
         gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
         release_free_memory()
-        self._start, self._earlier = self._reset()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):  # where Linux refuses that, the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._start, self._earlier = self._now()
 
     def _now(self) -> tuple[int, int]:
-        if self.is_on_card:
+        """Bytes in use now and at most so far: on a device, or in memory that is not backed by a file, where the second
+        is an upper bound: file pages only grow."""
+        if torch.cuda.is_available():
             return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         try:
-            return anonymous_bytes(Path("/proc/self/status").read_text(encoding="ascii"))
+            sizes = kib_fields(Path("/proc/self/status").read_text(encoding="ascii"))
+            return sizes["RssAnon"] + sizes["RssShmem"], sizes["VmHWM"] - sizes["RssFile"]
         except (OSError, KeyError):  # not Linux
             return 0, 0
-
-    def _reset(self) -> tuple[int, int]:
-        """As ``_now``, after the peak was set to what is held now; where Linux refuses that it is the process's."""
-        if self.is_on_card:
-            torch.cuda.reset_peak_memory_stats()
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return self._now()
 
     def measured(self) -> int:
         """The most bytes held so far above the start: anonymous memory, or what torch has allocated on a device. 0 if
@@ -109,7 +99,7 @@ class MemoryReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, in bytes; ``predicted`` is by part, with the ``mapped`` weights."""
         parts = {} if self.predicted is None else dict(vars(self.predicted.peak))
-        if self.streamed and parts:
+        if parts:
             parts["weights"] = max(0, parts["weights"] - self.streamed)
         return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
 
@@ -129,16 +119,10 @@ class MemoryReport:
             text += f"; {mib(self.mapped)} of it are mapped weights"
         if self.streamed:
             text += f", of {mib(self.mapped + self.streamed)} in the files"
-        if measured and not self.is_on_card and (beside := peak_rss_bytes() - measured) > 0:
+        beside = peak_rss_bytes() - measured
+        if measured and beside > 0 and not torch.cuda.is_available():
             text += f"; Python, libraries and rows take {mib(beside)} beside it"
         return text
-
-    def beside_weights(self) -> int:
-        """Bytes that the run is predicted to take beside frozen weights and the adapters, which are there already."""
-        if self.predicted is None:
-            return 0
-        terms = self.predicted.peak
-        return terms.total - terms.weights - terms.scales - terms.dense - terms.adapters
 
 
 class MappedWeights(Observer):
@@ -150,32 +134,34 @@ class MappedWeights(Observer):
     def __init__(
         self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int
     ) -> None:
+        from qlora_native.models.mapped import num_bytes, parts_of, stream_if_needed
+
         self._model = model
         self._where = config.model
-        self._files: list[_C.MappedFile] = []
         self.stream: _C.WeightStream | None = None
-        if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
+        is_mapped = getattr(getattr(model, "load_report", None), "bytes_mapped", 0)
+        parts = parts_of(model) if is_mapped else []
+        self._files = list({id(part.file): part.file for part in parts}.values())
+        if not parts:
             if config.weight_budget is not None:
                 raise UserError(
                     f"weight_budget is {config.weight_budget}, but no weight of {config.model} is mapped: `residency: "
                     "mapped` says what is missing"
                 )
             return
-        from qlora_native.models.mapped import num_bytes, parts_of, stream_if_needed
-
-        parts = parts_of(model)
-        self._files = list({id(part.file): part.file for part in parts}.values())
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        beside = 0 if report is None else here * report.beside_weights()
+        beside = 0  # bytes predicted beside frozen weights and the adapters, which are there already
+        if report is not None and report.predicted is not None:
+            terms = report.predicted.peak
+            beside = terms.total - terms.weights - terms.scales - terms.dense - terms.adapters
+            beside *= int(os.environ.get("LOCAL_WORLD_SIZE", world))
         streaming = stream_if_needed(model, config.weight_budget, beside, note)
-        mapped = num_bytes(parts)
-        streamed = 0
+        mapped = resident = num_bytes(parts)
         if streaming is not None:
             self.stream = streaming.stream
-            streamed = max(0, mapped - streaming.plan.num_bytes)
+            resident = min(mapped, streaming.plan.num_bytes)
         if report is not None:
-            report.mapped = mapped - streamed
-            report.streamed = streamed
+            report.mapped = resident
+            report.streamed = mapped - resident
 
     def computed(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
@@ -201,6 +187,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+class _OutOfMemory(UserError):
+    """Memory ran out."""
+
+
 class OOMRetry(Observer):
     """Runs the passes of a training step or an evaluation, and once more, with the optimizer's states paged out, if
     they run out of memory; not if ``train.paged`` is false, nor, without ``can_retry``, on one of several processes.
@@ -210,36 +200,29 @@ class OOMRetry(Observer):
     """
 
     def __init__(
-        self, config: TrainConfig, optimizer: AdamW | Lion, note: Callable[[str], None], *, can_retry: bool = True
+        self, config: TrainConfig, optimizer: AdamW | Lion, note: Callable[[str], None], *, can_retry: bool
     ) -> None:
-        self.config, self.optimizer, self._note, self._can_retry = config, optimizer, note, can_retry
+        self.config, self.optimizer, self._note = config, optimizer, note
         self.retries, self.lost_seconds = 0, 0.0
+        self._can_retry = can_retry and config.train.paged is not False
         self._has_noted = False
 
     def run(self, passes: Callable[[], Result], what: str) -> Result:
         """``passes()``. A retry starts from the random state of the first attempt, without gradients: it computes the
         same. UserError, which begins with ``what``, if memory runs out again."""
-        if not self._can_retry:
-            return self.run_once(passes, what)
-        before = random_state()
-        began = time.monotonic()
-        try:
-            return passes()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error)
-        # Behind the except clause, since the exception's traceback keeps the tensors of the pass alive.
-        self.optimizer.zero_grad()
-        gc.collect()
-        if self.config.train.paged is False:
-            raise self._error(what, message)
-        self.optimizer.page_out()
-        release_free_memory()
-        self.note_paging(what)
-        set_random_state(*before)
-        self.retries += 1
-        self.lost_seconds += time.monotonic() - began
+        if self._can_retry:
+            before = random_state()
+            began = time.monotonic()
+            with suppress(_OutOfMemory):
+                return self.run_once(passes, what)
+            self.optimizer.zero_grad()
+            gc.collect()
+            self.optimizer.page_out()
+            release_free_memory()
+            self.note_paging(what)
+            set_random_state(*before)
+            self.retries += 1
+            self.lost_seconds += time.monotonic() - began
         return self.run_once(passes, what)
 
     def run_once(self, work: Callable[[], Result], what: str) -> Result:
@@ -251,8 +234,22 @@ class OOMRetry(Observer):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error)
-        raise self._error(what, message)
+            found = _ASKED.search(str(error))
+        # Behind the except clause, since the exception's traceback keeps the tensors of the pass alive.
+        asked = f"it asked for {found[1]}" if found else "an allocation failed"
+        options, length = self.config.train, self.config.data.max_length
+        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        free = free_device_memory(device) if device.type == "cuda" else free_memory()
+        advice = {
+            f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum": options.batch_size > 1,
+            f"lower data.max_length (now {length})": True,
+            "set train.grad_checkpointing to true": not options.grad_checkpointing,
+            "set train.paged to auto": options.paged is False,
+        }
+        raise _OutOfMemory(
+            f"{what} needs more memory than there is ({asked}{f'; {free}' if free else ''}); "
+            f"{', or '.join(text for text, helps in advice.items() if helps)}"
+        )
 
     def note_paging(self, when: str) -> None:
         """Note once that states are paged out, whatever the reason."""
@@ -264,21 +261,3 @@ class OOMRetry(Observer):
 
     def stepped(self, record: Record) -> None:
         self.note_paging(f"step {record['step']}")
-
-    def _error(self, what: str, message: str) -> UserError:
-        found = _ASKED.search(message)
-        asked = f"it asked for {found[1]}" if found else "an allocation failed"
-        options = self.config.train
-        data = self.config.data
-        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
-        free = free_device_memory(device) if device.type == "cuda" else free_memory()
-        advice = [f"lower data.max_length (now {data.max_length})"]
-        if options.batch_size > 1:
-            advice.insert(0, f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum")
-        if not options.grad_checkpointing:
-            advice.append("set train.grad_checkpointing to true")
-        if options.paged is False:
-            advice.append("set train.paged to auto")
-        return UserError(
-            f"{what} needs more memory than there is ({asked}{f'; {free}' if free else ''}); {', or '.join(advice)}"
-        )

@@ -7,7 +7,7 @@ do the learning rate, clipping, paging and what decides whether to step at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,7 +30,6 @@ EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and every
 MOST_GRAPHS = 32  # their activations share memory, their launches do not
 
 Shape = tuple[tuple[str, torch.Size], ...]
-Replay = Callable[[], None]
 
 
 def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
@@ -49,34 +48,31 @@ def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
 class Passes:
     """Forward and backward passes that leave gradients in the parameters; replayed where ``is_captured``.
 
-    ``loss_of`` is the mean loss of a micro-batch; ``note`` prints why passes are not captured any more.
+    ``note`` prints why passes are not captured any more.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        loss_of: Callable[[Batch], Tensor],
-        note: Callable[[str], object],
-        *,
-        is_captured: bool = False,
-    ) -> None:
-        self.model, self.loss_of, self.note, self.is_captured = model, loss_of, note, is_captured
+    def __init__(self, model: Any, note: Callable[[str], object], *, is_captured: bool = False) -> None:
+        self.model, self.note, self.is_captured = model, note, is_captured
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.grads: dict[Tensor, Tensor] = {}  # of the first step, in which all others leave theirs
         self.seen: dict[Shape, int] = {}
-        self.graphs: dict[Shape, tuple[Batch, Replay]] = {}
+        self.graphs: dict[Shape, tuple[Batch, torch.cuda.CUDAGraph]] = {}
         self.last: torch.cuda.CUDAGraph | None = None
         self.weight, self.loss = (torch.zeros((), device=model.device) for _ in range(2))
 
-    def begin(self) -> None:
-        """Before the micro-batches of a step: no gradients, and no loss."""
+    def run(self, batches: Iterable[tuple[Batch, float]], factor: int = 1) -> None:
+        """Sets ``loss`` to the sum of the losses of a step's micro-batches, each times its weight, and the gradients of
+        the parameters to ``factor`` times its gradient."""
         self.loss.zero_()
         for parameter, grad in self.grads.items():
             parameter.grad = grad.zero_()
+        for batch, weight in batches:
+            self.weight.fill_(weight)
+            self._run(batch, factor)
+        if self.is_captured and not self.grads:
+            self.grads = {p: p.grad for p in self.parameters if p.grad is not None}
 
-    def run(self, batch: Batch, weight: float, factor: int = 1) -> None:
-        """Adds ``weight`` times a micro-batch's loss to ``loss``, and ``factor`` times its gradient."""
-        self.weight.fill_(weight)
+    def _run(self, batch: Batch, factor: int) -> None:
         plain = self._without_mask(batch) if self.is_captured else None
         if plain is None:
             self._pass(batch, factor)
@@ -89,18 +85,13 @@ class Passes:
         if shape not in self.graphs:
             self._pass(plain, factor)
             return
-        inputs, replay = self.graphs[shape]
+        inputs, graph = self.graphs[shape]
         for key, value in plain.items():
             inputs[key].copy_(value)
-        replay()
-
-    def end(self) -> None:
-        """After the last micro-batch of a step, with gradients in the parameters."""
-        if self.is_captured and not self.grads:
-            self.grads = {p: p.grad for p in self.parameters if p.grad is not None}
+        graph.replay()
 
     def _pass(self, batch: Batch, factor: int) -> None:
-        share = self.loss_of(batch) * self.weight
+        share = causal_lm_loss(self.model, batch) * self.weight
         (share * factor).backward()
         self.loss += share.detach()
 
@@ -109,9 +100,8 @@ class Passes:
         is taken from logits, of which a graph cannot choose some. Both wait for the device, as no graph can."""
         if not has_plain_head(self.model, batch):
             return None
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        mask = without_needless_mask(self.model, inputs, targets).get("attention_mask")
+        mask = without_needless_mask(self.model, batch, targets).get("attention_mask")
         if mask is not None and not bool((mask != 0).all()):
             return None
         return {key: value for key, value in batch.items() if key != "attention_mask"}
@@ -132,7 +122,7 @@ class Passes:
             self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
         else:
             self.last = graph
-            self.graphs[shape] = (inputs, graph.replay)
+            self.graphs[shape] = inputs, graph
 
 
 @contextmanager
@@ -160,10 +150,7 @@ class Learner:
     ) -> None:
         self.config, self.model, self.ranks = config, model, ranks
         self._pad_id = padding_id(tokenizer)
-        self._passes = Passes(model, self._loss, note, is_captured=is_captured)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        return causal_lm_loss(self.model, batch)
+        self._passes = Passes(model, note, is_captured=is_captured)
 
     def learn(self, rows: TokenizedDataset, items: Items, scale: LossScale) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained.
@@ -175,10 +162,8 @@ class Learner:
         passes = self._passes
         batches = list(self._micro_batches(rows, items))
         trained = int(ranks.sum(sum(count for _, count in batches))[0])
-        passes.begin()
-        for batch, count in batches:
-            passes.run(batch, scale.value * count / trained, ranks.averaged_over)
-        passes.end()
+        weighted = [(batch, scale.value * count / trained) for batch, count in batches]
+        passes.run(weighted, ranks.averaged_over)
         ranks.add_gradients(passes.parameters)
         scale.unscale(passes.parameters)
         tokens = int(sum(rows.lengths[item].sum() for item in items))
@@ -197,7 +182,8 @@ class Learner:
         items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
         self.model.eval()
         try:
-            return [(self._loss(batch).item() * count, count) for batch, count in self._micro_batches(rows, items)]
+            batches = self._micro_batches(rows, items)
+            return [(causal_lm_loss(self.model, batch).item() * count, count) for batch, count in batches]
         finally:
             self.model.train()
 
@@ -205,9 +191,7 @@ class Learner:
         """This process's micro-batches, each with its number of trained tokens: 0 for a filler, which a sharded model
         computes with since its processes gather weights together."""
         size = self.config.train.batch_size
-        device = self.model.device
-        for batch in micro_batches(rows, self.ranks.mine(items), size, self._pad_id, device):
-            yield batch, trained_tokens(batch)
-        for filler in self.ranks.filler(items, size):
-            for batch in micro_batches(rows, filler, size, self._pad_id, device):
-                yield batch, 0
+        fillers = [(filler, False) for filler in self.ranks.filler(items, size)]
+        for part, is_trained in [(self.ranks.mine(items), True), *fillers]:
+            for batch in micro_batches(rows, part, size, self._pad_id, self.model.device):
+                yield batch, trained_tokens(batch) if is_trained else 0

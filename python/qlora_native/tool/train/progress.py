@@ -4,7 +4,6 @@ the same figures in other programs (TensorBoard, trackio, W&B, MLflow)."""
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import sys
@@ -15,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qlora_native._io import as_write_error, atomic_file, is_terminal, read_json, reason, without_nan, write_whole
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
+from qlora_native.tool.evaluate import page  # at once: its matplotlib is no part of the memory of a run
 from qlora_native.tool.train.checkpoint import TrainState
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -99,15 +101,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError, AttributeError):
             line = json.loads(text)
-            numbers = {key: value for key, value in line.items() if value is not None}
-            answers = numbers.pop("samples", [])
-            if type(numbers.get("step")) is int and type(answers) is list and all(map(_is_number, numbers.values())):
+            numbers = [value for key, value in line.items() if value is not None and key != "samples"]
+            are_numbers = all(type(value) in (int, float) and abs(value) < math.inf for value in numbers)
+            if are_numbers and type(line.get("step")) is int and type(line.get("samples", [])) is list:
                 lines.append(line)
     return lines
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def plot_losses(output_dir: Path) -> None:
@@ -119,18 +117,16 @@ def plot_losses(output_dir: Path) -> None:
     except ImportError:
         return
     lines = read_metrics(output_dir / "metrics.jsonl")
+    trained, held_out = (
+        [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss")
+    )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    styles: dict[str, Any] = {
-        "loss": {"linewidth": 1, "label": "training"},
-        "eval_loss": {"marker": "o", "label": "held out"},
-    }
-    for key, style in styles.items():
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        axes.plot(*zip(*points, strict=True), **style) if points else None
-        if points and key == "eval_loss":
-            step, loss = min(points, key=lambda point: point[1])
-            axes.plot(step, loss, "k*", markersize=11, label=f"best: {loss:.4f} at step {step}")
+    axes.plot(*np.array(trained).T, linewidth=1, label="training")
+    if held_out:
+        axes.plot(*np.array(held_out).T, marker="o", label="held out")
+        step, loss = min(held_out, key=lambda point: point[1])
+        axes.plot(step, loss, "k*", markersize=11, label=f"best: {loss:.4f} at step {step}")
     axes.set_yscale("log")  # the first step does not flatten the others
     lowest, highest = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 1e5 * lowest else (1,)))
@@ -146,20 +142,18 @@ def plot_losses(output_dir: Path) -> None:
 class Logger(Recorder):
     """A run in another program, which ``log`` gives figures by name, and the number of their step."""
 
-    def __init__(self, log: Callable[..., object], close: Callable[[], object]) -> None:
+    def __init__(self, log: Callable[..., object], close: Any) -> None:
         self._log = log
-        self._close = close
+        self.close = close  # type: ignore[method-assign]
 
     def write(self, record: Record) -> None:
         """Log the finite numbers of a line but its step, held-out ones under ``eval/``, the others under ``train/``."""
         found = {}
         for key, value in record.items():
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
+                place = key.replace("eval_", "eval/", 1) if key.startswith("eval_") else f"train/{key}"
+                found[place] = float(value)
         self._log(found, step=record["step"])
-
-    def close(self) -> None:
-        self._close()
 
 
 def _start(name: str, output_dir: Path, config: Mapping[str, Any]) -> Logger:
@@ -187,13 +181,14 @@ def _start(name: str, output_dir: Path, config: Mapping[str, Any]) -> Logger:
 
 def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, Any]) -> list[Logger]:
     """The loggers that ``logging`` names. UserError naming one that is not installed or does not start."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"logging names {name}, which is not installed: pip install {name}, or leave it out")
     made = []
     for name in names:
         try:
             made.append(_start(name, output_dir, config))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"logging names {name}, which is not installed: pip install {name}, or leave it out"
+            ) from error
         except Exception as error:  # it is not logged in, has no network, or whatever else
             raise UserError(f"logging names {name}, which does not start: {reason(error)}") from error
     return made
@@ -203,9 +198,10 @@ class Progress(Observer):
     """Prints notes, steps and evaluations; nothing if ``quiet``."""
 
     def __init__(self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False) -> None:
-        self.total, self.log_every, self.eval_every, self.quiet = total, log_every, eval_every, quiet
         self.speeds: list[float] = []  # tokens per second of each step
-        self._start, self._step_seconds, self._evaluation_seconds = start, 0.0, 0.0
+        self._total, self._start, self._log_every, self._quiet = total, start, log_every, quiet
+        self._eval_every = eval_every or total
+        self._step_seconds = self._evaluation_seconds = 0.0
         self._began = 0.0  # the evaluation that is being made
         self._bar: Any = None
         if not quiet and is_terminal(sys.stdout):
@@ -215,13 +211,13 @@ class Progress(Observer):
                 columns = rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
                 self._bar = rich.Progress(*columns, rich.TextColumn("{task.fields[status]}"))
                 self._bar.start()
-                self._task = self._bar.add_task("", total=total, completed=start, status="")
+                self._bar.add_task("", total=total, completed=start, status="")
 
     def note(self, text: str) -> None:
         """One line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-        elif not self.quiet:
+        elif not self._quiet:
             print(text, flush=True)
 
     def stepped(self, record: Record) -> None:
@@ -231,21 +227,19 @@ class Progress(Observer):
         figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         status = f"{figures}  peak {mib(peak_rss_bytes())}  {self._time_left(done)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, status=status)
-        elif not self.quiet and (done % self.log_every == 0 or done in (self._start + 1, self.total)):
-            print(f"step {done}/{self.total}  {status}", flush=True)
+            self._bar.update(self._bar.task_ids[0], completed=done, status=status)
+        elif done % self._log_every == 0 or done in (self._start + 1, self._total):
+            self.note(f"step {done}/{self._total}  {status}")
 
     def _time_left(self, done: int) -> str:
         """The mean time of a step times the steps left, and the time of the last evaluation times those that are due:
-        at the end, and every ``eval_every`` steps unless that is 0."""
-        evaluations = 1
-        if self.eval_every:
-            evaluations = -(-self.total // self.eval_every) - (done - 1) // self.eval_every
-        steps_left = self._step_seconds / (done - self._start) * (self.total - done)
+        every ``eval_every`` steps, and at the end."""
+        evaluations = -(-self._total // self._eval_every) - (done - 1) // self._eval_every
+        steps_left = self._step_seconds / (done - self._start) * (self._total - done)
         left = round(steps_left + self._evaluation_seconds * evaluations)
         minutes, seconds = divmod(left, 60)
         clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-        return f"{clock} left" if done < self.total or not left else f"{clock} left, for the last evaluation"
+        return f"{clock} left" if done < self._total or not left else f"{clock} left, for the last evaluation"
 
     def evaluating(self, state: TrainState) -> None:
         self._began = time.monotonic()
@@ -254,7 +248,7 @@ class Progress(Observer):
         if (loss := record.get("eval_loss")) is not None:
             self._evaluation_seconds = time.monotonic() - self._began
             perplexity = record["eval_perplexity"]
-            self.note(f"step {record['step']}/{self.total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
+            self.note(f"step {record['step']}/{self._total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -267,27 +261,24 @@ PAGE_SHARE = 0.005  # of a run's time, at most, that writing its page takes
 class RunPage(Observer):
     """Keeps ``report.json``, the ``facts`` of a run and its notes, and ``report.html``, made of it and of the metrics.
 
-    A page that cannot be written is noted once and ends no run. Without a ``folder``, on all ranks but the first,
-    nothing is written.
+    A page that cannot be written is noted once and ends no run. ``memory`` is a
+    :class:`qlora_native.tool.train.memory.MemoryReport`, or None.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        facts: dict[str, Any],
-        progress: Progress,
-        state: TrainState,
-        memory: Callable[[], dict[str, Any] | None] = lambda: None,
+        self, folder: Path, facts: dict[str, Any], progress: Progress, state: TrainState, memory: Any = None
     ) -> None:
         self._folder, self._facts, self._progress, self._state, self._memory = folder, facts, progress, state, memory
-        self._began, self._last, self._all = time.monotonic(), 0.0, 0.0  # seconds of the last write, and of all
+        self._began = time.monotonic()
+        self._last = self._all = 0.0  # seconds of the last write, and of all
         self._has_failed = self._has_ended = False
-        self._curves: Any = None
+        self._curves = page.Curves(folder / "metrics.jsonl")
         self._notes: list[dict[str, Any]] = []
-        if folder is not None and state.step:
+        if state.step:
             with suppress(Exception):  # a damaged file costs its notes alone
-                notes = [(int(note["step"]), str(note["text"])) for note in read_json(folder / "report.json")["notes"]]
-                self._notes = [{"step": step, "text": text} for step, text in notes if 0 <= step <= state.step]
+                found = read_json(folder / "report.json")["notes"]
+                notes = [{"step": int(note["step"]), "text": str(note["text"])} for note in found]
+                self._notes = [note for note in notes if 0 <= note["step"] <= state.step]
 
     def note(self, text: str) -> None:
         """Print one line, and list it among the run's events."""
@@ -295,31 +286,23 @@ class RunPage(Observer):
         self._progress.note(text)
 
     def evaluated(self, record: Record) -> None:
-        self.write()
-
-    def write(self) -> None:
         """Write the page, unless all writes, this one and the last, would take more than their share of the time."""
-        began = time.monotonic()
-        is_early = self._all + 2 * self._last > PAGE_SHARE * (began - self._began)
-        if not is_early:
-            self._write(began)
+        if self._all + 2 * self._last <= PAGE_SHARE * (time.monotonic() - self._began):
+            self._write()
 
     def close(self) -> None:
         """Write the page as that of a run that has ended, once."""
         if not self._has_ended:
             self._has_ended = True
-            self._write(time.monotonic())
+            self._write()
 
-    def _write(self, began: float) -> None:
-        if self._folder is None:
-            return
+    def _write(self) -> None:
+        began = time.monotonic()
         try:
-            from qlora_native.tool.evaluate.page import Curves, write_page
-
-            facts = {**self._facts, "memory": self._memory(), "notes": self._notes, "has_ended": self._has_ended}
+            memory = self._memory and self._memory.as_dict()
+            facts = {**self._facts, "memory": memory, "notes": self._notes, "has_ended": self._has_ended}
             write_whole(self._folder / "report.json", json.dumps(facts) + "\n")
-            self._curves = self._curves or Curves(self._folder / "metrics.jsonl")
-            write_page(self._folder, self._curves)
+            page.write_page(self._folder, self._curves)
         except Exception as error:  # whatever it is, the run is worth more
             if not self._has_failed:
                 self._progress.note(f"report.html could not be written: {reason(error)}")

@@ -42,10 +42,9 @@ class Samples(Observer):
                 self._prompts.append((prompt, texts))
             return
         encoder = ChatEncoder(tokenizer)
+        is_text = rows.stats.template == "none"
         for text in asked:
-            message = {"role": "user", "content": text}
-            is_text = rows.stats.template == "none"
-            prompt = encoder.text_ids(text) if is_text else encoder.prompt_ids([message])
+            prompt = encoder.text_ids(text) if is_text else encoder.prompt_ids([{"role": "user", "content": text}])
             check_vocabulary(max(prompt, default=0), tokenizer, model, "train.samples")
             self._prompts.append((prompt, {"prompt": text}))
 
@@ -65,5 +64,7 @@ class Samples(Observer):
                 answer(self._model, self._tokenizer, prompt, self._stop, is_sharded=self._is_sharded)
                 for prompt, _ in self._prompts
             ]
-        found = zip((about for _, about in self._prompts), texts, strict=True)
-        return [{**about, "before": before.get(about["prompt"], text), "answer": text} for about, text in found]
+        return [
+            {**about, "before": before.get(about["prompt"], text), "answer": text}
+            for (_, about), text in zip(self._prompts, texts, strict=True)
+        ]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from qlora_native._io import announced, as_user_error, as_write_error, user_path
@@ -30,10 +29,7 @@ from qlora_native.weight import CALIBRATED
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.open import notes_of, open_source
 from qlora_native.weights.shapes import dense_beside
-from qlora_native.weights.source import AUTO, Source
-
-if TYPE_CHECKING:
-    from qlora_native.calibration.data import CalibrationData
+from qlora_native.weights.source import AUTO, KEEP, Source
 
 
 def prepare_model(
@@ -63,13 +59,13 @@ def prepare_model(
     options = config.train
     ranks = ranks or OneProcess()
     lora = config.lora.as_config(options.seed, tokenizer)
-    with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
+    with as_user_error(), layer_progress(quiet=quiet) as progress:
         if model is None:
             source = open_source(source or user_path(config.model))
             for note in notes_of(source, config.quant.options["quant_type"]):
                 progress(note, 0, 0)
             on_card = torch.cuda.is_available() and layers_budget is None
-            with nullcontext() if quiet or not ranks.is_first else announced(f"loading {source.path}"):
+            with nullcontext() if quiet else announced(f"loading {source.path}"):
                 model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
             model.load_report = replace(model.load_report, path=source.path)
             if layers_budget is not None:
@@ -78,14 +74,15 @@ def prepare_model(
                 stream_layers(model, "cuda", layers_budget)
         else:
             fuse(model)
-        if not _has_adapters(model) and config.quant.save and ranks.world == 1 and stored is None:
+        has_adapters = any(isinstance(module, LoRALinear) for module in model.modules())
+        if config.quant.save and stored is None and not has_adapters and ranks.world == 1:
             _store(model, source, user_path(config.output_dir), tokenizer, progress)
         if adapter is not None:
             load_adapter(model, adapter)
             for _, layer in lora_layers(model):
                 layer.dropout = lora.dropout
             model.lora_config = replace(model.lora_config, dropout=lora.dropout)
-        elif not _has_adapters(model):
+        elif not has_adapters:
             add_lora(model, lora)
         if ranks.is_sharded:
             from torch.distributed.fsdp import FSDPModule
@@ -110,16 +107,16 @@ def check_data(
     """The mistakes in the rows, as lines to print. UserError for rows on which the model computes nonsense or fails."""
     from qlora_native.data.check import iter_findings
 
-    text = None if source is None else source.config.get_text_config()
+    text = source and source.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     findings = list(iter_findings(rows, held_out, tokenizer, positions))  # check_vocabulary has the embedding
     if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
         raise UserError(f"{rows.stats.path}: {wrong[0]}")
-    made_up = (
-        "the tokenizer has no chat template: rows get `### User:` and `### Assistant:`; data.chat_template sets one"
-    )
-    template = [made_up] if rows.stats.template == "default" else []
-    return [*template, *(f"data check: {finding}" for finding in findings)]
+    notes = [f"data check: {finding}" for finding in findings]
+    if rows.stats.template == "default":
+        made_up = "rows get `### User:` and `### Assistant:`; data.chat_template sets one"
+        notes.insert(0, f"the tokenizer has no chat template: {made_up}")
+    return notes
 
 
 def resolve(
@@ -134,26 +131,27 @@ def resolve(
     UserError if the method is not that of the checkpoint.
     """
     quant = config.quant
+    kind, method = quant.type, quant.method
     notes = []
     if source is not None and quant.falls_back and not _is_made(config, source):
         from qlora_native.calibration.data import LEAST_TOKENS
 
-        least = LEAST_TOKENS[quant.method]
+        least = LEAST_TOKENS[method]
         if rows.stats.tokens < least:
             notes.append(
-                f"quant.method is rtn in place of {quant.method}, which calibrates on {least:,} tokens and more: the "
+                f"quant.method is rtn in place of {method}, which calibrates on {least:,} tokens and more: the "
                 f"training rows have {rows.stats.tokens:,}; quant.calibration names a file with more"
             )
-            quant = quant.model_copy(update={"method": "rtn"})
-    if checkpoint is not None and checkpoint.method != quant.method:
-        checkpoint.refuse(f"quant.method {checkpoint.method} -> {quant.method}")
-    if quant.type == AUTO and checkpoint is not None:
-        quant = quant.model_copy(update={"type": checkpoint.quant_type})
-    if quant.type == AUTO:
+            method = "rtn"
+    if checkpoint is not None:
+        kind = checkpoint.quant_type
+        if checkpoint.method != method:
+            checkpoint.refuse(f"quant.method {checkpoint.method} -> {method}")
+    if kind == AUTO:
         report = getattr(model, "load_report", None)
-        is_kept = source.keeps(quant.options["quant_type"]) if source is not None else report and report.is_kept
-        quant = quant.model_copy(update={"type": "keep" if is_kept else "nf4"})
-    return config.model_copy(update={"quant": quant}), notes
+        is_kept = report and report.is_kept if source is None else method == "rtn" and source.keeps(AUTO)
+        kind = "keep" if is_kept else "nf4"
+    return config.model_copy(update={"quant": quant.model_copy(update={"type": kind, "method": method})}), notes
 
 
 def _is_made(config: TrainConfig, source: Source) -> bool:
@@ -164,21 +162,20 @@ def _is_made(config: TrainConfig, source: Source) -> bool:
 
 def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: int) -> str:
     """The first line of a run: what its weights are, what is trained beside them, for how long."""
-    report = getattr(model, "load_report", None)
+    method = getattr(getattr(model, "load_report", None), "method", None)
     frozen = [layer.quantized for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     weights = ""
     if frozen:
-        made = "kept as" if report is not None and report.is_kept else "converted to" if is_converted else "in"
+        made = "kept as" if method == KEEP else "converted to" if is_converted else "in"
         kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
-        method = f" by {report.method}" if report is not None and report.method in CALIBRATED else ""
-        weights = f"{len(frozen)} layers {made} {kinds}{method}, "
-    ranks = sorted(layer.r for _, layer in lora_layers(model))
-    between = " to ".join(dict.fromkeys((str(ranks[0]), str(ranks[-1]))))
+        weights = f"{len(frozen)} layers {made} {kinds}{f' by {method}' if method in CALIBRATED else ''}, "
+    ranks = [layer.r for _, layer in lora_layers(model)]
+    between = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
     four_bit = four_bit_parts(model)
-    dense = {name: tensor for name, tensor in model.named_parameters() if name not in four_bit}
-    trained = sum(tensor.numel() for tensor in dense.values() if tensor.requires_grad)
-    everything = sum(part.numel() for part in (*dense.values(), *four_bit.values()))
+    dense = [parameter for name, parameter in model.named_parameters() if name not in four_bit]
+    trained = sum(parameter.numel() for parameter in dense if parameter.requires_grad)
+    everything = sum(part.numel() for part in (*dense, *four_bit.values()))
     step_rows = config.train.batch_size * config.train.grad_accum
     items = "sequences" if config.data.packing else "rows"
     return (
@@ -208,10 +205,6 @@ def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, 
         progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
 
 
-def _has_adapters(model: Any) -> bool:
-    return model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
-
-
 def _load(
     config: TrainConfig,
     source: Source,
@@ -223,70 +216,46 @@ def _load(
 ) -> Any:
     """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
     quant = config.quant
-    is_made = _is_made(config, source)
-    calibration = None if is_made else _calibration(config, rows)
+    is_kept = source.keeps(quant.options["quant_type"])
     options: dict[str, Any] = {
         **quant.options,
         "dtype": getattr(torch, config.train.dtype),
         "device": device,
-        "method": None if is_made or quant.method == "rtn" else quant.method,
+        "skip_modules": dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept),
         "residency": config.residency,
     }
-    if lora.modules_to_save or lora.trainable_tokens:
-        is_kept = source.keeps(quant.type)
-        options["skip_modules"] = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept)
+    calibration: Any = None
+    if quant.method in CALIBRATED and not _is_made(config, source):
+        from qlora_native.calibration.data import FILE, CalibrationData, quantize_command
+
+        if ranks.world > 1:
+            text = quant.calibration or config.data.files[0]
+            command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
+            raise UserError(
+                f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: "
+                f"make the 4-bit model first (`{command}`) and set model to DIR"
+            )
+        texts: Any = quant.calibration and user_path(quant.calibration)
+        if not texts:  # not the file of the rows, which also holds those that are held out
+            texts = [torch.from_numpy(row["input_ids"].copy()) for row in rows or ()]
+        calibration = CalibrationData(texts, seed=config.train.seed, keep=user_path(config.output_dir) / FILE)
+        options["method"] = quant.method
+    elif quant.calibration is not None and quant.method == "rtn":
+        raise UserError(f"quant.calibration is {quant.calibration}, but quant.method rtn takes no text: remove it")
     if ranks.world == 1:
         return load_model(source, calibration=calibration, progress=progress, **options)
-    if calibration is not None:
-        from qlora_native.calibration.data import quantize_command
-
-        text = quant.calibration or config.data.files[0]
-        command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
-        raise UserError(
-            f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: make "
-            f"the 4-bit model first (`{command}`) and set model to DIR"
-        )
     from qlora_native.distributed.loading import load_model as load_together
 
     return load_together(source, sharded=ranks.is_sharded, lora=lora, **options)
 
 
-def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
-    method = config.quant.method
-    path = config.quant.calibration
-    if method not in CALIBRATED:
-        if path is not None:
-            raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
-        return None
-    from qlora_native.calibration.data import FILE, CalibrationData
-
-    folder = user_path(config.output_dir)
-    with as_write_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if path is not None:
-        given: Any = user_path(path)
-    elif rows is not None:  # not their file, which also holds the rows that are held out
-        given = [torch.from_numpy(row["input_ids"].copy()) for row in rows]
-    else:
-        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
-    return CalibrationData(given, seed=config.train.seed, keep=folder / FILE)
-
-
-def seed_all(seed: int) -> None:
-    """Python's, NumPy's and torch's generators begin from ``seed``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
-    """The trainable parameters; with a ratio other than 1 in two groups: the second, of B, has it as ``lr_ratio``."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if lora_plus_ratio == 1:
-        return list(trained.values())
-    of_b = [parameter for name, parameter in trained.items() if name.endswith(".lora_B")]
-    others = [parameter for name, parameter in trained.items() if not name.endswith(".lora_B")]
-    return [{"params": others}, {"params": of_b, "lr_ratio": lora_plus_ratio}]
+def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[dict[str, Any]]:
+    """The trainable parameters, those of B apart where their learning rate has another ``lr_ratio``."""
+    groups: dict[float, list[torch.nn.Parameter]] = {1.0: [], lora_plus_ratio: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[lora_plus_ratio if name.endswith(".lora_B") else 1.0].append(parameter)
+    return [{"params": params, "lr_ratio": ratio} for ratio, params in groups.items()]
 
 
 def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path) -> AdamW | Lion:
@@ -294,17 +263,13 @@ def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path
     page_dir = user_path(options.page_dir) if options.page_dir else output_dir
     with as_write_error(page_dir):
         page_dir.mkdir(parents=True, exist_ok=True)
-    common: dict[str, Any] = {
-        "paged": options.paged,
-        "page_dir": page_dir,
-        "page_budget": options.page_budget,
-        "max_norm": options.clip or math.inf,
-    }
+    make: Any = Lion
+    if options.optimizer != "lion":
+        make = partial(AdamW, eps=options.eps, bits=8 if options.optimizer == "adamw8bit" else 32)
+    shared = {name: getattr(options, name) for name in ("lr", "betas", "weight_decay", "paged", "page_budget")}
     with as_user_error():
-        if options.optimizer == "lion":
-            return Lion(parameters, options.lr, options.betas, options.weight_decay, **common)
-        bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
-        return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common)
+        optimizer: AdamW | Lion = make(parameters, page_dir=page_dir, max_norm=options.clip or math.inf, **shared)
+    return optimizer
 
 
 def learning_rate(
@@ -323,9 +288,6 @@ def learning_rate(
     warmup_steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if scheduler == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if scheduler == "linear":
-        return peak * max(0.0, 1 - done)
-    return peak
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    share = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return peak * share[scheduler]

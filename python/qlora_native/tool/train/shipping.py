@@ -51,14 +51,14 @@ class Shipping(Observer):
         self._format = wanted = config.lora.ship
         self.name = "shipped.gguf" if wanted == "gguf" else "shipped"  # of what is written
         for path, layer in self.layers.items():
-            base = layer.base_layer
-            found = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
-            if ("gguf" if isinstance(base, QuantizedLinear) and base.quantized.is_gguf else found) != wanted:
+            weight = getattr(layer.base_layer, "quantized", None)
+            found = "dense" if weight is None else weight.quant_type
+            if ("gguf" if weight is not None and weight.is_gguf else found) != wanted:
                 raise UserError(
                     f"lora.ship is {wanted}, and {path} is {found}: codes ship in the format that the layer is trained "
                     "in; set lora.ship to that, or lora.target_modules to layers that have it"
                 )
-            if base.is_sharded:
+            if layer.base_layer.is_sharded:
                 raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
 
     def evaluating(self, state: TrainState) -> None:
@@ -68,10 +68,8 @@ class Shipping(Observer):
 
     def recode(self) -> None:
         """Let the layers compute with the codes of a merge that is calibrated on training rows."""
-        model = self.model
-        rows = self._rows
+        model, rows, length = self.model, self._rows, self._length
         found = dict[str, torch.Tensor]()
-        length = self._length
         taken = (rows[int(row)]["input_ids"] for row in permutation(len(rows), 0)[:MOST_ROWS])
         ids = torch.from_numpy(np.concatenate([*taken])[:TOKENS].astype(np.int64))
         ids = ids[: len(ids) // length * length].view(-1, length) if len(ids) > length else ids[None]
