@@ -32,14 +32,14 @@ PRESETS = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = partial(add_option, parser)
     parser.usage = "qlora config list | init [NAME|MODEL] [options] | check CONFIG [--key value ...]"
-    add("action", choices=("list", "init", "check"))
+    add("action", ("list", "init", "check"), "_")
     add("name", nargs="?", help="init: a shipped config or a model; check: a config file")
-    add("--preset", choices=PRESETS, metavar="NAME", help=f"init: for a family of models: {', '.join(PRESETS)}")
-    add("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
-    add("--train", metavar="FILE", help="init MODEL: the training rows, whose number and lengths choose the steps")
-    add("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
+    add("--preset", "NAME", f"init: for a family of models: {', '.join(PRESETS)}", choices=PRESETS)
+    add("--gpu", "SIZE", "init MODEL: memory of the card, such as 24GB")
+    add("--train", "FILE", "init MODEL: the training rows, whose number and lengths choose the steps")
+    add("--out", "FILE", "init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
 folder of a model, one whose batch size and length fit the rows and the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.

@@ -29,16 +29,16 @@ MOST_LINES = 10  # named of the rows that were truncated or dropped
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
-    parser.add_argument("action", choices=("show", "check"))
+    add("action", ("show", "check"), "_")
     help = "a config of qlora train, or a data file, which --train FILE names too"
-    parser.add_argument("source", metavar="CONFIG|FILE", nargs="?", help=help)
-    parser.add_argument("--train", metavar="FILE", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
-    parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
-    parser.add_argument("--row", metavar="LINE", type=int, help="show the row on this line of the file (Parquet: row)")
-    parser.add_argument("--limit", metavar="N", type=int, help="read the first N rows of a file only")
-    parser.add_argument("--png", metavar="FILE", help="draw the histogram of lengths too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("source", "CONFIG|FILE", help, nargs="?")
+    add("--train", "FILE", argparse.SUPPRESS, nargs="+")
+    add("--model", "DIR", "the model whose tokenizer reads a data file", type=str)
+    add("--rows", "N", "how many rows to show (default: 3)", default=3)
+    add("--row", "LINE", "show the row on this line of the file (Parquet: row)", type=int)
+    add("--limit", "N", "read the first N rows of a file only")
+    add("--png", "FILE", "draw the histogram of lengths too")
+    add("--json", None, "print one JSON object")
     parser.epilog = """Prints the format of the file, how long its rows are, which are truncated or dropped and why, and
 rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
 Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.

@@ -32,19 +32,19 @@ ANSWER_TOKENS = 32
 
 def configure(parser: argparse.ArgumentParser) -> None:
     # The defaults are the run that the README shows.
-    add = parser.add_argument
+    add = partial(add_option, parser)
     add("--out", type=user_path, default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
     steps = ", ".join(f"{model.steps} for {name}" for name, model in MODELS.items())
-    add("--model", choices=list(MODELS), default="smollm2", help="which model learns (default: smollm2)")
-    add("--steps", type=int, help=f"optimizer steps of 4 rows (default: {steps})")
+    add("--model", list(MODELS), "which model learns (default: smollm2)", default="smollm2")
+    add("--steps", "N", f"optimizer steps of 4 rows (default: {steps})")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
-    add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
+    add("--seed", "N", "of the adapter and the order of the rows (default: 0)", default=0)
     keep = (
         "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
     )
     dtype = "of activations and of what is not 4-bit (default: auto, bfloat16, or float16 on a card without it)"
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
-    add("--keep", action="store_true", help=keep)
+    add("--dtype", ("auto", *DTYPES), dtype, default="auto")
+    add("--keep", None, keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
   qlora demo --keep --out demo-kept

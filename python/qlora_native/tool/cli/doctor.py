@@ -37,9 +37,9 @@ BUILD_WITH_CUDA = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="also list which kernel multiplies by its weights")
-    add("--json", action="store_true", help="print one JSON object")
+    add = partial(add_option, parser)
+    add("model", "MODEL", "also list which kernel multiplies by its weights", type=str, nargs="?")
+    add("--json", None, "print one JSON object")
     parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
 the configuration is read.
 

@@ -48,21 +48,19 @@ WHEN = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora estimate [CONFIG|MODEL] [--gpu 24GB] [--key value ...]"
-    add = parser.add_argument
+    add = partial(add_option, parser)
     what = "a YAML file, a model folder (config.json is enough) or a .gguf file; --model names a model too"
-    add("what", metavar="CONFIG|MODEL", nargs="?", help=what)
-    add("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
-    add(
-        "--seq-length", type=int, metavar="N", help="tokens of the longest row (default: of data.train, if it is there)"
-    )
-    add("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
-    add("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
+    add("what", "CONFIG|MODEL", what, nargs="?")
+    add("--gpu", "SIZE", "memory of a card, such as 24GB: does the run fit, and what would")
+    add("--seq-length", "N", "tokens of the longest row (default: of data.train, if it is there)")
+    add("--batch-size", "N", "rows a micro-batch (the key train.batch_size)")
+    add("--gpus", "N", "several processes with a card each, by ddp and by fsdp", default=1)
     on_cpu = "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)"
-    add("--cpu", action="store_true", help=on_cpu)
-    add("--memory", metavar="SIZE", help="CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers")
-    add("--disk-rate", metavar="SIZE", help="with --memory: bytes a second of the disk (default: measured on the file)")
-    add("--json", action="store_true", help="print one JSON object, in bytes")
-    add("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
+    add("--cpu", None, on_cpu)
+    add("--memory", "SIZE", "CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers")
+    add("--disk-rate", "SIZE", "with --memory: bytes a second of the disk (default: measured on the file)")
+    add("--json", None, "print one JSON object, in bytes")
+    add("--plot", "FILE.png", "draw each part for checkpointing on and off")
     parser.epilog = """No weights are read, but with --memory. Any key of the config can be given as --key value.
 With a model and --train FILE it is the run of `qlora train --model MODEL --train FILE`, which chooses by the rows.
 docs/memory.md derives each figure and compares it with measurements.
