@@ -120,9 +120,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("qlora eval: nothing to evaluate on; give --data FILE or --lm-eval TASK (or both)")
     names = [file.name for file in args.data]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f"qlora eval: two files are called {min(twice)}, which no report can distinguish; rename one"
-        )
+        raise UserError(f"qlora eval: two files are called {min(twice)}, which no report can distinguish; rename one")
     if args.calibration is not None and args.calibration.resolve() in {file.resolve() for file in args.data}:
         raise UserError(
             f"qlora eval: {args.calibration} is evaluated and calibrated on, which flatters the result; "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and the page of keys."""
     help = "a YAML file; `qlora config init` writes one; without it --model and --train are needed"
-    add("config", "CONFIG", help, nargs="?")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=help)
     parser.usage = "qlora train [CONFIG] [--key value ...]"
     parser.epilog = f"""examples:
   qlora train --model half.gguf --train train.jsonl
