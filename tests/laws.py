@@ -109,9 +109,7 @@ def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
 
 def inline_assembly_only_in_wp(files: Tree) -> list[str]:
     pattern = r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\("
-    return lines_with(
-        files, pattern, lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."), "assembly outside wp.cuh"
-    )
+    return lines_with(files, pattern, lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."), "assembly outside wp.cuh")
 
 
 def openmp_only_in_parallel(files: Tree) -> list[str]:

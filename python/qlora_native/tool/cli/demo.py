@@ -36,7 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", "N", "of the adapter and the order of the rows (default: 0)", default=0)
     dtype = "of activations and of what is not 4-bit (default: auto, bfloat16, or float16 on a card without it)"
     add("--dtype", ("auto", *DTYPES), dtype, default="auto")
-    keep = "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
+    keep = (
+        "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
+    )
     add("--keep", None, keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
@@ -96,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
-    made = "its own weights as they are" if keep else "quantized to NF4 with double quantization, calibrated on the rows"
+    made = (
+        "its own weights as they are" if keep else "quantized to NF4 with double quantization, calibrated on the rows"
+    )
     print(f"model: {model_path.stem}, {made}", flush=True)
     steps = args.steps or chosen.steps
     config = demo_config(model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing)
