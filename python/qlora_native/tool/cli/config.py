@@ -161,7 +161,7 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     else:
         notes, is_as_it_is = [], four_bit_config(source, model) is not None
     chosen = start(estimator, limit, **rows)
-    estimate = chosen.estimate
+    estimate, optimizer = chosen.estimate, chosen.optimizer
     setting, needed = estimate.setting, size(estimate.total + estimate.reserve)
     if not chosen.fits:
         raise UserError(
@@ -209,7 +209,7 @@ train:
   batch_size: {chosen.batch_size:<16}# rows in memory at once; up to {widest:,} fit
   grad_accum: {chosen.grad_accum:<16}# a step learns from {chosen.batch_size * chosen.grad_accum} rows, in as many parts
   eval_every: {chosen.eval_every:<16}# steps between evaluations on the held-out rows
-  optimizer: {chosen.optimizer:<17}# its states take {size(step.optimizer)}; adamw8bit keeps them in a quarter of adamw's
+  optimizer: {optimizer:<17}# its states take {size(step.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about
   grad_checkpointing: true    # false is about a third faster and takes {all_kept} here

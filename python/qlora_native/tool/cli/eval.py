@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"device": "cuda"} if torch.cuda.is_available() else {}
     if args.dtype is not None:
         options["dtype"] = getattr(torch, args.dtype)
-    note = (lambda line: None) if args.json else partial(print, flush=True)
+
+    def note(line: str) -> None:
+        if not args.json:
+            print(line, flush=True)
+
     with as_user_error():
         trained = as_trained(args)
         announce_base(args, trained)

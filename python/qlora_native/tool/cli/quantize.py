@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = stopwatch()
     with as_user_error(), layer_progress() as progress:
         model: Any = load_model(args.model, dtype=getattr(torch, args.dtype), progress=progress, **options)
-    tokenizer, note = None, ""
+    tokenizer: Any = None
+    note = ""
     try:
         tokenizer = load_tokenizer(str(args.model))
     except UserError as error:
