@@ -79,7 +79,9 @@ def test_each_variant_is_wrapped_in_lm_evals_own_class(
         assert not wrapped.pretrained.training and wrapped.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize(("task", "match"), [("colorz", "colorz is not there"), ("gone.yaml", "gone.yaml is not there")])
+@pytest.mark.parametrize(
+    ("task", "match"), [("colorz", "colorz is not there"), ("gone.yaml", "gone.yaml is not there")]
+)
 def test_an_unknown_task(
     calls: list[dict[str, Any]], model: Path, task: str, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,25 +26,25 @@ def apply_flags(
         if not word.startswith("--") or word == "--":
             raise UserError(f"{word!r} stands alone: expected --key value, for example --lr 1e-4")
         name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = words.pop(0) if words and not words[0].startswith("--") else "auto" if name == "resume" else "true"
         name = name.replace("-", "_")
         path = name if name in known else by_leaf.get(name, name)
         annotation = known[path].annotation if path in known else None
+        is_named = typing.get_origin(annotation) is dict
+        taken = [text] if equals else []
+        while words and not words[0].startswith("--"):
+            if taken and not _takes_list(annotation) and not (is_named and "=" in taken[0]):
+                break
+            taken.append(words.pop(0))
+        text = taken[0] if taken else "auto" if name == "resume" else "true"
         value: Any = text  # a path such as 2024-01-01 is not a date
-        if text in ("null", "none"):
+        if len(taken) == 1 and text in ("null", "none"):
             value = None
-        elif typing.get_origin(annotation) is dict and "=" in text:
-            pairs = [text]
-            while words and not words[0].startswith("--"):
-                pairs.append(words.pop(0))
-            value = {key: value_of(item) for key, _, item in (pair.partition("=") for pair in pairs)}
+        elif is_named and "=" in text:
+            value = {key: value_of(item) for key, _, item in (pair.partition("=") for pair in taken)}
+        elif len(taken) > 1:
+            value = [value_of(each) for each in taken]  # --betas 0.9 0.99
         elif annotation not in (str, str | None):
             value = value_of(text)
-        if _takes_list(annotation) and words and not words[0].startswith("--"):
-            value = [value]  # --betas 0.9 0.99
-            while words and not words[0].startswith("--"):
-                value.append(value_of(words.pop(0)))
         *sections, leaf = path.split(".")
         target = values
         for section in sections:

@@ -31,16 +31,14 @@ ALIASES = {
 def _suggest(path: str, known: Mapping[str, Any]) -> str:
     """The key or section that a mistyped one most likely means, or the keys that exist there."""
     section, _, leaf = path.rpartition(".")
+    here = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    here |= {} if section else {name: name for name, dot, _ in (key.partition(".") for key in known) if dot}
     meant = {**ALIASES, **{key.rpartition(".")[2]: key for key in known}}
-    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    here += [] if section else list(dict.fromkeys(key.partition(".")[0] for key in known if "." in key))
-    candidate = meant.get(leaf)
-    if candidate is None and (near := difflib.get_close_matches(leaf, here, n=1)):
-        candidate = f"{section}.{near[0]}" if section else near[0]
-    if candidate is None and (near := difflib.get_close_matches(leaf, meant, n=1)):
-        candidate = meant[near[0]]
-    if candidate is not None:
-        return f"did you mean {candidate}?"
+    if leaf in meant:
+        return f"did you mean {meant[leaf]}?"
+    for names in (here, meant):
+        if near := difflib.get_close_matches(leaf, names, n=1):
+            return f"did you mean {names[near[0]]}?"
     return f"the {f'keys of {section}' if section else 'top-level keys'} are {', '.join(here)}"
 
 

@@ -210,12 +210,13 @@ Pairs = dict[str, dict[str, Tensor]]  # by a layer's path: lora_A as "A", lora_B
 
 def _read(folder: Path) -> tuple[dict[str, Any], Pairs, dict[str, Tensor], LoraConfig]:
     """What both files hold, and our config of it."""
-    settings = _read_config(folder)
+    settings = read_settings(folder)
     pairs, saved = _read_tensors(folder)
     return settings, pairs, saved, _our_config(folder, settings, sorted(pairs), saved)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the config of an adapter that can be read here holds."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         inside = folder / "adapter"  # of the output folder of a run

@@ -52,14 +52,14 @@ def can_round_again(report: LoadReport | None) -> bool:
     return report is None or not report.bytes_4bit or report.method in ("rtn", KEEP)
 
 
-def store_base(model: Any, folder: Path, tokenizer: Any) -> None:
-    """Write a 4-bit ``model`` without an adapter as the folder that ``qlora quantize`` makes.
+def store_model(model: Any, folder: Path, tokenizer: Any, shard_bytes: int = SHARD_BYTES, advice: str = "") -> None:
+    """Write a 4-bit ``model`` without an adapter, and its tokenizer if there is one, as `qlora quantize` does.
 
-    UserError if it cannot be written; a folder that was there stays then.
+    UserError, which ends with ``advice``, if it cannot be written; a folder that was there stays then.
     """
-    with as_write_error(folder, "; quant.save false trains without it"), atomic_folder(folder) as partial:
+    with as_write_error(folder, advice), atomic_folder(folder) as partial:
         with aligned_files():
-            model.save_pretrained(partial, max_shard_size=SHARD_BYTES)
+            model.save_pretrained(partial, max_shard_size=shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 

@@ -1,4 +1,4 @@
-"""What the commands share: missing packages, terminal output, sizes, existing outputs and working time."""
+"""What the commands share: options, missing packages, terminal output, sizes, existing outputs and working time."""
 
 from __future__ import annotations
 
@@ -8,27 +8,54 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import is_terminal
+from qlora_native._io import as_write_error, is_terminal, user_path
 from qlora_native.errors import UserError
 
 # Where the import name is not the name that pip knows.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Control characters, those that change the direction of text or end a line, and halves of a character.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What the value of an option becomes, by the word that stands for it in the help; text of any other word.
+_PATHS = ("MODEL", "ADAPTER", "SRC", "DST", "DIR", "FILE", "PATH")
+_TYPES: dict[str, Any] = {"N": int, "X": float, **dict.fromkeys(_PATHS, user_path)}
 
 
-def missing_modules(names: Sequence[str]) -> list[str]:
-    """Those of the import names that are not installed, found without importing them."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
+class _AtLeast(argparse.Action):
+    """Stores numbers; UserError for one below ``const``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values if isinstance(values, list) else [values]:
+            if value < self.const:
+                raise UserError(f"{parser.prog}: {option_string} is {value}: expected {self.const} or more")
+        setattr(namespace, self.dest, values)
+
+
+def add_to(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """A function that adds an argument, whose ``value`` is the word for it in the help, or the choices; a switch has
+    none. ``least`` is that of a number, ``options`` are argparse's."""
+
+    def add(name: str, value: str | Sequence[str] | None, help: str, **options: Any) -> None:
+        if value is None:
+            options["action"] = "store_true"
+        elif isinstance(value, str):
+            options = {"metavar": value, "type": _TYPES.get(value), **options}
+        else:
+            options["choices"] = value
+        if "least" in options:
+            options |= {"action": _AtLeast, "const": options.pop("least")}
+        parser.add_argument(name, help=help, **options)
+
+    return add
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """The packages, as pip knows them, of those of the modules that are not installed."""
-    return [DISTRIBUTIONS.get(name, name) for name in missing_modules(names)]
+    """The packages, as pip knows them, of those of the modules that are not installed, found without importing them."""
+    return [DISTRIBUTIONS.get(name, name) for name in names if importlib.util.find_spec(name) is None]
 
 
 def require(what: str, *names: str) -> None:
@@ -63,13 +90,26 @@ def stopwatch() -> Callable[[], float]:
 
 def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str], indent: int | None = None) -> None:
     """Print the result as one JSON object with --json, and the lines without."""
-    for line in [json.dumps(result, indent=indent)] if args.json else lines:
-        print(line, flush=True)
+    print(*[json.dumps(result, indent=indent)] if args.json else lines, sep="\n", flush=True)
+
+
+@contextmanager
+def picture(option: str, file: Path) -> Iterator[Any]:
+    """A figure of matplotlib, written when the block ends to the PNG file that ``option`` names."""
+    require(option, "matplotlib")
+    from matplotlib.figure import Figure
+
+    if file.suffix != ".png":
+        raise UserError(f"{option} is {file}: expected a name that ends in .png")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    yield figure
+    with as_write_error(file):
+        figure.savefig(file, dpi=120)
 
 
 def has_rich_terminal() -> bool:
     """Whether the output is a terminal and rich is installed: elsewhere plain lines are printed."""
-    return is_terminal(sys.stdout) and not missing_modules(("rich",))
+    return is_terminal(sys.stdout) and not missing_packages(["rich"])
 
 
 def printable(text: str, most: int | None = None) -> str:

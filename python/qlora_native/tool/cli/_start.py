@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_native._io import as_user_error, user_path
 
@@ -25,8 +24,7 @@ ROWS = 1000  # assumed where no file of rows is named
 EVALUATIONS = 5  # of a short run
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """What fits the memory: ``estimate`` is that of micro-batches of the longest row."""
 
     estimate: Estimate
@@ -36,10 +34,7 @@ class Start:
     grad_accum: int
     epochs: int
     eval_every: int
-
-    @property
-    def optimizer(self) -> str:
-        return self.estimate.setting.optimizer
+    optimizer: str
 
 
 def schedule(rows: int) -> tuple[int, int]:
@@ -60,12 +55,13 @@ def start(estimator: Estimator, limit: int, rows: int = ROWS, longest: int = LEN
         if batch_size > wide or (batch_size > 1 and batch_size * length > PASS_TOKENS[device]):
             continue
         grad_accum = wide // batch_size
-        changes = {"optimizer": optimizer, "length": length, "micro_batches": grad_accum}
-        estimate = estimator.at(batch_size=min(batch_size, rows), **changes)
+        estimate = estimator.at(
+            optimizer=optimizer, length=length, micro_batches=grad_accum, batch_size=min(batch_size, rows)
+        )
         if fits := estimate.fits(int(MARGIN * limit)):
             break
     eval_every = min(100, max(1, epochs * math.ceil(rows / wide) // EVALUATIONS))
-    return Start(estimate, fits, max_length, batch_size, grad_accum, epochs, eval_every)
+    return Start(estimate, fits, max_length, batch_size, grad_accum, epochs, eval_every, optimizer)
 
 
 def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
@@ -82,28 +78,34 @@ def completed(config: TrainConfig, device: str | None = None, limit: int | None 
     if not of this machine."""
     import torch
 
-    from qlora_native._memory import free_device_memory, free_memory
     from qlora_native.tool.estimate import Estimator, Setting
 
     rows, longest = measured_rows(config, ENOUGH_ROWS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if limit is None:
-        is_card = device == "cuda"
-        free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
-        limit = free.bytes if free else 8 << 30
+    limit = limit or free_bytes(device)
     with as_user_error():
         estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
-    chosen, options = start(estimator, limit, rows, longest), config.train
-    given = options.model_fields_set
-    names = {"optimizer", "eval_every", "epochs", "batch_size", "grad_accum"} - given
-    train = {name: getattr(chosen, name) for name in names}
-    if "steps" in given:
-        train.pop("epochs", None)
+    chosen = start(estimator, limit, rows, longest)
     step_rows = chosen.batch_size * chosen.grad_accum
-    if "batch_size" in given and "grad_accum" in names:
-        train["grad_accum"] = max(1, step_rows // options.batch_size)
-    elif "grad_accum" in given and "batch_size" in names:
-        train["batch_size"] = max(1, step_rows // options.grad_accum)
+    given = config.train.model_fields_set
+    if "batch_size" in given:
+        chosen = chosen._replace(grad_accum=max(1, step_rows // config.train.batch_size))
+    elif "grad_accum" in given:
+        chosen = chosen._replace(batch_size=max(1, step_rows // config.train.grad_accum))
+    names = {"optimizer", "eval_every", "epochs", "batch_size", "grad_accum"} - given
+    if "steps" in given:
+        names.discard("epochs")
     data = {} if "max_length" in config.data.model_fields_set else {"max_length": chosen.max_length}
-    sections = {"train": options.model_copy(update=train), "data": config.data.model_copy(update=data)}
-    return config.model_copy(update=sections)
+    train = config.train.model_copy(update={name: getattr(chosen, name) for name in names})
+    return config.model_copy(update={"train": train, "data": config.data.model_copy(update=data)})
+
+
+def free_bytes(device: str) -> int:
+    """Of the memory of this machine, or of its card; 8 GiB where that cannot be found out."""
+    import torch
+
+    from qlora_native._memory import free_device_memory, free_memory
+
+    is_card = device == "cuda"
+    free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
+    return free.bytes if free else 8 << 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_native._io import user_path
 from qlora_native.errors import UserError
 from qlora_native.reference import BLOCK_SIZES
-from qlora_native.tool.cli._run import parse_size, require
+from qlora_native.tool.cli._run import add_to, parse_size, require
 from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
@@ -26,13 +25,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_quantizing(parser: argparse.ArgumentParser, keeps: bool = True) -> None:
     """How to quantize what is not 4-bit yet; ``keeps`` allows a GGUF file's weights as they are. What is not given is
     None: the default of load_model, or of the run."""
-    add = parser.add_argument
+    add = add_to(parser)
     levels = "4-bit data type; keep: a GGUF file's weights as they are (default: keep for such a file, else nf4)"
     types, text = (("nf4", "fp4", "keep"), levels) if keeps else (("nf4", "fp4"), "4-bit data type (default: nf4)")
-    add("--quant-type", choices=types, help=text)
-    add("--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)")
-    add("--double-quant", action=argparse.BooleanOptionalAction, help="store the scales in 8 bits (default: yes)")
-    add("--skip-modules", nargs="+", metavar="NAME", help="linear layers to leave dense (default: lm_head)")
+    add("--quant-type", types, text)
+    add("--block-size", "N", "weights per scale (default: 64)", choices=BLOCK_SIZES)
+    double = "store the scales in 8 bits (default: yes)"
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, help=double)
+    add("--skip-modules", "NAME", "linear layers to leave dense (default: lm_head)", nargs="+")
 
 
 def quantizing(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,14 +45,12 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """Which weights an adapter is added to; None for those of :func:`merge_base`."""
     base = "add the adapter to the weights in MODEL, or to the 4-bit ones made of them, decoded (default: those that "
     base += "it was trained on where that is known, else original)"
-    parser.add_argument("--base", choices=("original", "dequantized"), help=base)
+    add_to(parser)("--base", ("original", "dequantized"), base)
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
     """How large a file of safetensors may be, in bytes."""
-    parser.add_argument(
-        "--shard-size", type=_file_size, default="4GB", metavar="SIZE", help="largest file (default: 4GB)"
-    )
+    add_to(parser)("--shard-size", "SIZE", "largest file (default: 4GB)", type=_file_size, default="4GB")
 
 
 def _file_size(text: str) -> int:
@@ -71,16 +69,24 @@ def is_four_bit(model: Path) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """What the config beside an adapter says of the weights that it was trained on."""
+    """What the config beside an adapter says of the run and of the weights that it was on."""
 
     model: str
     quant: QuantConfig
     dtype: str
-    skips: Callable[[bool], list[str]]  # modules that stayed dense, of weights that are kept or new
+    trained: list[str]  # modules that are trained whole
+    tokens: list[Any]  # whose embeddings are trained
+    columns: dict[str, str]
 
-    def options(self, is_kept: bool) -> dict[str, Any]:
+    def skipped(self, is_kept: bool) -> list[str]:
+        """Modules that stayed dense, of weights that are kept or new; none for the default."""
+        from qlora_native.weights.shapes import dense_beside
+
+        return dense_beside(self.trained, self.tokens, is_kept) if self.trained or self.tokens else []
+
+    def options(self) -> dict[str, Any]:
         """As load_model takes them."""
-        skipped = self.skips(is_kept)
+        skipped = self.skipped(self.quant.type == "keep")
         return self.quant.options | ({"skip_modules": skipped} if skipped else {})
 
 
@@ -92,19 +98,18 @@ def run_of(adapter: Path | None) -> Run | None:
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
     from qlora_native.tool.config import QuantConfig, read_yaml
-    from qlora_native.weights.shapes import dense_beside
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]
-        quant = QuantConfig.model_validate(settings.get("quant") or {})
-        dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
-        lora = settings.get("lora") or {}
-        trained, tokens = (list(lora.get(name) or ()) for name in ("modules_to_save", "trainable_tokens"))
-
-    def skips(is_kept: bool) -> list[str]:
-        return dense_beside(trained, tokens, is_kept) if trained or tokens else []
-
-    return Run(str(settings.get("model", "the base")), quant, dtype, skips)
+        data, quant, lora, train = (settings.get(name) or {} for name in ("data", "quant", "lora", "train"))
+        return Run(
+            str(settings.get("model", "the base")),
+            QuantConfig.model_validate(quant),
+            train.get("dtype", "bfloat16"),
+            list(lora.get("modules_to_save") or ()),
+            list(lora.get("trainable_tokens") or ()),
+            {str(key): str(column) for key, column in (data.get("columns") or {}).items()},
+        )
 
 
 def as_trained(args: argparse.Namespace) -> TrainedBase:
@@ -120,19 +125,16 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
     from qlora_native.weights.config import METADATA
     from qlora_native.weights.open import open_source
 
-    model = args.model
-    adapter = args.adapter
-    given = quantizing(args)
+    model, adapter, given = args.model, args.adapter, quantizing(args)
     run = run_of(adapter)
-    record = {} if adapter is None else read_record(adapter)
-    if adapter is None or (run is None and not record):
+    record = read_record(adapter) if adapter else {}
+    if run is None and not record:
         return TrainedBase(model, given)
     source = open_source(model)
     base = "the base" if run is None else run.model
-    is_kept = run is not None and run.quant.type == "keep"
-    options = given if run is None or source.is_four_bit else run.options(is_kept) | given
+    options = given if run is None or source.is_four_bit else run.options() | given
     other = f"and {model} holds others: give {base} in its place"
-    folder = None if "folder" not in record else Path(os.path.abspath(adapter)).parent / record["folder"]
+    folder = Path(os.path.abspath(adapter)).parent / record["folder"] if "folder" in record else None
     if folder is not None and not source.is_four_bit:
         if stored := stored_base(adapter, source):
             return TrainedBase(stored.path, {})
@@ -140,14 +142,13 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
             raise UserError(f"{adapter} was trained on weights made from {base}, {other}")
         again = "" if run is None else f": make it with `{_command(run, model, adapter, str(folder))}`"
         raise UserError(f"{adapter} was trained on the weights in {folder}, which is not there as it was{again}")
-    if record:
+    if run is None or record:
         if digest(source) == record["sha256"]:
             return TrainedBase(model, options)
         raise UserError(f"{adapter} was trained on the weights of {folder or base}, {other}")
-    assert run is not None
     method = run.quant.method
-    metadata = (source.four_bit_config or {}).get(METADATA)
     if source.is_four_bit:
+        metadata = (source.four_bit_config or {}).get(METADATA)
         made = str((metadata if isinstance(metadata, dict) else {}).get("method") or method)
         if made != method and user_path(run.model) != model:
             raise UserError(f"{adapter} was trained on weights made by {method}, {other}")
@@ -171,7 +172,7 @@ def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
 
     kept = kept_calibration(adapter) or run.quant.calibration
     text = kept or ("FILE" if run.quant.method in CALIBRATED else None)
-    return quantize_command(str(model), run.quant.model_dump(), run.dtype, text, out, run.skips(False))
+    return quantize_command(str(model), run.quant.model_dump(), run.dtype, text, out, run.skipped(is_kept=False))
 
 
 def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
@@ -186,5 +187,5 @@ def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
         if args.base is None and args.adapter is not None and trained.options.get("quant_type") != "keep":
             print(f"base: the 4-bit weights of {trained.path}, on which it was trained", file=sys.stderr)
         return base, trained
-    options = {} if run is None else run.options(run.quant.type == "keep")
+    options = {} if run is None else run.options()
     return base, TrainedBase(args.model, options | quantizing(args))

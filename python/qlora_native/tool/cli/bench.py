@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_native import build_info
-from qlora_native._io import as_user_error, user_path
+from qlora_native._io import as_user_error
 from qlora_native.errors import UserError
 from qlora_native.functional import linear, linear_cross_entropy, lora_linear
 from qlora_native.optim import AdamW
 from qlora_native.reference import TOLERANCE
-from qlora_native.tool.cli._run import require
+from qlora_native.tool.cli._run import add_to, parse_size, require
 from qlora_native.weight import QuantizedWeight, quantize
 
 TOKENS = (1, 16, 256)
@@ -92,9 +92,8 @@ def cpu_name() -> str:
 
 def cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
     """The size of the last-level cache in sysfs; 32 MiB where there is none."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = (file.read_text(encoding="utf-8").strip() for file in Path(root).glob("index*/size"))
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
+    sizes = (file.read_text(encoding="utf-8") for file in Path(root).glob("index*/size"))
+    return max((parse_size(size, 1024) or 0 for size in sizes), default=32 << 20)
 
 
 # ---- what is timed
@@ -134,8 +133,8 @@ def linear_4bit(by: Operands) -> Contest:
     """The forward product; of a few tokens with enough weights that none is found in the cache."""
     dense = by.randn(by.n, by.k) / by.k**0.5
     weight = quantize(dense)
-    count = -(-2 * cache_bytes() // weight.nbytes) if by.m <= 16 and by.device.type == "cpu" else 1
-    copies = range(min(max(1, count), 16))
+    is_cached = by.m > 16 or by.device.type != "cpu"
+    copies = range(1 if is_cached else min(-(-2 * cache_bytes() // weight.nbytes), 16))
     packed = itertools.cycle([quantize(dense) for _ in copies])
     decoded = itertools.cycle([weight.dequantize(by.dtype) for _ in copies])
     x = by.randn(by.m, by.k)
@@ -148,18 +147,16 @@ def lora_linear_4bit(by: Operands) -> Contest:
     """A layer with an adapter, forward and backward."""
     weight = quantize(by.randn(by.n, by.k) / by.k**0.5)
     dense = weight.dequantize(by.dtype)
-    x = by.randn(by.m, by.k, requires_grad=True)
-    grad = by.randn(by.m, by.n)
+    x, grad = by.randn(by.m, by.k, requires_grad=True), by.randn(by.m, by.n)
     a = (by.randn(RANK, by.k, dtype=torch.float32) / by.k**0.5).requires_grad_()
     b = by.randn(by.n, RANK, dtype=torch.float32).mul_(0.1).requires_grad_()
 
-    def theirs() -> Tensor | None:
-        y = F.linear(x, dense) + F.linear(F.linear(x, a.to(by.dtype)), b.to(by.dtype)) * 2.0
-        return _backward(y, grad, x, a, b)
+    def theirs() -> Tensor:
+        return F.linear(x, dense) + F.linear(F.linear(x, a.to(by.dtype)), b.to(by.dtype)) * 2.0
 
     return Contest(
         lambda: _backward(lora_linear(x, weight, a, b, 2.0), grad, x, a, b),
-        theirs,
+        lambda: _backward(theirs(), grad, x, a, b),
         "the same layer of F.linear",
         4 * TOLERANCE[by.dtype],
     )
@@ -174,9 +171,8 @@ def quantize_4bit(by: Operands) -> Contest:
 def dequantize_4bit(by: Operands) -> Contest:
     """4 bits to floating point."""
     dense = by.randn(by.n, by.k)
-    weight = quantize(dense)
-    out = torch.empty_like(dense)
-    return Contest(lambda: weight.dequantize(by.dtype, out=out), dense.clone, "a copy", LEVELS)
+    decode = partial(quantize(dense).dequantize, by.dtype, out=torch.empty_like(dense))
+    return Contest(decode, dense.clone, "a copy", LEVELS)
 
 
 def cross_entropy(by: Operands) -> Contest:
@@ -203,7 +199,7 @@ def adamw_step(by: Operands) -> Contest:
 
         def step() -> Tensor:
             optimizer.step()
-            return parameter.detach()
+            return parameter
 
         return step
 
@@ -224,15 +220,14 @@ WITHOUT_TOKENS = ("quantize_4bit", "dequantize_4bit", "adamw_step")  # once a we
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    ops = list(CONTESTS)
-    add("op", metavar="OP", nargs="?", choices=ops, help=f"one of {', '.join(ops)} (default: all)")
-    add("--model", metavar="MODEL", help="take the shapes of its linear layers; no weight is read")
-    add("--shape", nargs=3, type=int, metavar=("M", "N", "K"), help="M tokens, N outputs, K inputs")
-    add("--tokens", nargs="+", type=int, metavar="M", help="token counts, without --shape (default: 1 16 256)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of x")
-    add("--rounds", type=int, default=11, metavar="R", help="calls of each, in turn (default: 11)")
-    add("--json", action="store_true", help="print one JSON object a row")
+    add = add_to(parser)
+    add("op", list(CONTESTS), f"one of {', '.join(CONTESTS)} (default: all)", metavar="OP", nargs="?")
+    add("--model", "MODEL", "take the shapes of its linear layers; no weight is read")
+    add("--shape", "N", "M tokens, N outputs, K inputs", metavar=("M", "N", "K"), nargs=3, least=1)
+    add("--tokens", "N", "token counts, without --shape (default: 1 16 256)", nargs="+", least=1)
+    add("--dtype", ("bfloat16", "float16", "float32"), "of x", default="bfloat16")
+    add("--rounds", "N", "calls of each, in turn (default: 11)", default=11, least=1)
+    add("--json", None, "print one JSON object a row")
     parser.epilog = """Both are called in turns, so that background load affects both equally; the ratio is
 the median over the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096].
 Close other programs.
@@ -253,17 +248,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}{isa}, torch {torch.__version__}, {args.dtype}")
     torch.manual_seed(0)
     for op in [args.op] if args.op else CONTESTS:
-        for number, (m, n, k) in enumerate(dict.fromkeys((m * (op not in WITHOUT_TOKENS), n, k) for m, n, k in shapes)):
+        head = True
+        for m, n, k in dict.fromkeys((m * (op not in WITHOUT_TOKENS), n, k) for m, n, k in shapes):
             contest = CONTESTS[op](Operands(m, n, k, getattr(torch, args.dtype), device))
             about = {"op": op, "m": m or None, "n": n, "k": k, "dtype": args.dtype, "device": name}
             row = about | measured(contest, args.rounds, device)
             if args.json:
                 print(json.dumps(row), flush=True)
                 continue
-            if number == 0:
+            if head:
                 print(f"\n{op}, against {contest.rival} in {args.dtype}")
                 print(f"{'M':>7}  {'[N, K]':<18}{'ours, ms':>10}{'torch, ms':>10}  times as fast (quartiles)")
-            print(f"{m or '':>7}  {f'[{n}, {k}]':<18}{_line(row)}", flush=True)
+            head = False
+            low, high = row["quartiles"]
+            match = "" if row["match"] else f"  NO MATCH: relative error {row['relative_error']:g}"
+            times = f"{row['ours_ms']:>10g}{row['torch_ms']:>10g}{row['times_as_fast']:>8g} ({low:g} to {high:g})"
+            print(f"{m or '':>7}  {f'[{n}, {k}]':<18}{times}{match}", flush=True)
     return 0
 
 
@@ -276,18 +276,16 @@ def measured(contest: Contest, rounds: int, device: torch.device) -> dict[str, A
             torch.cuda.synchronize(device)
         return result
 
-    got = contest.ours()
-    expected = contest.torch()
+    got, expected = contest.ours(), contest.torch()
     if isinstance(got, QuantizedWeight):
         got = got.dequantize(expected.dtype)
     error = relative_error(got.detach(), expected.detach())
     began = time.monotonic()
-    sides = {"ours": contest.ours, "torch": contest.torch}
-    seconds = interleaved({name: partial(wait_for, side) for name, side in sides.items()}, rounds)
+    sides = {"ours": partial(wait_for, contest.ours), "torch": partial(wait_for, contest.torch)}
+    seconds = interleaved(sides, rounds)
     low, middle, high = rounded(ratios(seconds["torch"], seconds["ours"]))
     return {
-        "ours_ms": rounded(quartiles(seconds["ours"]), 1e3)[1],
-        "torch_ms": rounded(quartiles(seconds["torch"]), 1e3)[1],
+        **{f"{side}_ms": rounded(quartiles(seconds[side]), 1e3)[1] for side in sides},
         "torch_is": contest.rival,
         "times_as_fast": middle,
         "quartiles": [low, high],
@@ -297,20 +295,11 @@ def measured(contest: Contest, rounds: int, device: torch.device) -> dict[str, A
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-    low, high = row["quartiles"]
-    match = "" if row["match"] else f"  NO MATCH: relative error {row['relative_error']:g}"
-    return f"{row['ours_ms']:>10g}{row['torch_ms']:>10g}{row['times_as_fast']:>8g} ({low:g} to {high:g}){match}"
-
-
 def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     if args.model and args.shape:
         raise UserError("qlora bench: --model and --shape were given: expected one of them")
     if args.shape and args.tokens:
         raise UserError("qlora bench: --tokens does not go with --shape, whose first number it is; leave one out")
-    for name, values in (("--shape", args.shape), ("--tokens", args.tokens), ("--rounds", [args.rounds])):
-        if any(value < 1 for value in values or ()):
-            raise UserError(f"qlora bench: {name} is {' '.join(map(str, values))}: expected numbers of 1 and more")
     if args.shape:
         return [tuple(args.shape)]
     weights = [(4096, 4096)]
@@ -320,14 +309,13 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     return [(m, n, k) for n, k in weights for m in args.tokens or TOKENS]
 
 
-def layer_shapes(model: str) -> list[tuple[int, int]]:
+def layer_shapes(model: Path) -> list[tuple[int, int]]:
     """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
     from qlora_native.models.build import MetaModel
     from qlora_native.weights.open import open_source
 
     with as_user_error():
-        config = open_source(user_path(model)).config
-        meta = MetaModel(config, torch.bfloat16, torch.device("meta"))
+        meta = MetaModel(open_source(model).config, torch.bfloat16, torch.device("meta"))
         weights = meta.four_bit_weights(("lm_head",), 64)
     # The last two axes: of one expert, where a weight is a stack of them.
     shapes = ((meta.shapes[name].shape[-2:], transposed) for name, transposed in weights.items())

@@ -12,25 +12,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from qlora_native._io import as_user_error, user_path
-from qlora_native.tool.cli._run import has_rich_terminal, printable
+from qlora_native._io import as_user_error
+from qlora_native.tool.cli._run import add_to, has_rich_terminal, printable
 from qlora_native.tool.cli._weights import DTYPES, add_quantizing, announce_base, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
-    add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
-    add("--system", metavar="TEXT", help="the system message")
-    add("--prompt", metavar="TEXT", help="answer this and end")
-    add("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 is greedy (default: 0)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="probability mass to sample from (default: 1)")
-    add("--top-k", type=int, default=0, metavar="K", help="tokens to sample from; 0 is all (default: 0)")
-    add("--seed", type=int, default=0, help="of sampling, the same for both answers (default: 0)")
+    add = add_to(parser)
+    add("model", "MODEL", "a model folder or a .gguf file")
+    add("--adapter", "DIR", "a folder in PEFT's format; base and adapter then both answer")
+    add("--system", "TEXT", "the system message")
+    add("--prompt", "TEXT", "answer this and end")
+    add("--max-tokens", "N", "the longest answer (default: 256)", default=256)
+    add("--temperature", "X", "sampling temperature; 0 is greedy (default: 0)", default=0.0)
+    add("--top-p", "X", "probability mass to sample from (default: 1)", default=1.0)
+    add("--top-k", "N", "tokens to sample from; 0 is all (default: 0)", default=0)
+    add("--seed", "N", "of sampling, the same for both answers (default: 0)", default=0)
     add_quantizing(parser)
-    add("--dtype", choices=DTYPES, help="of activations and of what is not 4-bit (default: bfloat16)")
-    add("--json", action="store_true", help="print one JSON object an answer, when it is complete")
+    add("--dtype", DTYPES, "of activations and of what is not 4-bit (default: bfloat16)")
+    add("--json", None, "print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the
 other.
@@ -50,14 +50,10 @@ class Answer:
     ended: str = "length"  # or "stop", or "interrupted"
 
     def as_dict(self) -> dict[str, Any]:
-        speed = len(self.tokens) / self.seconds if self.seconds else 0.0
-        return {
-            "from": self.name,
-            "text": self.text,
-            "tokens": len(self.tokens),
-            "tokens_per_second": round(speed, 1),
-            "ended": self.ended,
-        }
+        count = len(self.tokens)
+        speed = round(count / self.seconds, 1) if self.seconds else 0.0
+        values = {"from": self.name, "text": self.text, "tokens": count, "tokens_per_second": speed}
+        return {**values, "ended": self.ended}
 
 
 class Chat:
@@ -68,14 +64,10 @@ class Chat:
         from qlora_native.models.generate import stop_tokens
 
         self.encoder = ChatEncoder(tokenizer)  # as in training
-        self.model = model
-        self.tokenizer = tokenizer
-        self.sampling = sampling
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop = stop_tokens(model, tokenizer)
-        self.conversations: dict[str, list[dict[str, str]]] = {
-            name: [{"role": "system", "content": system}] if system else []
-            for name in (("base", "adapter") if with_adapter else ("model",))
-        }
+        first = [{"role": "system", "content": system}] if system else []
+        self.conversations = {name: [*first] for name in (("base", "adapter") if with_adapter else ("model",))}
 
     def iter_text(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
@@ -86,7 +78,8 @@ class Chat:
         prompt = self.encoder.prompt_ids(answer.messages)
         check_vocabulary(max(prompt, default=0), self.tokenizer, self.model, "the conversation")
         tokens = stream(self.model, prompt, self.sampling, self.stop)
-        while True:
+        token: int | None = 0
+        while token is not None:
             began = time.monotonic()
             with adapters_off(self.model) if answer.name == "base" else contextlib.nullcontext():
                 token = next(tokens, None)
@@ -99,19 +92,16 @@ class Chat:
             if token is None or not text.endswith("\ufffd"):
                 piece, answer.text = text[len(answer.text) :], text
                 yield piece
-            if token is None:
-                return
 
     def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
         """The answers to ``text``, and whether Ctrl-C ended them early; ``show(chat, answers)`` runs them."""
         for messages in self.conversations.values():
             messages.append({"role": "user", "content": text})
         answers = [Answer(name, messages) for name, messages in self.conversations.items()]
-        interrupted = False
-        try:
+        interrupted = True
+        with contextlib.suppress(KeyboardInterrupt):
             show(self, answers)
-        except KeyboardInterrupt:
-            interrupted = True
+            interrupted = False
         for answer in answers:
             if interrupted and answer.ended != "stop":
                 answer.ended = "interrupted"

@@ -10,8 +10,8 @@ from pathlib import Path
 from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import refuse_existing, require
-from qlora_native.tool.cli._start import MARGIN, ROWS, measured_rows, start
+from qlora_native.tool.cli._run import add_to, refuse_existing, require
+from qlora_native.tool.cli._start import MARGIN, ROWS, free_bytes, measured_rows, start
 from qlora_native.tool.cli.estimate import card_bytes, size
 
 DEFAULT = "smollm2"
@@ -32,14 +32,14 @@ PRESETS = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = add_to(parser)
     parser.usage = "qlora config list | init [NAME|MODEL] [options] | check CONFIG [--key value ...]"
-    add("action", choices=("list", "init", "check"))
-    add("name", nargs="?", help="init: a shipped config or a model; check: a config file")
-    add("--preset", choices=PRESETS, metavar="NAME", help=f"init: for a family of models: {', '.join(PRESETS)}")
-    add("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
-    add("--train", metavar="FILE", help="init MODEL: the training rows, whose number and lengths choose the steps")
-    add("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
+    parser.add_argument("action", choices=("list", "init", "check"))
+    parser.add_argument("name", nargs="?", help="init: a shipped config or a model; check: a config file")
+    add("--preset", list(PRESETS), f"init: for a family of models: {', '.join(PRESETS)}", metavar="NAME")
+    add("--gpu", "SIZE", "init MODEL: memory of the card, such as 24GB")
+    add("--train", "FILE", "init MODEL: the training rows, whose number and lengths choose the steps", type=str)
+    add("--out", "FILE", "init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
 folder of a model, one whose batch size and length fit the rows and the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.
@@ -52,48 +52,54 @@ examples:
   qlora config check config.yaml --lr 1e-4"""
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 def shipped() -> dict[str, Path]:
     """The configs inside the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "check":
-        require("qlora config check", "pydantic", "yaml")
-        if args.name is None:
-            raise UserError("qlora config check needs a file: qlora config check config.yaml")
-        from qlora_native.tool.config import TrainConfig
-
-        config = TrainConfig.from_file(args.name, args.overrides)
-        data, template = config.data, config.data.chat_template or ""
-        named = [("model", config.model), *(("data.train", path) for path in data.files)]
-        named += [("data.eval", data.eval or ""), ("quant.calibration", config.quant.calibration or "")]
-        on_hub = dict.fromkeys(path for _, path in named if hub_id(path))
-        named += [("data.chat_template", "" if "{" in template else template)]
-        missing = [(key, path) for key, path in named if path not in {"", *on_hub} and not user_path(path).exists()]
-        for path in on_hub:
-            print(f"read from the hub: {path}", file=sys.stderr)
-        if missing:
-            raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
-        sys.stdout.write(config.to_yaml())
-        return 0
-    if args.overrides:
+        _check(args)
+    elif args.overrides:
         raise UserError(
             f"qlora config {args.action} takes no {args.overrides[0]}; `qlora config --help` shows its options"
         )
-    if args.action == "list":
+    elif args.action == "init":
+        _init(args.preset or args.name or DEFAULT, args)
+    else:
         for name, entry in shipped().items():
             first = entry.read_text(encoding="utf-8").partition("\n")[0]
             print(f"{name:<12} {first.removeprefix('# ').removesuffix(' Start it with:')}")
         print(f"--preset     {', '.join(PRESETS)}")
-    else:
-        _init(args.preset or args.name or DEFAULT, args)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    require("qlora config check", "pydantic", "yaml")
+    if args.name is None:
+        raise UserError("qlora config check needs a file: qlora config check config.yaml")
+    from qlora_native.tool.config import TrainConfig
+
+    config = TrainConfig.from_file(args.name, args.overrides)
+    data, template = config.data, config.data.chat_template or "{"
+    named = [("model", config.model), *(("data.train", path) for path in data.files)]
+    named += [("data.eval", data.eval or ""), ("quant.calibration", config.quant.calibration or "")]
+    on_hub = dict.fromkeys(path for _, path in named if hub_id(path))
+    named += [] if "{" in template else [("data.chat_template", template)]
+    for path in on_hub:
+        print(f"read from the hub: {path}", file=sys.stderr)
+    missing = [(key, path) for key, path in named if path not in {"", *on_hub} and not user_path(path).exists()]
+    if missing:
+        raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
+    sys.stdout.write(config.to_yaml())
 
 
 def preset(name: str) -> str:
     """The text of a config for a family of models."""
-    text = (Path(__file__).parents[1] / "configs" / "preset.txt").read_text(encoding="utf-8")
+    text = (CONFIGS / "preset.txt").read_text(encoding="utf-8")
     return text.format(name=name, **dict(zip(COLUMNS, PRESETS[name], strict=True)))
 
 
@@ -103,12 +109,12 @@ def _init(name: str, args: argparse.Namespace) -> None:
     if args.preset is not None:
         text, missing = preset(name), ["data.train"]
     elif model.exists() or hub_id(name):
-        text = config_for(model, args.gpu, out or "config.yaml", args.train)
+        text = config_for(model, args.gpu, str(out or "config.yaml"), args.train)
         missing = [] if args.train else ["data.train"]
     elif args.gpu is not None or args.train is not None:
-        option = "--gpu" if args.gpu is not None else "--train"
         raise UserError(
-            f"{name} is no model folder: {option} fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`"
+            f"{name} is no model folder: --gpu and --train fit a config to a model, as in `qlora config init FOLDER "
+            "--gpu 24GB`"
         )
     elif name in configs:
         text = configs[name].read_text(encoding="utf-8")
@@ -119,9 +125,9 @@ def _init(name: str, args: argparse.Namespace) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    text = text.replace(f"{name}.yaml", out)
-    refuse_existing(Path(out), "--out")
-    with as_write_error(Path(out)), Path(out).open("x", encoding="utf-8") as file:
+    text = text.replace(f"{name}.yaml", str(out))
+    refuse_existing(out, "--out")
+    with as_write_error(out), out.open("x", encoding="utf-8") as file:
         file.write(text)
     command = text.splitlines()[1].removeprefix("#").strip()
     then = f"set {' and '.join(missing)} in it, then" if missing else "now"
@@ -132,7 +138,6 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     """The text of a config for a model on a card, or on the CPU of this machine, and for the rows of ``train``.
     UserError if no row fits."""
     require("qlora config init MODEL", "transformers", "yaml", "pydantic")
-    from qlora_native._memory import free_memory
     from qlora_native.tool.config import TrainConfig
     from qlora_native.tool.estimate import Estimator, Setting
     from qlora_native.tool.estimate.model import opened
@@ -143,19 +148,18 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
     else:
-        free = free_memory()
-        device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
+        device, limit, where = "cpu", free_bytes("cpu"), "the free memory of this machine"
     rows = {}
     if train is not None:
         config = TrainConfig.from_values({"model": str(model), "data": {"train": train, "max_length": 1 << 20}})
         rows = dict(zip(("rows", "longest"), measured_rows(config), strict=True))
     with as_user_error():
         source = opened(model)
-        if isinstance(source, Source):
-            notes, is_as_it_is = notes_of(source), source.is_four_bit or source.keeps(AUTO)
-        else:
-            notes, is_as_it_is = [], four_bit_config(source, model) is not None
         estimator = Estimator(source, Setting(device=device))
+    if isinstance(source, Source):
+        notes, is_as_it_is = notes_of(source), source.is_four_bit or source.keeps(AUTO)
+    else:
+        notes, is_as_it_is = [], four_bit_config(source, model) is not None
     chosen = start(estimator, limit, **rows)
     estimate, optimizer = chosen.estimate, chosen.optimizer
     setting, needed = estimate.setting, size(estimate.total + estimate.reserve)

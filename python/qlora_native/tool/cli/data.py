@@ -6,13 +6,12 @@ import argparse
 import json
 import os
 from itertools import groupby, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import has_rich_terminal, printable, require
+from qlora_native.tool.cli._run import add_to, has_rich_terminal, picture, printable
 
 if TYPE_CHECKING:
     from qlora_native.data.dataset import TokenizedDataset
@@ -29,16 +28,16 @@ MOST_LINES = 10  # named of the rows that were truncated or dropped
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
+    add = add_to(parser)
     parser.add_argument("action", choices=("show", "check"))
-    help = "a config of qlora train, or a data file, which --train FILE names too"
-    parser.add_argument("source", metavar="CONFIG|FILE", nargs="?", help=help)
-    parser.add_argument("--train", metavar="FILE", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
-    parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
-    parser.add_argument("--row", metavar="LINE", type=int, help="show the row on this line of the file (Parquet: row)")
-    parser.add_argument("--limit", metavar="N", type=int, help="read the first N rows of a file only")
-    parser.add_argument("--png", metavar="FILE", help="draw the histogram of lengths too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("source", "CONFIG|FILE", "a config of qlora train, or a data file, which --train FILE names too", nargs="?")
+    add("--train", "FILE", argparse.SUPPRESS, nargs="+", type=str)
+    add("--model", "DIR", "the model whose tokenizer reads a data file", type=str)
+    add("--rows", "N", "how many rows to show (default: 3)", default=3, least=0)
+    add("--row", "N", "show the row on this line of the file (Parquet: row)")
+    add("--limit", "N", "read the first N rows of a file only", least=1)
+    add("--png", "FILE", "draw the histogram of lengths too")
+    add("--json", None, "print one JSON object")
     parser.epilog = """Prints the format of the file, how long its rows are, which are truncated or dropped and why, and
 rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
 Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.
@@ -59,10 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data.template import ChatEncoder
     from qlora_native.weights.open import load_tokenizer
 
-    if args.rows < 0 or (args.limit is not None and args.limit < 1):
-        raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
     data = config.data
-    paths = [*data.files, *([data.eval] if data.eval is not None else [])]
+    paths = [*data.files, *([data.eval] if data.eval else [])]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
     tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
@@ -80,21 +77,24 @@ def run(args: argparse.Namespace) -> int:
         last = max(int(lines[-1]) for file in files for lines in (file.lines, file.dropped.lines) if len(lines))
         raise UserError(f"{' and '.join(data.files)}: no row is on line {args.row}, the last one is on line {last:,}")
     if args.png:
-        _plot_lengths(lengths, data.max_length, Path(args.png))
+        with picture("--png", args.png) as figure:
+            axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
+            axes.hist(lengths, bins=50)
+            axes.axvline(data.max_length, color="black", linestyle="--", label=f"max_length {data.max_length:,}")
+            axes.legend()
     summaries = [_summary(file) for file in files]
-    packed = None
+    packed: dict[str, Any] | None = None
     if data.packing:
         count = len(evaluation_order(lengths, data.max_length))
-        length = data.max_length
-        packed = {"sequences": count, "length": length, "filled": int(lengths.sum()) / (count * length)}
+        filled = int(lengths.sum()) / (count * data.max_length)
+        packed = {"sequences": count, "length": data.max_length, "filled": filled}
     if args.json:
         print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
         return 0
     for file, numbers in zip(files, summaries, strict=True):
         _print_file(file, numbers)
-    if packed is not None:
-        sequences = f"{packed['sequences']:,} sequences of {packed['length']:,} tokens"
-        print(f"packed: about {sequences} an epoch, {packed['filled']:.1%} full")
+    if data.packing:
+        print(f"packed: about {count:,} sequences of {data.max_length:,} tokens an epoch, {filled:.1%} full")
     for row in rows:
         _print_row(row)
     return 0
@@ -121,33 +121,24 @@ def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from qlora_native.data.readers import DATA_SUFFIXES, hub_id, read_rows
     from qlora_native.tool.config import TrainConfig
 
-    overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
-    source = args.source
-    files = args.train
-    if source is None and args.overrides and not args.overrides[0].startswith("--"):  # it stands behind an option,
-        source = overrides.pop(-len(args.overrides))  # where argparse does not look for what can be left out
-    if source is not None and Path(source).suffix.lower() in CONFIG_SUFFIXES:
+    source, files, overrides = args.source, args.train, [*args.overrides]
+    if source is None and overrides and not overrides[0].startswith("--"):  # it stands behind an option,
+        source = overrides.pop(0)  # where argparse does not look for what can be left out
+    if args.model:
+        overrides += ["--model", args.model]
+    if source is not None and source.lower().endswith(CONFIG_SUFFIXES):
         return TrainConfig.from_file(source, [*overrides, *(["--train", *files] if files else [])])
     if (source is None) == (files is None):
         raise UserError(f"qlora data {args.action}: expected a config, or one of FILE and --train FILE")
     files = files or [source]
-    for source in files:
-        suffix = Path(source).suffix.lower()
-        if suffix not in DATA_SUFFIXES and not hub_id(source):
-            raise UserError(
-                f"{source}: got a '{suffix}' file, expected a config ({', '.join(CONFIG_SUFFIXES)}) or data "
-                f"({', '.join(DATA_SUFFIXES)})"
-            )
-        read_rows(source)
     if not args.model:
         raise UserError(
             f"qlora data {args.action} {files[0]}: which tokens are trained depends on the model's tokenizer and "
             "chat template; name its folder with --model DIR"
         )
-    return TrainConfig.from_values({"data": {"train": files if files[1:] else files[0], "eval_fraction": 0}}, overrides)
+    return TrainConfig.from_values({"data": {"train": files, "eval_fraction": 0}}, overrides)
 
 
 # ---- a file
@@ -177,36 +168,19 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return [(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
 
 
-def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
-    require("--png", "matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
-    axes.hist(lengths, bins=50)
-    axes.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length:,}")
-    axes.legend()
-    try:
-        figure.savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
     stats = rows.stats
-    too_long = stats.dropped_too_long
-    untrained = stats.dropped - stats.dropped_too_long
     print(stats.describe())
-    for count, why, key in (
-        (stats.truncated, f"truncated: longer than max_length={stats.max_length}", "truncated_lines"),
-        (too_long, f"dropped: no trained token within max_length={stats.max_length}", "dropped_too_long_lines"),
-        (untrained, "dropped: nothing to train on", "dropped_untrained_lines"),
+    within = f"within max_length={stats.max_length}"
+    for key, count, why in (
+        ("truncated_lines", stats.truncated, f"truncated: longer than max_length={stats.max_length}"),
+        ("dropped_too_long_lines", stats.dropped_too_long, f"dropped: no trained token {within}"),
+        ("dropped_untrained_lines", stats.dropped - stats.dropped_too_long, "dropped: nothing to train on"),
     ):
         if count:
-            lines = numbers[key]
-            named = ", ".join(map(str, lines)) + (", ..." if count > len(lines) else "")
-            row, line = ("row", "line") if count == 1 else ("rows", "lines")
-            print(f"  {why}: {count:,} {row}, on {line} {named}")
+            named = ", ".join(map(str, numbers[key])) + (", ..." if count > len(numbers[key]) else "")
+            several = "s" * (count > 1)
+            print(f"  {why}: {count:,} row{several}, on line{several} {named}")
     print(f"tokens a row: {numbers['shortest']:,} to {numbers['longest']:,}, median {numbers['median']:,.0f}")
     most = max(count for *_, count in numbers["histogram"])
     width = len(f"{numbers['histogram'][-1][1]:,}")

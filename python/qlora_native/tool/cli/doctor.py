@@ -19,7 +19,7 @@ import torch
 from qlora_native import _C, build_info
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _library
-from qlora_native.tool.cli._run import missing_packages, print_result, require
+from qlora_native.tool.cli._run import add_to, missing_packages, print_result, require
 
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
 EXTRAS = {
@@ -37,9 +37,9 @@ BUILD_WITH_CUDA = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="also list which kernel multiplies by its weights")
-    add("--json", action="store_true", help="print one JSON object")
+    add = add_to(parser)
+    add("model", "MODEL", "also list which kernel multiplies by its weights", nargs="?")
+    add("--json", None, "print one JSON object")
     parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
 the configuration is read.
 

@@ -22,7 +22,7 @@ from qlora_native._io import (
     user_path,
 )
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import print_result, refuse_existing, require, stopwatch
+from qlora_native.tool.cli._run import add_to, print_result, refuse_existing, require, stopwatch
 from qlora_native.tool.cli._weights import (
     add_base,
     add_quantizing,
@@ -36,27 +36,25 @@ from qlora_native.tool.cli.merge import write_merged
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file; for gguf-adapter an adapter too"
-    )
-    add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
-    add("--to", required=True, choices=(*_MAKERS, "hub"), help="what to make")
-    add("--repo", metavar="USER/NAME", help="--to hub: the repository, which is made if it is not there")
-    add("--private", action="store_true", help="--to hub: make a private one")
+    add = add_to(parser)
+    add("model", "MODEL", "a model folder or a .gguf file; for gguf-adapter an adapter too")
+    add("--adapter", "DIR", "a folder in PEFT's format, or a checkpoint of a run")
+    add("--to", (*_MAKERS, "hub"), "what to make", required=True)
+    add("--repo", "USER/NAME", "--to hub: the repository, which is made if it is not there")
+    add("--private", None, "--to hub: make a private one")
     out = "the folder or .gguf file; it must not exist yet (default, for gguf-adapter alone: DIR.gguf)"
-    add("--out", "-o", type=user_path, metavar="PATH", help=out)
+    parser.add_argument("--out", "-o", type=user_path, metavar="PATH", help=out)
     kind = (
         "of the matrices; safetensors takes f16, bf16 and f32; keep: MODEL's own, a GGUF file's (default: bf16, for "
         "gguf f16, or q8_0 where MODEL is a GGUF file of fewer bits)"
     )
-    add("--type", choices=("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl", "keep"), help=kind)
+    add("--type", ("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl", "keep"), kind)
     text = "--type keep: text such as the model will meet, any file that training reads"
-    add("--calibration", metavar="FILE", help=text)
+    add("--calibration", "FILE", text)
     add_base(parser)
     add_quantizing(parser)
     add_shard_size(parser)
-    add("--json", action="store_true", help="print the result as one JSON object")
+    add("--json", None, "print the result as one JSON object")
     parser.epilog = """safetensors: a 16-bit folder that transformers loads. gguf: one file with the tokenizer and chat
 template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and gemma2. peft: the adapter alone, checked
 against MODEL, which it then names as its base. gguf-adapter: the adapter alone for llama.cpp, which runs it over the
@@ -79,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
         return _upload(args)
     if args.to == "gguf-adapter" and args.adapter is None:
         args.adapter, args.model = args.model, _base_of(args.model)
-    if args.out is None and args.to == "gguf-adapter":
-        args.out = args.adapter.with_name(f"{args.adapter.name}.gguf")
     if args.out is None:
-        raise UserError(f"qlora export: --to {args.to} needs --out PATH, the folder or file to make")
+        if args.to != "gguf-adapter":
+            raise UserError(f"qlora export: --to {args.to} needs --out PATH, the folder or file to make")
+        args.out = args.adapter.with_name(f"{args.adapter.name}.gguf")
     refuse_existing(args.out, "--out")
     if args.to.startswith("gguf") and args.out.suffix != ".gguf":
         raise UserError(f"qlora export: --out is {args.out}: expected a name that ends in .gguf")
+    if args.to in ("peft", "gguf-adapter") and args.type is not None:
+        raise UserError(f"qlora export: --to {args.to} takes no --type: the adapter is written as it is")
     seconds = stopwatch()
     with as_user_error():
         made = _MAKERS[args.to](args, args.out)
@@ -125,7 +125,8 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.tool.export.gguf_kept import export_kept
     from qlora_native.weights.open import load_tokenizer, open_source
 
-    architecture_of(open_source(args.model))  # before minutes of work
+    source = open_source(args.model)
+    architecture_of(source)  # before minutes of work
     work = _merging(args, "fp32")
     if (args.type == "keep") != bool(args.calibration):
         raise UserError(
@@ -134,16 +135,14 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.type == "keep":
         with as_write_error(out), atomic_file(out) as partial, layer_progress() as progress:
             return export_kept(work, partial, args.adapter, args.calibration, progress)
-    source = open_source(args.model)
     is_gguf = source.path.suffix == ".gguf"
     tokenizer = source.path if is_gguf else load_tokenizer(str(args.model), args.adapter)
-    kind = args.type or (near_type(source) if is_gguf else "f16")
-    with as_write_error(out), atomic_file(out) as partial:
-        made = export_gguf(work, partial, kind, tokenizer, source.path)
     if args.type is None:
-        args.type = kind
-        print(f"type {kind}{f', near that of {source.path.name}' * is_gguf}; --type sets another", file=sys.stderr)
-    return made
+        args.type = near_type(source) if is_gguf else "f16"
+        near = f", near that of {source.path.name}" if is_gguf else ""
+        print(f"type {args.type}{near}; --type sets another", file=sys.stderr)
+    with as_write_error(out), atomic_file(out) as partial:
+        return export_gguf(work, partial, args.type, tokenizer, source.path)
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -153,12 +152,10 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
     if args.adapter is None:
         raise UserError("qlora export: --to peft needs MODEL, the base, and --adapter DIR")
-    if args.type is not None:
-        raise UserError("qlora export: --to peft takes no --type: the adapter is written as it is")
     work = _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
     config = read_json(args.adapter / CONFIG_NAME)
-    is_stored = work.source.path != open_source(args.model).path
-    config["base_model_name_or_path"] = str(work.source.path if is_stored else args.model)
+    is_given = work.source.path == open_source(args.model).path
+    config["base_model_name_or_path"] = str(args.model if is_given else work.source.path)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
@@ -173,8 +170,6 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.tool.export.gguf_adapter import export_adapter
     from qlora_native.weights.open import open_source
 
-    if args.type is not None:
-        raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")
     run = run_of(args.adapter)
     if args.base is None and run is not None and as_trained(args).options.get("quant_type") != "keep":
         architecture_of(open_source(args.model))  # else the advice would not work
@@ -197,7 +192,6 @@ def _upload(args: argparse.Namespace) -> int:
     if not (folder / CONFIG_NAME).is_file() or args.repo is None:
         raise UserError("qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME")
     words = [args.repo, str(folder), *(f"--include={pattern}" for pattern in patterns), *["--private"] * args.private]
-    command = shlex.join(["hf", "upload", *words])
     try:
         from huggingface_hub import HfApi
 
@@ -205,6 +199,7 @@ def _upload(args: argparse.Namespace) -> int:
         repo = api.create_repo(args.repo, private=args.private or None, exist_ok=True).repo_id
         done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns)
     except Exception as error:  # no package, no network, no token, no permission: each has errors of its own
+        command = shlex.join(["hf", "upload", *words])
         raise UserError(f"{folder} is not uploaded ({reason(error)}); where that can be done: {command}") from error
     print_result(args, {"repo": repo, "to": "hub", "url": str(done)}, [f"{folder} is uploaded: {done}"])
     return 0
@@ -212,13 +207,9 @@ def _upload(args: argparse.Namespace) -> int:
 
 def _base_of(adapter: Path) -> Path:
     """The base that an adapter names."""
-    from qlora_native.lora.adapter import CONFIG_NAME
+    from qlora_native.lora.adapter import read_settings
 
-    if not (adapter / CONFIG_NAME).is_file():
-        inside = adapter / "adapter"  # of the output folder of a run
-        hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else ""
-        raise UserError(f"{adapter} has no {CONFIG_NAME}: expected an adapter, or MODEL and --adapter DIR{hint}")
-    base = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
+    base = read_settings(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter} names no base: give it as MODEL, and the adapter as --adapter DIR")
     return user_path(base)

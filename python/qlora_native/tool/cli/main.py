@@ -29,8 +29,6 @@ from qlora_native._version import __version__
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import printable, require
 
-EXIT_OK = 0
-EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 
@@ -76,21 +74,20 @@ COMMANDS: dict[str, Command] = {
 class _Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one sentence instead of the usage text and an error."""
 
+    def __init__(self, prog: str, description: str) -> None:
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=style, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {spec.summary}" for name, spec in COMMANDS.items())
-    parser = _Parser(
-        prog="qlora",
-        usage="qlora COMMAND [options]",
-        description="QLoRA fine-tuning with 4-bit weights on CPU and CUDA.",
-        epilog=f"commands:\n{commands}\n\n`qlora COMMAND --help` explains one of them. Example:\n"
-        "  qlora train config.yaml --lr 1e-4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    commands = "\n".join(f"  {name:<8}  {spec.summary}" for name, spec in COMMANDS.items())
+    epilog = f"commands:\n{commands}\n\n`qlora COMMAND --help` explains one of them. Example:\n"
+    parser = _Parser("qlora", "QLoRA fine-tuning with 4-bit weights on CPU and CUDA.")
+    parser.usage = "qlora COMMAND [options]"
+    parser.epilog = f"{epilog}  qlora train config.yaml --lr 1e-4"
     parser.add_argument("--version", action="version", version=f"qlora_native {__version__}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     return parser
@@ -99,27 +96,20 @@ def _top_parser() -> argparse.ArgumentParser:
 def _run_command(name: str, argv: Sequence[str]) -> int:
     spec = COMMANDS[name]
     module = importlib.import_module(f"qlora_native.tool.cli.{name}")
-    parser = _Parser(
-        prog=f"qlora {name}",
-        description=spec.summary[0].upper() + spec.summary[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _Parser(f"qlora {name}", f"{spec.summary[0].upper()}{spec.summary[1:]}.")
     module.configure(parser)
     options = {option for action in parser._actions for option in action.option_strings}
     argv = [other if (other := _hyphenated(word)).partition("=")[0] in options else word for word in argv]
-    if spec.first:
-        # argparse cannot distinguish the value of a key that it does not know from a positional argument.
-        if argv and argv[0].startswith("--") and argv[0] != "--help" and spec.can_lack_first:
-            argv = ["", *argv]
-        elif argv and argv[0].startswith("--") and argv[0] != "--help":
+    if spec.first and argv and argv[0].startswith("--") and argv[0] != "--help":
+        if not spec.can_lack_first:
             raise UserError(f"qlora {name}: {spec.first} comes first, then --key value")
-        args, overrides = parser.parse_known_args(argv)
-        args.overrides = overrides
-    else:
-        args = parser.parse_args(argv)
+        # argparse cannot distinguish the value of a key that it does not know from a positional argument.
+        argv = ["", *argv]
+    args, args.overrides = parser.parse_known_args(argv)
+    if args.overrides and not spec.first:
+        parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
     require(f"qlora {name}", *spec.needs)
-    return int(module.run(args) or EXIT_OK)
+    return int(module.run(args) or 0)
 
 
 def _hyphenated(word: str) -> str:
@@ -133,19 +123,18 @@ _ALIASES = {"finetune": "train", "fine-tune": "train", "sft": "train", "generate
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    if not argv or argv[0].startswith("-"):
-        _top_parser().parse_args(argv)
-        _top_parser().print_help(sys.stdout if argv else sys.stderr)
-        return EXIT_OK if argv else EXIT_USER
-    name = argv[0]
-    rest = argv[1:]
+    name = argv[0] if argv else "-"
+    if name.startswith("-"):
+        _top_parser().parse_args(argv)  # --help and --version end here
+        _top_parser().print_help(sys.stderr)
+        return EXIT_USER
     if name not in COMMANDS:
         import difflib
 
         near = [_ALIASES[name]] if name in _ALIASES else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `qlora {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
         raise UserError(f"qlora {name} is not a command: {hint}")
-    return _run_command(name, rest)
+    return _run_command(name, argv[1:])
 
 
 class _Lossy(io.TextIOWrapper):
@@ -176,10 +165,11 @@ def _on_signal(number: int, frame: object) -> None:
 def _stoppable() -> Iterator[None]:
     """Let SIGTERM and SIGHUP, unless they are ignored or handled, raise _Stopped, so that partial files are removed.
     Not under torchrun, since a process that waits for another one has to end."""
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name, signal.SIGTERM) for name in names]  # Windows has the first alone
-    changed = {number for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
-    for number in changed if "LOCAL_RANK" not in os.environ else ():
+    is_possible = threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ
+    # Windows has no SIGHUP.
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if is_possible else ()
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
         signal.signal(number, _on_signal)
     try:
         yield
@@ -214,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _said(getattr(stop, "code", EXIT_INTERRUPTED), str(stop) or "interrupted")
     except BrokenPipeError:
         _drop_output()  # its reader (a pager, `head`) has gone
-        return EXIT_OK
+        return 0
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (KeyboardInterrupt, _Stopped)):  # which transformers'

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qlora_native._io import as_user_error, as_write_error, atomic_folder, user_path, write_whole
+from qlora_native._io import as_user_error, as_write_error, atomic_folder, write_whole
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import refuse_existing, stopwatch
+from qlora_native.tool.cli._run import add_to, refuse_existing, stopwatch
 from qlora_native.tool.cli._weights import add_base, add_quantizing, add_shard_size, as_trained, merge_base
 
 if TYPE_CHECKING:
@@ -23,23 +23,23 @@ METHODS = ("gptq", "rtn")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help="the base: a model folder or a .gguf file")
-    add("adapter", type=user_path, metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
-    add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
+    add = add_to(parser)
+    add("model", "MODEL", "the base: a model folder or a .gguf file")
+    add("adapter", "ADAPTER", "a folder in PEFT's format, such as run/adapter")
+    add("--out", "DIR", "the folder to make; it must not exist yet", required=True)
     add_base(parser)
-    add("--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)")
+    add("--to", ("bf16", "fp16", "fp32", "nf4"), "what to write (default: bf16)", default="bf16")
     methods = "--to nf4: rtn rounds the sum to nearest, gptq hands on what rounding loses to later columns "
     methods += "(default: gptq with --calibration, else rtn)"
-    add("--method", choices=METHODS, help=methods)
+    add("--method", METHODS, methods)
     text = "--to nf4: text such as the model will meet, any file that training reads"
-    add("--calibration", metavar="FILE", help=text)
+    add("--calibration", "FILE", text)
     add_quantizing(parser)
     add_shard_size(parser)
-    add("--check", action="store_true", help="report the error of each weight and the logits' drift")
+    add("--check", None, "report the error of each weight and the logits' drift")
     sample = "--check: held-out rows, on which losses are compared too (default: a few sentences, for the logits alone)"
-    add("--sample", type=user_path, metavar="FILE", help=sample)
-    add("--json", action="store_true", help="print the result as one JSON object")
+    add("--sample", "FILE", sample)
+    add("--json", None, "print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
 memory; --check loads it. Its report goes to DIR/{REPORT}.json and DIR/{REPORT}.md.
 The options of quantizing describe how MODEL was loaded for training; the default is the config.yaml beside the adapter.
@@ -59,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.tool.evaluate import check
     from qlora_native.weights.open import load_tokenizer
 
-    source = args.model
-    adapter = args.adapter
     out = args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
@@ -74,33 +72,28 @@ def run(args: argparse.Namespace) -> int:
             "both or neither"
         )
     with as_user_error():
-        tokenizer = load_tokenizer(str(source)) if args.check else None
+        tokenizer = load_tokenizer(str(args.model)) if args.check else None
         rows = check.sample_rows(args.sample, tokenizer) if args.check else []
         seconds = stopwatch()
         args.base, base = merge_base(args)
         trained = as_trained(args) if args.check else base
-        work = Merging(base.path, adapter, base=args.base, to=args.to, **base.options)
+        work = Merging(base.path, args.adapter, base=args.base, to=args.to, **base.options)
         if rows:
             check_vocabulary(max(map(max, rows)), tokenizer, work.meta.model, str(args.sample or "--check"))
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:
-            with as_write_error(out):
+            with as_write_error(out), layer_progress() as progress:
                 out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-            with as_write_error(out), temporary as folder, layer_progress() as progress:
-                if work.four_bit or work.rounded:
-                    calibration = CalibrationData(args.calibration)
-                    work.codes = calibrated_codes(work, adapter, calibration, Path(folder), progress)
-                    write_merged(work, out, args.shard_size)
-                else:
-                    write_calibrated(work, args, base.options, Path(folder), progress)
+                with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+                    if work.four_bit or work.rounded:
+                        calibration = CalibrationData(args.calibration)
+                        work.codes = calibrated_codes(work, args.adapter, calibration, Path(name), progress)
+                        write_merged(work, out, args.shard_size)
+                    else:
+                        write_calibrated(work, args, base.options, Path(name), progress)
         result: dict[str, Any] = {
-            "out": str(out),
-            "model": str(source),
-            "adapter": str(adapter),
-            "base": args.base,
-            "to": args.to,
+            **{name: str(getattr(args, name)) for name in ("out", "model", "adapter", "base", "to")},
             "layers": len(work.adapter.pairs),
             "files": work.report.files,
             "num_bytes": work.report.num_bytes,
@@ -148,19 +141,15 @@ def write_calibrated(
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.models.load import load_model
     from qlora_native.models.merge_files import Merging
-    from qlora_native.weights.files import aligned_files
+    from qlora_native.models.trained import store_model
     from qlora_native.weights.open import load_tokenizer
 
-    out = args.out
     tokenizer = load_tokenizer(str(args.model), args.adapter)
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
     options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}
-    model: Any = load_model(folder / "sum", progress=progress, **options)
-    with as_write_error(out), atomic_folder(out) as partial, aligned_files():
-        model.save_pretrained(partial, max_shard_size=args.shard_size)
-        tokenizer.save_pretrained(partial)
-    files = list(out.glob("*.safetensors"))
+    store_model(load_model(folder / "sum", progress=progress, **options), args.out, tokenizer, args.shard_size)
+    files = list(args.out.glob("*.safetensors"))
     work.report.files, work.report.num_bytes = len(files), sum(file.stat().st_size for file in files)
 
 

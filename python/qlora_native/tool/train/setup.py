@@ -195,12 +195,12 @@ def _in_words(count: float) -> str:
 
 def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
-    from qlora_native.models.trained import STORED, can_round_again, source_of, store_base
+    from qlora_native.models.trained import STORED, can_round_again, source_of, store_model
 
     source = source_of(model, source)
     folder = output_dir / STORED
     if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
-        store_base(model, folder, tokenizer)
+        store_model(model, folder, tokenizer, advice="; quant.save false trains without it")
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
 
