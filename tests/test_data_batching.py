@@ -172,7 +172,8 @@ def test_a_position_in_other_data_is_refused(other: BatchSampler, match: str) ->
 
 def test_a_broken_state_is_refused() -> None:
     sampler = BatchSampler(lengths(11), 4)
-    for broken in ({"batch": None}, {"batch": 0.5}, {"epoch": "0"}):
+    wrong: list[dict[str, Any]] = [{"batch": None}, {"batch": 0.5}, {"epoch": "0"}]
+    for broken in wrong:
         with pytest.raises(TypeError):
             sampler.load_state_dict({**sampler.state_dict(), **broken})
     with pytest.raises(KeyError):

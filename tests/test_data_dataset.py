@@ -171,7 +171,7 @@ def test_batches_of_tensors_from_a_file(tmp_path: Path) -> None:
     dataset = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 11))), tokenizer)
     sampler = BatchSampler(dataset.lengths, 4, seed=0)
     seen = 0
-    for rows in sampler:
+    for rows in sampler.batches(0):
         batch = collate([dataset[index] for index in rows], padding_id(tokenizer))
         assert batch["input_ids"].shape[1] % 8 == 0
         seen += int((batch["labels"] != -100).sum())

@@ -162,7 +162,7 @@ def load_dataset(
     table = bytearray()
     with writing():
         folder.mkdir(parents=True, exist_ok=True)
-    with SpooledTemporaryFile(CHUNK_BYTES, dir=folder) as file:  # on disk it has no name, and vanishes in any case
+    with SpooledTemporaryFile(CHUNK_BYTES, dir=str(folder)) as file:  # on disk it has no name, and vanishes in any case
         for number, each in enumerate(paths):
             rows = read_rows(each, limit=limit, columns=columns)
             first = list(islice(rows, FIRST_ROWS))
@@ -193,7 +193,8 @@ def load_dataset(
         raise UserError(f"{where}: {why}.")
     lengths = kept["length"]
     return TokenizedDataset(
-        *tokens.reshape(-1, 2).T,
+        tokens[::2],
+        tokens[1::2],
         np.cumsum(lengths) - lengths,
         *(kept[name] for name in _ROW.names or ()),
         Dropped(dropped["line"], dropped["truncated"]),

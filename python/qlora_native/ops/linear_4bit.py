@@ -55,7 +55,7 @@ class Cpu(Engine):
         n, k = weight.shape
         m = x.shape[0]
         y = empty_like(x, (m, n if is_forward else k))
-        factors: Values = 0, 1.0, 0, 0, 0
+        factors: tuple[int, float, int, int, int] = 0, 1.0, 0, 0, 0
         if adapter is not None:  # contiguous by construction
             low, up, down, down_scale = adapter
             factors = address(down), down_scale, low.data_ptr(), up.data_ptr(), low.shape[1]

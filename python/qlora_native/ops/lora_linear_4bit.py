@@ -159,7 +159,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values
     *needed, _, need_bias = ctx.needs_input_grad[:6]
     if grad_y is None:
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
-    arguments = (grad_y, seen, xa, a, b, *ctx.options, needed, weight)
+    scale, separate = ctx.options
+    arguments = (grad_y, seen, xa, a, b, scale, separate, needed, weight)
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
         grads = backward_by(ANY, *arguments, grad_xa)
     else:

@@ -150,7 +150,7 @@ class Optimizer(PagedOptimizer):
             plan.on_device = DeviceTable(module, self._op, plan.table, len(grads), device)
         scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
         by = Scaling(grad_factor, max_norm, scale, skip)
-        if is_paged:
+        if pages is not None and is_paged:
             pages.step(plan, self._options(), by)
         else:
             plan.on_device.step(plan.table, self._options(), by)

@@ -119,7 +119,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             if param.is_floating_point() and not self._has_place(param, coded):
                 missing.setdefault(param.device, []).append((param, coded))
         for device, chosen in missing.items():
-            pages = self._pages.get(device) or self._new_pages(device)
+            pages: Pages | None = self._pages.get(device) or self._new_pages(device)
             if pages is None:
                 continue
             before = pages.state_bytes()
@@ -252,7 +252,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             value = given.get(name)
             dtypes = _native.DTYPE_NUMBER if dtype.is_floating_point else (dtype,)
             is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-            if not is_dense or value.shape != shape or value.dtype not in dtypes:
+            if value is None or not is_dense or value.shape != shape or value.dtype not in dtypes:
                 found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 wrong[name] = f"is {found}: expected {dtype} {list(shape)}, dense and with values"
             elif not reference.is_finite(value):

@@ -101,7 +101,7 @@ class Params4bit(nn.Parameter):
 
     def _update_module(self) -> None:
         if self.module is not None:
-            self.module.quant_state = self.quant_state  # type: ignore[assignment]
+            self.module.quant_state = self.quant_state
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Quantize on the device, if this is dense still, in place; else move bytes and scales.
@@ -243,10 +243,10 @@ class Linear4bit(nn.Linear):
 class LinearNF4(Linear4bit):
     """:class:`Linear4bit` of type NF4."""
 
-    __init__ = partialmethod(Linear4bit.__init__, quant_type="nf4")  # type: ignore[assignment]
+    __init__ = partialmethod(Linear4bit.__init__, quant_type="nf4")
 
 
 class LinearFP4(Linear4bit):
     """:class:`Linear4bit` of type FP4."""
 
-    __init__ = partialmethod(Linear4bit.__init__, quant_type="fp4")  # type: ignore[assignment]
+    __init__ = partialmethod(Linear4bit.__init__, quant_type="fp4")

@@ -281,7 +281,7 @@ def measured(contest: Contest, rounds: int, device: torch.device) -> dict[str, A
         got = got.dequantize(expected.dtype)
     error = relative_error(got.detach(), expected.detach())
     began = time.monotonic()
-    sides = {"ours": partial(wait_for, contest.ours), "torch": partial(wait_for, contest.torch)}
+    sides: Functions = {"ours": partial(wait_for, contest.ours), "torch": partial(wait_for, contest.torch)}
     seconds = interleaved(sides, rounds)
     low, middle, high = rounded(ratios(seconds["torch"], seconds["ours"]))
     return {

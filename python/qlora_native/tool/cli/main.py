@@ -105,9 +105,10 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise UserError(f"qlora {name}: {spec.first} comes first, then --key value")
         # argparse cannot distinguish the value of a key that it does not know from a positional argument.
         argv = ["", *argv]
-    args, args.overrides = parser.parse_known_args(argv)
-    if args.overrides and not spec.first:
-        parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
+    args, others = parser.parse_known_args(argv)
+    args.overrides = others
+    if others and not spec.first:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     require(f"qlora {name}", *spec.needs)
     return int(module.run(args) or 0)
 

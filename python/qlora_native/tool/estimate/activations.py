@@ -85,7 +85,7 @@ def norm_bytes(model: PreTrainedModel, setting: Setting) -> int:
     for norm in model.modules():
         weight = getattr(norm, "weight", None)
         is_norm = "norm" in type(norm).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
-        if is_norm and norm not in inside:
+        if weight is not None and is_norm and norm not in inside:
             twin = _as_loaded(norm, setting)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 twin.to_empty(device="cpu")

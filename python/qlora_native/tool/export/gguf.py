@@ -150,7 +150,7 @@ def near_type(source: Source) -> str:
     assert isinstance(source, GgufSource)
     sizes: Counter[str] = Counter()
     for tensor in source.gguf.tensors.values():
-        sizes[tensor.kind.name.lower()] += tensor.num_bytes
+        sizes[tensor.kind] += tensor.num_bytes
     kind = sizes.most_common(1)[0][0]
     return kind if kind in ("f16", "bf16", "f32") else "q8_0"
 

@@ -277,7 +277,7 @@ class RunPage(Observer):
         if state.step:
             with suppress(Exception):  # a damaged file costs its notes alone
                 found = read_json(folder / "report.json")["notes"]
-                notes = [{"step": int(note["step"]), "text": str(note["text"])} for note in found]
+                notes: list[dict[str, Any]] = [{"step": int(note["step"]), "text": str(note["text"])} for note in found]
                 self._notes = [note for note in notes if 0 <= note["step"] <= state.step]
 
     def note(self, text: str) -> None:

@@ -131,7 +131,8 @@ def resolve(
     UserError if the method is not that of the checkpoint.
     """
     quant = config.quant
-    kind, method = quant.type, quant.method
+    kind: str = quant.type
+    method = quant.method
     notes = []
     if source is not None and quant.falls_back and not _is_made(config, source):
         from qlora_native.calibration.data import LEAST_TOKENS
