@@ -128,7 +128,7 @@ def make_plain(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
     """Train to the end with ``lora.ship``: the scores of the adapter, and of the file that ships."""
     import qlora_native as qn
-    from qlora_native.tool.train.batches import load_rows
+    from qlora_native.tool.rows import load_rows
     from qlora_native.tool.train.loop import Trainer
 
     settings, trained = train(work, text, setting, seed, tokenizer, ships=True)

@@ -92,6 +92,7 @@ __device__ __forceinline__ uint32_t four_codes(const uint8_t* block, unsigned i)
     const uint32_t high = word_at<kType>(block + 128 + i / 128 * 32 + i % 32) >> (i / 32 % 4 * 2) & 0x03030303;
     return low | high << 4;
   } else {
+    static_assert(kType == QuantType::kIq4Nl);
     return iq4_nl_levels_of(nibble_of_32(2));
   }
 }

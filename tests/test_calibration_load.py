@@ -418,7 +418,7 @@ def test_layers_of_an_older_format_are_discarded(tmp_path: Path) -> None:
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
     from qlora_native.calibration.data import quantize_command
     from qlora_native.tool.config import TrainConfig
-    from qlora_native.tool.train.batches import load_rows
+    from qlora_native.tool.rows import load_rows
     from qlora_native.tool.train.setup import prepare_model
     from qlora_native.weights.open import load_tokenizer
 

@@ -28,6 +28,7 @@ from qlora_native.models.load import load_model
 from qlora_native.tool.cli.demo import demo_config, model_file
 from qlora_native.tool.cli.standard_library import write_split
 from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.rows import load_files
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.weight import quant_type_number
 from qlora_native.weights.gguf import DENSE
@@ -119,7 +120,7 @@ def test_a_run_ends_with_the_file_that_it_evaluated(files: Path, tmp_path: Path)
         assert torch.equal(packed, layer.shipped.packed)  # type: ignore[union-attr]
         changed += int((packed != base.quantized.packed).sum())
     assert changed > 100
-    held_out = run.config.data.load(run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[1]
+    held_out = load_files(run.config.data, run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[1]
     again = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert again.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
 

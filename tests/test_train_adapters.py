@@ -30,8 +30,9 @@ from qlora_native.models.merge import merge
 from qlora_native.tool.cli.main import main
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate import Estimator, Setting
+from qlora_native.tool.rows import load_rows
 from qlora_native.tool.train import loop
-from qlora_native.tool.train.batches import load_rows, make_sampler, micro_batches
+from qlora_native.tool.train.batches import make_sampler, micro_batches
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.tool.train.setup import learning_rate, prepare_model
 from qlora_native.weights.open import load_tokenizer

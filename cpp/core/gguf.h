@@ -20,7 +20,7 @@ struct BlockFormat {
   int bytes;
 };
 
-inline constexpr int kQuantTypes = 11;
+inline constexpr int kQuantTypes = 11;  // CONTRIBUTING.md, "Add a stored format", says where a new one goes
 
 // By QuantType.
 inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {
@@ -183,6 +183,7 @@ QLORA_NATIVE_HD auto with_gguf(QuantType type, const Use& use) {
     case QuantType::kQ6_K:
       return use.template operator()<QuantType::kQ6_K>();
     default:
+      static_assert(kQuantTypes == 11, "a case for the new format");
       return use.template operator()<QuantType::kIq4Nl>();
   }
 }

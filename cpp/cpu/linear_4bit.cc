@@ -12,7 +12,13 @@ namespace {
 
 constexpr int64_t kFewDenseRows = 8;  // of x, whose products with a dense W are limited by its bytes
 
-enum class Path { kRows, kDenseRows, kTiles, kGemm };
+// How a product is computed. Bias and adapter are added in the sums, in fp32, which are rounded once.
+enum class Path {
+  kRows,       // a few tokens, row after row of W: kernels/rows-inl.h, streams-inl.h
+  kDenseRows,  // the same of a dense W
+  kTiles,      // bf16 in the matrix units of AMX: kernels/tiles.cc, gemm-amx-inl.h
+  kGemm        // blocks of W that are decoded into a cache: kernels/gemm-inl.h, for bf16 also gemm-bf16dot-inl.h
+};
 
 int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 

@@ -11,7 +11,7 @@ from qlora_native.weight import QuantizedWeight
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to the operands of torch's own linear layer, of which the first is no None."""
+    """What autocast would do to the operands of torch's own linear layer, of which the first is a tensor."""
     device = tensors[0].device.type  # type: ignore[union-attr]
     if not torch.is_autocast_enabled(device):
         return tensors

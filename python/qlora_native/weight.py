@@ -249,7 +249,7 @@ class QuantizedWeight:
         )
 
 
-# A pickle made by torch.save names this class and the dtype; both are data.
+# A pickle made by torch.save names this class and the dtype: both are data, which torch.load may then read.
 torch.serialization.add_safe_globals([QuantizedWeight])
 
 
@@ -460,13 +460,8 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
                 f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected "
                 f"{count} of {_named(dtypes)} for a {list(shape)} weight in blocks of {block_size}, all on one device."
             )
-        if (
-            name
-            and full not in unread
-            and tensor.is_floating_point()
-            and not tensor.is_meta
-            and not bool((tensor.abs() <= MOST_SCALE).all())
-        ):
+        is_checked = name and full not in unread and tensor.is_floating_point() and not tensor.is_meta
+        if is_checked and not bool((tensor.abs() <= MOST_SCALE).all()):
             raise ValueError(f"from_bnb: '{full}' holds a number over {MOST_SCALE:,}, or a NaN: expected smaller ones.")
         return tensor.contiguous().reshape(-1)
 

@@ -140,7 +140,7 @@ void Pager::step(const OptimTensor* tensors, const int64_t* number_of_tensor, in
   walk(order, parts, update);
 }
 
-// Who saves a checkpoint has all states come in, in large pages that know nothing of chunks: neighbors go together.
+// Saving a checkpoint reads all states back, in large pages that know nothing of chunks: neighbors go together.
 void Pager::drop_what_others_touched(int64_t budget_bytes) {
   int64_t resident = 0;
   for (const auto& store : stores_) {

@@ -139,6 +139,7 @@ inline void unpack_run(const RunPlace& at, RunCodes& codes) {
     bits_of_32<3>(block + 128 + run / 4 * kRun, run % 4 * 2, high);
     codes.set_all(Bytes32(low | high << 4) - 32);
   } else {
+    static_assert(kType == QuantType::kIq4Nl);
     codes.set_nibbles(block + 2);
     codes.set_halves(look_up_16(iq4_nl_levels().value, codes.half[0]),
                      look_up_16(iq4_nl_levels().value, codes.half[1]));

@@ -315,7 +315,7 @@ struct Stream<Bf16> {
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The choice between streams and, for a weight in GGUF's blocks, runs (kernels/linear-gguf-inl.h)
+// The choice between streams and, for a weight in GGUF's blocks, runs (kernels/rows-gguf-inl.h)
 
 inline bool goes_by_runs(const ProductJob& job) { return is_gguf(job.weight.type) && job.k > 0 && job.k % kRun == 0; }
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native import optim as native
-from qlora_native.optim.base import Optimizer
 from qlora_native.optim.states import MIN_CODED_NUMEL
+from qlora_native.optim.step import Optimizer
 
 _FORMS = {  # name: bits of the states, 0 by the argument optim_bits, and whether they are paged
     "{}8bit": (8, False),

@@ -122,7 +122,7 @@ def load_model(
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
             bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
-            :func:`qlora_native.weights.source.open_source` made of it.
+            :func:`qlora_native.weights.open.open_source` made of it.
         quant_type: "nf4" or "fp4", as :func:`qlora_native.quantize`; or "keep", which leaves the weights of a GGUF
             file in its bytes, mapped, in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K or IQ4_NL, embeddings too.
             "auto" is "keep" for such a file without ``method``, and "nf4" for all else. Weights that are 4-bit already
@@ -188,7 +188,7 @@ def load_model(
     if is_kept and method != "rtn":
         raise UserError(f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'.")
     is_mapped = _can_map(source, is_kept, residency, target, reader is None)
-    file_map = FileMap(source.read) if is_mapped else None
+    copied: dict[str, str] = {}  # why, of the tensors that could not be mapped
     names: dict[str, bool] = {}  # of the weights that become 4-bit here
     if not source.is_four_bit and not is_kept:
         names = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
@@ -204,7 +204,10 @@ def load_model(
         match = source.match_kept(meta, skip_modules or (), is_mapped)
         meta.load(meta.rounded(source, match.rounded, options, entries=match.entries), progress)
     else:
-        read = None if file_map is None else file_map.read
+        read = None
+        if is_mapped:
+            file_map = FileMap(source.read)
+            copied, read = file_map.copied, file_map.read
         items = meta.rounded(source, names, options, read=read)
         if reader is None:
             meta.load(items, progress)
@@ -227,10 +230,10 @@ def load_model(
         fusion.fuse(model)
     trim_heap()
     report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
-    if file_map is not None:
+    if is_mapped:
         tensors = chain(model.parameters(), model.buffers())
         bytes_mapped = sum(tensor.nbytes for tensor in tensors if mapped_part(tensor) is not None)
-        report = replace(report, bytes_mapped=bytes_mapped, copied=file_map.copied)
+        report = replace(report, bytes_mapped=bytes_mapped, copied=copied)
     model.load_report = report
     return model
 

@@ -36,7 +36,8 @@ class Engine:
         """With a frozen weight W [N, K], in x's dtype.
 
         Forward x W^T + bias + low up^T for x [M, K], which is [M, N]; else, as its input gradient, x W + low up for
-        x [M, N], which is [M, K].
+        x [M, N], which is [M, K]. Here the first product is rounded before the second is added; a native one adds bias
+        and adapter to its sums in fp32 and rounds once.
         """
         y = self.plain(is_forward, x, weight, bias)
         if adapter is None:

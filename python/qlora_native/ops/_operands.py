@@ -62,7 +62,7 @@ ACCEPTED |= {name: (getattr(torch, name),) for name in ("float32", "int64", "uin
 
 # What a check looks at. The answer depends on nothing else, so it is kept for the next call with operands alike: in
 # training, for the next layer. Sizes that are symbols, as in tracing, cannot be looked up and are checked each time.
-KEPT = 4096  # answers
+MOST_KEPT = 4096  # answers
 # Of an operand dtype, shape, device and layout, or None. Of a weight: those of its tensors, with whether it is
 # contiguous in the place of the layout; its shape, quant_type and block_size.
 Facts = tuple[Any, ...]
@@ -146,7 +146,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return part_of(tensor) is not tensor
 
 
-@lru_cache(KEPT)
+@lru_cache(MOST_KEPT)
 def _check_weight(weight: Facts) -> None:
     """Raises ValueError unless all that a weight consists of fits together."""
     facts, shape, number, block_size = weight
@@ -206,7 +206,7 @@ class Operand(NamedTuple):
 TABLE = {op: [Operand.read(entry) for entry in filter(None, line.split("; "))] for op, line in OPERANDS.items()}
 
 
-@lru_cache(KEPT)
+@lru_cache(MOST_KEPT)
 def _check(op: str, facts: Facts, weight: Facts | None) -> None:
     """Raises ValueError unless an op's weight and its other operands are as ``OPERANDS`` has them."""
     operands = TABLE[op]

@@ -205,7 +205,7 @@ def _setup(ctx: Any, inputs: Values, output: Outputs) -> None:
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Values:
     labels, sum_grad_h, sum_grad_weight = ctx.saved_tensors
-    needs_h, *_, needs_rows, _, needs_weight = ctx.needs_input_grad[:8]
+    needs_h, _, _, _, _, needs_rows, _, needs_weight, *_ = ctx.needs_input_grad
     factor = grad_loss / (labels != ctx.ignore_index).sum()
     grad_h = sum_grad_h * factor.to(sum_grad_h.dtype) if needs_h else None
     grad_weight = sum_grad_weight * factor if needs_rows or needs_weight else None

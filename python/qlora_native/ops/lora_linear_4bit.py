@@ -156,7 +156,8 @@ def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values:
     weight, (seen, a, b, xa) = saved_weight(ctx)
-    *needed, _, need_bias = ctx.needs_input_grad[:6]
+    need_x, need_x_lora, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
+    needed = need_x, need_x_lora, need_a, need_b
     if grad_y is None:
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
     scale, separate = ctx.options

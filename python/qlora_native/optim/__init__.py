@@ -34,8 +34,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qlora_native.optim.base import Optimizer
 from qlora_native.optim.paging import Moments, Paged, PagingStatistics
+from qlora_native.optim.step import Optimizer
 
 __all__ = ["Adam", "AdamW", "Lion", "PagingStatistics"]
 
@@ -55,7 +55,7 @@ class AdamW(Optimizer):
         page_dir: folder of the page file, on a disk; by default that for temporary files, or /var/tmp if that lies in
             memory. The file has no name, and its space is free again when the process ends, however it ends.
         page_budget: bytes of the states that may be in memory while they are in the file, at least 1 MiB (256 pages);
-            by default half of what is free at a step.
+            by default half of what is free at a step. States that fit stay in memory.
         max_norm: clips the norm of all gradients together; see the module's text.
 
     Raises:

@@ -1,5 +1,8 @@
 """Optimizer states that may leave memory: the arenas that hold them, and the moves between memory and the page file.
 
+A step finds its parameters' places here (:meth:`Pages.numbers`) and calls the native step with the pager, which
+(cpp/python/paged_order.h, cpp/cpu/files/paging.h) reads ahead and sends out while the step goes through them.
+
 On the CPU an arena lies in memory or in a page file (:class:`HostPages`); ``device_pages`` has those of CUDA devices.
 A state is a view of an arena, which it keeps alive. It stays valid, at its address, wherever the bytes are: what is
 touched while it is paged out comes back, at the speed of the disk.

@@ -70,7 +70,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if self.paged is True and self._pages:
+            if self.paged is True and self._pages:  # torch's constructor comes here before ours has reserved any
                 self._reserve()
         except (ValueError, OSError):
             self.param_groups.pop()

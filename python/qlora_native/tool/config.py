@@ -21,7 +21,6 @@ from pydantic.dataclasses import dataclass
 
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
-from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapter_settings
@@ -99,24 +98,6 @@ class DataConfig(_Section):
     def files(self) -> list[str]:
         """What ``train`` names."""
         return [self.train] if isinstance(self.train, str) else self.train
-
-    def longest(self, rows: TokenizedDataset) -> int:
-        """Tokens of the longest sequence of a run on ``rows``."""
-        return self.max_length if self.packing else int(rows.lengths.max())
-
-    def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
-        """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
-        options |= {"max_length": self.max_length, "train_on": self.train_on, "columns": self.columns}
-        with as_user_error():
-            return load_dataset(path, tokenizer, format=None if self.format == "auto" else self.format, **options)
-
-    def load_split(self, tokenizer: Any, seed: int, **options: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-        """Training rows and held-out rows, None if there are to be none; ``options`` as of :meth:`load`."""
-        rows = self.load(self.train, tokenizer, **options)
-        if self.eval is not None:
-            return rows, self.load(self.eval, tokenizer, **options)
-        # A few rows still give a held-out loss: at least one is held out.
-        return rows.split(max(1, round(self.eval_fraction * len(rows))), seed) if self.eval_fraction else (rows, None)
 
 
 class QuantConfig(_Section):
@@ -384,7 +365,7 @@ class TrainConfig(_Section):
     def prepared(self, tokenizer: Any) -> Any:
         """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
         with as_user_error():
-            self.lora.as_config(self.train.seed, tokenizer)
+            self.lora.as_config(self.train.seed, tokenizer)  # gives it the new tokens
         if (given := self.data.chat_template) is not None:
             with reading(Path(given), "expected a Jinja template, or a file of one"):
                 file = None if "{" in given else regular(user_path(given), MAX_BYTES)

@@ -70,14 +70,14 @@ class GgufSource(Source):
 
     def keeps(self, quant_type: str) -> bool:
         """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the file's bytes."""
-        is_mapped = self.architecture is not None and bool(KEPT & self.kinds.keys())
-        if quant_type == KEEP and not is_mapped:
+        can_keep = self.architecture is not None and bool(KEPT & self.kinds.keys())
+        if quant_type == KEEP and not can_keep:
             raise UserError(
                 f"{self.path} is a {self.config.model_type} model in {', '.join(self.kinds)}: expected "
                 f"{', '.join(ARCHITECTURES)} in {', '.join(sorted(KEPT))} to keep weights as they are; load it with "
                 "quant_type 'nf4'."
             )
-        return is_mapped and quant_type in (AUTO, KEEP)
+        return can_keep and quant_type in (AUTO, KEEP)
 
     def match(self, meta: ModelShapes) -> Match:
         """Each tensor decoded, in the model's names."""

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data.batching import evaluation_order
     from qlora_native.data.readers import read_rows
     from qlora_native.data.template import ChatEncoder
+    from qlora_native.tool.rows import load_files
     from qlora_native.weights.open import load_tokenizer
 
     data = config.data
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
     if args.action == "check":
         return _check(args, config, tokenizer)
-    files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
+    files = [load_files(data, path, tokenizer, limit=args.limit) for path in paths]
     lengths = np.concatenate([file.lengths for file in files[: len(data.files)]])
     encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
     rows = []
@@ -103,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
     from qlora_native._io import user_path
     from qlora_native.data.check import iter_findings
+    from qlora_native.tool.rows import load_split
     from qlora_native.weights.open import open_source
 
     text: Any = open_source(user_path(config.model)).config.get_text_config()
-    rows, held_out = config.data.load_split(tokenizer, config.train.seed, limit=args.limit)
+    rows, held_out = load_split(config, tokenizer, limit=args.limit)
     positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
     trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
     embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])

@@ -1,4 +1,4 @@
-"""Rows of a run and their order: which are trained and which held out, the sampler, and micro-batches of tensors.
+"""The order of a run's rows: the sampler, and micro-batches of tensors.
 
 An item of a batch is the number of a row, or the list of those that are packed into one sequence.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native._io import user_path
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import Items
@@ -21,16 +20,6 @@ from qlora_native.models.loss import hidden_states
 from qlora_native.tool.config import TrainConfig
 
 Batch = dict[str, Tensor]
-
-
-def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
-    for key in ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ():
-        if isinstance(value := getattr(config.train, key), int) and value:
-            raise UserError(
-                f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
-            )
-    return config.data.load_split(tokenizer, config.train.seed, folder=user_path(config.output_dir))
 
 
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler:

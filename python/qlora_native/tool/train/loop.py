@@ -37,7 +37,8 @@ from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.models.loss import check_loss
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train.batches import check_packing, load_rows, make_sampler
+from qlora_native.tool.rows import load_rows, longest
+from qlora_native.tool.train.batches import check_packing, make_sampler
 from qlora_native.tool.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -254,7 +255,7 @@ def prepare(
     # The model, which may be larger than the device.
     memory, layers_budget = None, None
     if source is not None and not ranks.is_sharded:
-        expected = forecast(config, stored or source, config.data.longest(rows), len(rows))
+        expected = forecast(config, stored or source, longest(config.data, rows), len(rows))
         memory = MemoryReport(expected)
         layers_budget = expected.layers_budget if ranks.world == 1 else None
     model = prepare_model(

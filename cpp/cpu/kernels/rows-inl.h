@@ -1,6 +1,6 @@
 // Forward products with so few tokens that the weight's bytes are the work: rows of W are decoded in registers or in
 // the first cache, once for all tokens.
-#include "cpu/kernels/linear-gguf-inl.h"
+#include "cpu/kernels/rows-gguf-inl.h"
 #include "cpu/kernels/streams-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {

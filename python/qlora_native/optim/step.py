@@ -1,4 +1,7 @@
-"""The base class of the optimizers: one step over all parameters.
+"""One step of an optimizer over all parameters; ``states`` has what it is built from and its states.
+
+The ops ``adamw_step`` and ``lion_step`` are for others: a step calls the native functions behind them itself, over
+tables of addresses that are kept between steps.
 
 Parameters may be sharded over ranks (DTensors, as FSDP2 makes them): each rank updates its own part; the norm of the
 gradients is that of whole parameters.
