@@ -258,7 +258,7 @@ def test_the_demo_in_float16(is_asked: bool, model: Path, tmp_path: Path, monkey
     """The model and the run have the dtype, by the option, or as on a card without bfloat16."""
     if not is_asked:
         card = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda **_: False)
-        monkeypatch.setattr("qlora_native.tool.config.torch", SimpleNamespace(cuda=card))
+        monkeypatch.setattr("qlora_native.tool.sections.torch", SimpleNamespace(cuda=card))
     dtypes: list[torch.dtype] = []
 
     def answer(model: Any, *_: Any) -> str:

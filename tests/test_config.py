@@ -20,7 +20,8 @@ from qlora_native.lora import LoraConfig
 from qlora_native.lora.config import LoraSettings
 from qlora_native.tool.cli.config import PRESETS, preset, shipped
 from qlora_native.tool.cli.main import main
-from qlora_native.tool.config import LoraSection, TrainConfig, keys
+from qlora_native.tool.config import TrainConfig, keys
+from qlora_native.tool.sections import LoraSection
 
 LORA = [key.removeprefix("lora.") for key in keys() if key.startswith("lora.")]
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"

@@ -29,7 +29,8 @@ from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model
 from qlora_native.optim import AdamW, Lion
-from qlora_native.tool.config import LoopSection, TrainConfig
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.sections import LoopSection
 from qlora_native.tool.train import loop, passes, setup
 from qlora_native.tool.train.checkpoint import LARGEST_SCALE, LossScale
 from qlora_native.tool.train.loop import Trainer, TrainSummary

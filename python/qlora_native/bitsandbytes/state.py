@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native.ops._direct import Prepared
-from qlora_native.weight import pack_json, quant_type_number, unpack_json
+from qlora_native.weight import quant_type_number
+from qlora_native.weight_tensors import pack_json, unpack_json
 
 _PACKED_KEY = "quant_state.bitsandbytes__"
 _ALWAYS = {"quant_type", "absmax", "blocksize", "quant_map", "dtype", "shape"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native import functional, weight
+from qlora_native import functional, weight, weight_tensors
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
 from qlora_native.ops._operands import Weight, is_sharded
 from qlora_native.weight import QuantizedWeight
@@ -211,7 +211,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         if self.weight.device.type == "meta":  # no values to describe yet
             destination[prefix + "weight"] = self.weight
         else:
-            destination.update(weight.to_tensors(self.quantized, prefix + "weight"))
+            destination.update(weight_tensors.to_tensors(self.quantized, prefix + "weight"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
@@ -220,8 +220,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         name = prefix + "weight"
         try:
             value = None
-            if weight.state_key(state_dict, name) is not None:
-                value = weight.from_tensors(state_dict, name)
+            if weight_tensors.state_key(state_dict, name) is not None:
+                value = weight_tensors.from_tensors(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
                 options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
                 double_quant = self.nested_absmax is not None

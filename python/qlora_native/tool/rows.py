@@ -7,7 +7,8 @@ from typing import Any
 from qlora_native._io import as_user_error, user_path
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
-from qlora_native.tool.config import DataConfig, TrainConfig
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.sections import DataConfig
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:

@@ -28,7 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from qlora_native.errors import UserError
-from qlora_native.weight import QuantizedWeight, from_bnb
+from qlora_native.weight import QuantizedWeight
+from qlora_native.weight_tensors import from_bnb
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, mapped_part, some_of
 from qlora_native.weights.float8 import FLOATS
 from qlora_native.weights.shapes import DTYPES, ModelShapes

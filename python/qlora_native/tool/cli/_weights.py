@@ -17,7 +17,7 @@ from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
     from qlora_native.models.trained import TrainedBase
-    from qlora_native.tool.config import QuantConfig
+    from qlora_native.tool.sections import QuantConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -97,7 +97,8 @@ def run_of(adapter: Path | None) -> Run | None:
         return None
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
-    from qlora_native.tool.config import QuantConfig, read_yaml
+    from qlora_native.tool.config import read_yaml
+    from qlora_native.tool.sections import QuantConfig
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]

@@ -15,7 +15,8 @@ from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.build import MetaModel
 from qlora_native.models.load import make_report
-from qlora_native.tool.config import QuantConfig, TrainConfig
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.sections import QuantConfig
 from qlora_native.weight import quantize
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME

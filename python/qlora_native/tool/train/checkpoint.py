@@ -42,7 +42,8 @@ from qlora_native._io import (
 )
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import Brief, UserError
-from qlora_native.tool.config import NonNegative, TrainConfig, keys, read_yaml
+from qlora_native.tool.config import TrainConfig, keys, read_yaml
+from qlora_native.tool.sections import NonNegative
 
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 BEFORE = "delete that checkpoint, and --resume continues from the one before it"

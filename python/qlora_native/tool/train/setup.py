@@ -22,7 +22,8 @@ from qlora_native.models.load import load_model
 from qlora_native.models.progress import Progress, layer_progress
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
-from qlora_native.tool.config import LoopSection, TrainConfig
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.sections import LoopSection
 from qlora_native.tool.train.checkpoint import Checkpoint
 from qlora_native.tool.train.passes import why_eager
 from qlora_native.weight import CALIBRATED
