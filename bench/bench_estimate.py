@@ -115,7 +115,7 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_native.tool.train import loop, memory
+    from qlora_native.tool.train import loop, memory, prepare
     from qlora_native.weights.open import open_source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -126,13 +126,13 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     print("ready", file=channel, flush=True)
     sys.stdin.readline()
     states: list[Any] = []
-    make = loop.make_optimizer
+    make = prepare.make_optimizer
 
     def made(*arguments: Any) -> Any:
         states.append(make(*arguments))
         return states[0]
 
-    loop.make_optimizer = made  # type: ignore[assignment]
+    prepare.make_optimizer = made  # type: ignore[assignment]
     seen: list[int] = []
     # Named outright: for some model types transformers would make another class of the same files.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -36,7 +36,7 @@ from qlora_native.tool.cli import main
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate import Estimator, Setting
 from qlora_native.tool.estimate.memory import CUDA_CONTEXT
-from qlora_native.tool.train import loop, memory
+from qlora_native.tool.train import memory, prepare
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.tool.train.passes import why_eager
 from qlora_native.weights.open import open_source
@@ -295,7 +295,7 @@ def test_a_run_that_does_not_fit_streams_by_itself(
                 layers = sum(unit.num_bytes for unit in device_layers.layer_units(estimator.modules))
                 return memory.fit(estimator, estimate.total + estimate.reserve - (0 if fits else layers // 5))
 
-            patch.setattr(loop, "forecast", small)
+            patch.setattr(prepare, "forecast", small)
             Trainer(config).train()
         return runs.metrics(tmp_path / out)
 

@@ -31,7 +31,7 @@ from qlora_native.models.load import load_model
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.sections import LoopSection
-from qlora_native.tool.train import loop, passes, setup
+from qlora_native.tool.train import loop, passes, prepare, setup
 from qlora_native.tool.train.checkpoint import LARGEST_SCALE, LossScale
 from qlora_native.tool.train.loop import Trainer, TrainSummary
 from qlora_native.tool.train.passes import Learner
@@ -239,7 +239,7 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
     got = losses["float16"]
     assert got == pytest.approx(losses["float32"], rel=2e-2) and got[-1] < got[0]
 
-    monkeypatch.setattr(loop, "LARGEST_SCALE", 2.0**24)
+    monkeypatch.setattr(prepare, "LARGEST_SCALE", 2.0**24)
     config = make("large", steps=16, dtype="float16", save_every=16)
     assert Trainer(config, quiet=True).train().skipped_steps == 0
     state = json.loads(Path(config.output_dir, "step-000016", "trainer.json").read_text())

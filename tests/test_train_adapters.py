@@ -31,7 +31,7 @@ from qlora_native.tool.cli.main import main
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate import Estimator, Setting
 from qlora_native.tool.rows import load_rows
-from qlora_native.tool.train import loop
+from qlora_native.tool.train import prepare
 from qlora_native.tool.train.batches import make_sampler, micro_batches
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.tool.train.setup import learning_rate, prepare_model
@@ -132,7 +132,7 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(
     files: Path, tmp_path: Path, trained: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float16 the scale of the loss is lowered before the checkpoint and once more after it."""
-    monkeypatch.setattr(loop, "LARGEST_SCALE", 2.0**22)
+    monkeypatch.setattr(prepare, "LARGEST_SCALE", 2.0**22)
     lora = {**PATTERNS, **trained, "lora_plus_ratio": 8, "dropout": 0.3}
     whole, crashed = (
         config_of(files, tmp_path / name, lora, save_every=2, dtype=dtype, optimizer="adamw8bit")

@@ -196,7 +196,11 @@ def load_dataset(
         tokens[::2],
         tokens[1::2],
         np.cumsum(lengths) - lengths,
-        *(kept[name] for name in _ROW.names or ()),
+        lengths,
+        kept["trained"],
+        kept["line"],
+        kept["file"],
+        kept["truncated"],
         Dropped(dropped["line"], dropped["truncated"]),
         DatasetStats(
             path=where,

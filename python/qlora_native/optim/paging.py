@@ -77,6 +77,10 @@ class Pages:
     _numbers: Iterator[int] = field(default_factory=count, init=False)
     _taken: set[Tensor] = field(default_factory=set, init=False)
 
+    def reserve(self, wanted: Wanted) -> None:
+        """Make a place for each of these parameters' states, in one arena more."""
+        raise NotImplementedError
+
     def _forms(self, wanted: Wanted) -> list[Form]:
         return [(part_of(param).numel(), len(self.moments), coded) for param, coded in wanted]
 

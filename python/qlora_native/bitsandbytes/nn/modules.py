@@ -101,7 +101,7 @@ class Params4bit(nn.Parameter):
 
     def _update_module(self) -> None:
         if self.module is not None:
-            self.module.quant_state = self.quant_state
+            self.module.quant_state = self.quant_state  # type: ignore[assignment]
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Quantize on the device, if this is dense still, in place; else move bytes and scales.

@@ -220,7 +220,7 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
     name, words, *others = np.random.get_state()
-    return tensors, {"numpy": [name, words.tolist(), *others], "python": random.getstate()}  # type: ignore[union-attr, attr-defined]
+    return tensors, {"numpy": [name, words.tolist(), *others], "python": random.getstate()}  # type: ignore[attr-defined]
 
 
 def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
