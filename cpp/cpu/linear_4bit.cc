@@ -53,7 +53,7 @@ TileProduct tile_product_of(const GemmCall& call) {
   product.m = job.m;
   product.down = static_cast<const Bf16*>(job.down);
   product.made_low = static_cast<Bf16*>(job.made_low);
-  product.low_scale = job.low_scale;
+  product.down_scale = job.down_scale;
   return product;
 }
 

@@ -82,9 +82,9 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   return run(call, scratch, scratch_bytes);
 }
 
-int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, float low_scale, Address low, Address up,
-               int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes,
-               const WeightFields& weight) {
+int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, float down_scale, Address low,
+               Address up, int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch,
+               int64_t scratch_bytes, const WeightFields& weight) {
   cpu::GemmCall call{};
   cpu::GemmJob& job = call.job;
   job.dtype = checked_dtype(dtype);
@@ -105,7 +105,7 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   job.up = up == 0 ? nullptr : any_pointer(job.dtype, up, product_of({job.width(), r}), "up");
   job.y = any_pointer(job.dtype, y, product_of({m, job.width()}), "y");
   job.down = down == 0 ? nullptr : any_pointer(job.dtype, down, product_of({job.depth(), r}), "down");
-  job.low_scale = low_scale;
+  job.down_scale = down_scale;
   job.made_low = down == 0 ? nullptr : const_cast<void*>(job.low);
   return run(call, scratch, scratch_bytes);
 }
@@ -168,7 +168,7 @@ void bind_linear_4bit(py::module_& module) {
       "few_rows", [](int dtype) { return cpu::few_rows(checked_dtype(dtype)); }, py::arg("dtype"),
       "Rows of x up to which matrix_forward takes an adapter, for this dtype on this machine.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
-             py::arg("down"), py::arg("low_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
+             py::arg("down"), py::arg("down_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
              py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("weight"),
              py::call_guard<py::gil_scoped_release>(),
              "y = x W^T + bias + low up^T for a weight [n, k], or y = x W + low up. With `down`, low is computed too. "

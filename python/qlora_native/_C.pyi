@@ -78,7 +78,7 @@ def linear_4bit(
     x: int,
     bias: int,
     down: int,
-    low_scale: float,
+    down_scale: float,
     low: int,
     up: int,
     r: int,

@@ -118,7 +118,7 @@ void check_low(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
   call.job.k = k;
   call.job.down = down.data();
   call.job.made_low = low.data();
-  call.job.low_scale = forward ? 1.0f : 0.5f;
+  call.job.down_scale = forward ? 1.0f : 0.5f;
   const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
   cpu::linear_4bit(call, scratch.aligned);
   silicon::add(low);
@@ -131,7 +131,7 @@ void check_low(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
       for (int64_t l = 0; l < depth; ++l) {
         const double product = oracle::value_of(x[static_cast<size_t>(i * depth + l)]) *
                                oracle::value_of(down[static_cast<size_t>(forward ? j * depth + l : l * r + j)]);
-        expected += call.job.low_scale * product;
+        expected += call.job.down_scale * product;
         magnitude += std::fabs(product);
       }
       const double got = oracle::value_of(low[static_cast<size_t>(i * r + j)]);
@@ -147,7 +147,7 @@ void check_low(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
   low_job.forward = forward;
   low_job.x = x.data();
   low_job.dense = down.data();
-  low_job.scale = call.job.low_scale;
+  low_job.scale = call.job.down_scale;
   low_job.y = apart.data();
   low_job.m = m;
   low_job.n = forward ? r : n;

@@ -54,7 +54,7 @@ void check_product(const Case& c, bool forward, bool project) {
   product.low = c.r > 0 ? low.data() : nullptr;
   product.down = project ? down.data() : nullptr;
   product.made_low = low.data();
-  product.low_scale = 0.75f;
+  product.down_scale = 0.75f;
   product.up = up.data();
   product.r = c.r;
   product.y = y.data();

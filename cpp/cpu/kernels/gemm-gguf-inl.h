@@ -1,4 +1,4 @@
-// Panels of weights in GGUF's blocks, and the choice of how columns come to panels.
+// Panels of weights in GGUF's blocks.
 #pragma once
 
 #include "cpu/kernels/gemm-operands-inl.h"
@@ -143,28 +143,6 @@ void gguf_panel(const GradInput<T>&, const GemmJob& job, const DepthSpan& span, 
       }
     }
   });
-}
-
-// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
-template <typename T, typename Side>
-void decode_columns(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-  if (span.begin < span.end) {
-    if (job.dense != nullptr) {
-      Side::copy_dense(job.dense, job.k, span.begin, span.end, first, last, panels);
-    } else if (Side::kTakesRuns && has_runs(job)) {
-      if constexpr (Side::kTakesRuns) {
-        gguf_panel(Side{}, job, span, first, last, panels);
-      }
-    } else if (Side::is_regular(job, first)) {
-      Side::decode_regular(job, span, first, last, panels);
-    } else {
-      Side::decode_any(job, span, first, last, panels);
-    }
-  }
-  if (span.low_begin < span.low_end) {
-    float* below = panels + ceil_div(span.end - span.begin, Side::kElements) * kStrip;
-    Side::copy_dense(job.up, Side::adapter_length(job), span.low_begin, span.low_end, first, last, below);
-  }
 }
 
 }  // namespace

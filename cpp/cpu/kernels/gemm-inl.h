@@ -17,6 +17,28 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
+// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
+template <typename T, typename Side>
+void decode_columns(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+  if (span.begin < span.end) {
+    if (job.dense != nullptr) {
+      Side::copy_dense(job.dense, job.k, span.begin, span.end, first, last, panels);
+    } else if (Side::kTakesRuns && has_runs(job)) {
+      if constexpr (Side::kTakesRuns) {
+        gguf_panel(Side{}, job, span, first, last, panels);
+      }
+    } else if (Side::is_regular(job, first)) {
+      Side::decode_regular(job, span, first, last, panels);
+    } else {
+      Side::decode_any(job, span, first, last, panels);
+    }
+  }
+  if (span.low_begin < span.low_end) {
+    float* below = panels + ceil_div(span.end - span.begin, Side::kElements) * kStrip;
+    Side::copy_dense(job.up, Side::adapter_length(job), span.low_begin, span.low_end, first, last, below);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
 
@@ -168,7 +190,7 @@ void write_projection(const GemmJob& job, const GemmUnit& unit, const float* sum
   const int64_t rows = unit.last_row - unit.first_row;
   for (int64_t column = 0; column < job.r; column += kStrip) {
     const int64_t columns = limited(job.r - column, kStrip);
-    write_tile<T>(sums + column * rows, rows, columns, job.low_scale, nullptr, low + column, job.r);
+    write_tile<T>(sums + column * rows, rows, columns, job.down_scale, nullptr, low + column, job.r);
   }
   if (unit.first_column == 0) {
     std::memcpy(static_cast<T*>(job.made_low) + unit.first_row * job.r, low,

@@ -44,7 +44,7 @@ GemmJob low_job_of(const GemmJob& job) {
   low.n = job.forward ? job.r : job.n;
   low.k = job.forward ? job.k : job.r;
   low.dense = job.down;
-  low.scale = job.low_scale;
+  low.scale = job.down_scale;
   low.y = job.made_low;
   return low;
 }

@@ -22,11 +22,11 @@ inline constexpr int64_t kColumnGrain = 64;
 struct GemmJob : ProductJob {
   const void* dense = nullptr;  // [n, k] of `dtype`, in place of `weight`; or null
   float scale = 1.0f;           // of the sums, before the bias is added
-  // With `down` the adapter's projection is computed first, from the same x, and `low` is where it goes: low_scale * x
-  // down^T for down [r, k], or for the input gradient low_scale * x down for down [n, r].
+  // With `down` the adapter's projection is computed first, from the same x, and `low` is where it goes: down_scale * x
+  // down^T for down [r, k], or for the input gradient down_scale * x down for down [n, r].
   const void* down = nullptr;
   void* made_low = nullptr;  // [m, r], what low points to
-  float low_scale = 1.0f;
+  float down_scale = 1.0f;
 };
 
 // What one thread computes at a time: rows [first_row, last_row) by columns [first_column, last_column) of y.

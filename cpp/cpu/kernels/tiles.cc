@@ -99,7 +99,7 @@ void project(const TileProduct& product, const Plan& plan, const Bf16* packed, B
   job.tokens = packed;
   job.last_step = plan.steps;
   job.steps = plan.steps;
-  job.scale = product.low_scale;
+  job.scale = product.down_scale;
   job.y = low;
   job.m = m;
   job.width = product.r;

@@ -103,7 +103,7 @@ struct TileProduct {
   int64_t m;
   const Bf16* down;  // forward [r, depth], gradient [depth, r]: low is made here, into made_low; or null
   Bf16* made_low;    // [m, r]
-  float low_scale;   // its sums are multiplied by this before they are rounded
+  float down_scale;  // its sums are multiplied by this before they are rounded
 };
 
 bool have_tiles();
