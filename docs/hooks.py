@@ -7,7 +7,7 @@ from typing import Any
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>~?([\w.]+)</code>")
 PAGE = re.compile(r"\bdocs/([\w-]+)\.md\b")
-LINK_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:bench|CONTRIBUTING)\b[^)]*\)")
+LINK_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:bench|examples|CONTRIBUTING)\b[^)]*\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import add_to, has_rich_terminal, picture, printable
+from qlora_native.tool.cli._run import add_to, missing_modules, picture, printable
 
 if TYPE_CHECKING:
     from qlora_native.data.dataset import TokenizedDataset
@@ -232,7 +233,8 @@ def _print_row(row: dict[str, Any]) -> None:
     counts = f"{row['tokens']:,} tokens, {row['trained']:,} of them trained"
     print(f"\n{row['file']}:{row['line']}: {counts}{truncated}{dropped}")
     parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
-    if not has_rich_terminal() or "NO_COLOR" in os.environ:
+    # A notebook shows colors as a terminal does.
+    if not sys.stdout.isatty() or missing_modules(("rich",)) or "NO_COLOR" in os.environ:
         print("".join(f"[[{text}]]" if trained else text for text, trained in parts))
         return
     from rich.console import Console
