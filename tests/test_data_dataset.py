@@ -131,7 +131,7 @@ def test_a_file_without_anything_to_train(tmp_path: Path, sentence: Check) -> No
         with pytest.raises(UserError, match=match) as caught:
             load_dataset(jsonl(tmp_path, *rows), byte_tokenizer(), max_length=HEADER)
         sentence(caught.value)
-    with pytest.raises(ValueError, match="format is 'json', expected one of messages"):
+    with pytest.raises(ValueError, match="format is 'json', expected"):
         load_dataset(tmp_path / "train.jsonl", byte_tokenizer(), format="json")
 
 
@@ -162,7 +162,7 @@ def test_split_holds_out_the_same_rows_for_the_same_seed(tmp_path: Path) -> None
     assert whole.split(5, seed=1)[1].lines.tolist() == held.lines.tolist()
     assert whole.split(5, seed=2)[1].lines.tolist() != held.lines.tolist()
     for bad in (20, 21):
-        with pytest.raises(UserError, match=f"20 usable rows: holding {bad} out leaves none"):
+        with pytest.raises(UserError, match=f"20 usable rows: holding {bad} out"):
             whole.split(bad)
 
 

@@ -167,7 +167,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytes
         store(*arguments)
 
     monkeypatch.setattr(MetaModel, "store", stored)
-    with pytest.raises(qn.UserError, match=r"model\.safetensors cannot be read: it ends at byte 3,000"):
+    with pytest.raises(qn.UserError, match=r"ends at byte 3,000"):
         load_model(tmp_path)
 
 

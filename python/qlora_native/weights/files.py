@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import re
 import struct
 import sys
@@ -71,7 +72,7 @@ class StoredTensor:
         with reading(self.file), self.file.open("rb") as file:
             file.seek(self.start + begin * self.dtype.itemsize)
             if file.readinto(raw) < raw.nbytes:
-                raise ValueError(f"it ends at byte {file.tell():,}, within tensor {self.name}")
+                raise ValueError(f"it ends at byte {file.seek(0, os.SEEK_END):,}, within tensor {self.name}")
         return tensor
 
 
