@@ -9,7 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bench_start
 import ceilings
@@ -20,7 +20,6 @@ import pages
 import pytest
 import readme
 import torch
-from bench_train import LOSS_TOLERANCE
 from children import Child
 from common import Bar
 from laws import ROOT
@@ -154,17 +153,6 @@ def test_the_start_bench_finds_both_commands_of_the_readme() -> None:
     }
 
 
-def has_matched(row: dict[str, Any]) -> bool | None:
-    """Of what a row says of itself; of runs that learned, whether both sides' held-out loss was the same at first.
-
-    Their first batch trains some 40 tokens, over which the roundings of bf16 move a loss by as much as the tolerance.
-    """
-    if "held_out_loss" not in row or "theirs" not in row["held_out_loss"]:
-        return cast("bool | None", row["match"])
-    ours, theirs = (row["held_out_loss"][side][0] for side in ("ours", "theirs"))
-    return abs(ours - theirs) <= LOSS_TOLERANCE * theirs
-
-
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_row_matched_the_reference(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -173,7 +161,7 @@ def test_every_committed_row_matched_the_reference(file: Path) -> None:
     assert result.get("ceilings") or not any("ms" in row for row in result["rows"])
     for row in () if file.stem.startswith("start-") else result["rows"]:  # the former computes nothing of its own
         # Of a run that had no other to be compared with, nothing is said.
-        assert has_matched(row) is True or (row["match"] is None and row["same_adapter"] is None), row
+        assert row["match"] is True or (row["match"] is None and row["same_adapter"] is None), row
         assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])
 
 
