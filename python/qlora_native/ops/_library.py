@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,6 +118,8 @@ class _Recording(threading.local):
     on = False
 
 
+_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
+
 recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
 
@@ -176,10 +178,11 @@ def fake(name: str) -> Callable[[Function], Function]:
     return register
 
 
-def autograd(name: str, backward: Function, setup_context: Function) -> None:
+def autograd(name: str, backward: Function, setup_context: Function, before: Function | None = None) -> None:
     """Registers the op's derivative: with the dispatcher, and as a node over the CPU or the CUDA kernel alone.
 
-    ``backward`` returns a gradient or None for each argument but a frozen weight.
+    ``backward`` returns a gradient or None for each argument but a frozen weight. For a product, ``before`` computes
+    what ``setup_context`` saves of the outputs behind the first: see :func:`_saved_first`.
     """
 
     is_frozen = name in FROZEN
@@ -195,7 +198,10 @@ def autograd(name: str, backward: Function, setup_context: Function) -> None:
     )
     for device in ("CPU", "CUDA"):
         if (name, device) in FUNCTIONS:  # else the same for all devices, of other ops
-            NODES[name, device] = _node(name, device, backward, setup_context)
+            node = _node(name, device, backward, setup_context)
+            if before is not None:
+                node = _saved_first(name, device, node, backward, setup_context, before)
+            NODES[name, device] = node
 
 
 def _node(name: str, device: str, backward: Function, setup_context: Function) -> Function:
@@ -221,10 +227,59 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
             recording.on = False  # also after a node within this one: what was kept is then made again
         return (*found, None) if name in FROZEN else found
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    node = type(f"{name}_{device.lower()}", (torch.autograd.Function,), members)
+    return _applied(f"{name}_{device.lower()}", forward, derivative)
+
+
+def _applied(name: str, forward: Function, backward: Function) -> Function:
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node = type(name, (torch.autograd.Function,), members)
     # Past a check for functorch's transforms, without which alone nodes are taken.
     return super(torch.autograd.Function, node).apply  # type: ignore[misc]
+
+
+def _saved_first(
+    name: str, device: str, node: Function, backward: Function, setup_context: Function, before: Function
+) -> Function:
+    """``node``; but while a checkpoint is recomputed, what it saves is saved before the product is computed.
+
+    ``torch.utils.checkpoint`` ends a recomputation by an exception when its last tensor is saved. A node saves after
+    its forward: the last product of a layer, a quarter of the recomputation, would be computed for nothing.
+    """
+    function = FUNCTIONS[name, device]
+
+    def save(ctx: Any, contexts: list[Any], *inputs: Any) -> Any:
+        CHECKS[name](inputs)
+        contexts.append(ctx)
+        found = before(*inputs)
+        setup_context(ctx, inputs, (None, *found))
+        return found
+
+    def compute(ctx: Any, saved: Any, found: Values, *inputs: Any) -> Any:
+        ctx.saved = saved
+        ctx.set_materialize_grads(not found)  # as `setup_context` has it, where there is a second output
+        recording.on = True
+        try:
+            return function(*inputs, *found)
+        finally:
+            recording.on = False
+
+    def derivative(ctx: Any, *grads: Any) -> Any:
+        """For who differentiates within a checkpoint: else the graph of a recomputation is thrown away."""
+        seen = SimpleNamespace(**vars(ctx.saved), saved_tensors=ctx.saved.saved_tensors)
+        seen.needs_input_grad = ctx.needs_input_grad[2:]
+        return None, None, *backward(seen, *grads), None
+
+    apply_save = _applied(f"{name}_saved", save, derivative)
+    apply_compute = _applied(f"{name}_computed", compute, derivative)
+
+    def apply(*inputs: Any) -> Any:
+        if _graph_task() < 0:
+            return node(*inputs)
+        contexts: list[Any] = []
+        found = apply_save(contexts, *inputs)
+        return apply_compute(contexts[0], [one.detach() for one in found], *inputs)
+
+    return apply
 
 
 def save_inputs(ctx: Any, inputs: Values, output: Any) -> None:

@@ -205,5 +205,5 @@ def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> Values:
     return (call("linear_4bit", grad_grad_x, None, weight),)
 
 
-autograd("linear_4bit", _backward, _setup)
+autograd("linear_4bit", _backward, _setup, before=lambda *inputs: ())
 autograd("linear_4bit_grad_input", _backward_grad_input, _setup)

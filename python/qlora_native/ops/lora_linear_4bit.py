@@ -46,6 +46,7 @@ def forward_by(
     scale: float,
     bias: Tensor | None,
     weight: Weight,
+    known_xa: Tensor | None = None,
 ) -> Pair:
     """y and xa by the products of an engine."""
     if engine is CPU and x_lora is None and is_few(x):  # in one pass over W
@@ -58,7 +59,10 @@ def forward_by(
     with without_autocast(x):
         down = engine.adapter(a, dtype)
         up = engine.adapter(b, dtype, scale)
-        if x_lora is None and engine.makes_low and dtype in DTYPE_NUMBER:
+        if known_xa is not None:
+            xa = as_rows(known_xa)
+            adapter = Adapter(xa, up)
+        elif x_lora is None and engine.makes_low and dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = Adapter(xa, up, down)  # the product fills xa
         else:
@@ -170,4 +174,15 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values
     return *found, None, sum_to_bias(grad_y) if need_bias else None
 
 
-autograd("lora_linear_4bit", _backward, _setup)
+def _xa(
+    x: Tensor, x_lora: Tensor | None, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, weight: Weight
+) -> tuple[Tensor]:
+    """What backward needs of the outputs, without the product: xa."""
+    engine = ENGINES["CPU" if x.device.type == "cpu" else "CUDA"](x.device)
+    seen = x if x_lora is None else x_lora
+    with without_autocast(x):
+        xa = engine.dense(True, as_rows(seen), engine.adapter(a, x.dtype))
+    return (xa.view(*x.shape[:-1], a.shape[0]),)
+
+
+autograd("lora_linear_4bit", _backward, _setup, before=_xa)

@@ -1,0 +1,114 @@
+"""Checkpointing: what a recomputation does not compute again, and that no gradient changes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import qlora_native as qn
+from qlora_native.ops.linear_4bit import CPU
+
+SIZE = 64
+TOKENS = 40  # more than go by single rows
+
+
+class Layer:
+    """Two products with an adapter and one without, as in a decoder layer: the last one is the end of it."""
+
+    def __init__(self, is_last_adapted: bool) -> None:
+        self.weights = [qn.quantize(torch.randn(SIZE, SIZE) / 8) for _ in range(3)]
+        adapters = [(torch.randn(4, SIZE) / 8, torch.randn(SIZE, 4) / 8) for _ in range(2)]
+        self.adapters = [(a.requires_grad_(), b.requires_grad_()) for a, b in adapters]
+        self.is_last_adapted = is_last_adapted
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, second, third = self.weights
+        (a, b), (c, d) = self.adapters
+        y = torch.tanh(qn.lora_linear(x, first, a, b, 0.5))
+        if self.is_last_adapted:
+            return x + qn.lora_linear(torch.tanh(qn.linear(y, second)), third, c, d, 0.5)
+        return x + qn.linear(torch.tanh(qn.lora_linear(y, second, c, d, 0.5)), third)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each product since the start was a forward one."""
+    seen: list[bool] = []
+    product = CPU.product
+
+    def counted(is_forward: bool, *arguments: Any, **options: Any) -> Tensor:
+        seen.append(is_forward)
+        return product(is_forward, *arguments, **options)
+
+    monkeypatch.setattr(CPU, "product", counted)
+    return seen
+
+
+def gradients(layers: list[Layer], run: Callable[[Layer, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Of the input and of all adapters, by layers that ``run`` calls."""
+    torch.manual_seed(1)
+    start = torch.randn(TOKENS, SIZE).to(dtype).requires_grad_()
+    x: Tensor = start
+    for layer in layers:
+        x = run(layer, x)
+    parameters = [matrix for layer in layers for pair in layer.adapters for matrix in pair]
+    return list(torch.autograd.grad(x.float().square().sum(), [start, *parameters]))
+
+
+def checkpointed(layer: Layer, x: Tensor) -> Tensor:
+    result: Tensor = checkpoint(layer, x, use_reentrant=False)
+    return result
+
+
+@pytest.mark.parametrize("is_last_adapted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_last_product_of_a_layer_is_not_computed_again(
+    products: list[bool], is_last_adapted: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layers = [Layer(is_last_adapted) for _ in range(3)]
+    expected = gradients(layers, Layer.__call__, dtype)
+    assert (products.count(True), products.count(False)) == (9, 9)
+    products.clear()
+    found = gradients(layers, checkpointed, dtype)
+    assert (products.count(True), products.count(False)) == (9 + 6, 9)  # three a layer again, but for the last
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_gradient_within_a_checkpoint() -> None:
+    torch.manual_seed(0)
+    layer = Layer(is_last_adapted=True)
+
+    def penalized(layer: Layer, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(layer(inner).float().square().sum(), inner)
+        return layer(x) * slope.to(x.dtype).mean()
+
+    expected = gradients([layer], penalized, torch.float32)
+    found = gradients([layer], lambda layer, x: checkpoint(penalized, layer, x, use_reentrant=False), torch.float32)  # type: ignore[no-any-return]
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_checkpoints_in_a_checkpoint_and_dropout() -> None:
+    torch.manual_seed(0)
+    layers = [Layer(is_last_adapted=True) for _ in range(2)]
+
+    def dropped(layer: Layer, x: Tensor) -> Tensor:
+        (a, b), _ = layer.adapters
+        seen = torch.nn.functional.dropout(x, 0.5)
+        return checkpointed(layer, x) + qn.lora_linear(x, layer.weights[0], a, b, 0.5, x_lora=seen)
+
+    torch.manual_seed(2)
+    expected = gradients(layers, dropped, torch.bfloat16)
+    torch.manual_seed(2)
+    nested = gradients(layers, lambda layer, x: checkpoint(dropped, layer, x, use_reentrant=False), torch.bfloat16)  # type: ignore[no-any-return]
+    for got, wanted in zip(nested, expected, strict=True):
+        assert torch.equal(got, wanted)
