@@ -51,26 +51,26 @@ def grad_weight_shapes(grad_y: Tensor, x: Tensor) -> Tensor:
 
 def _setup(ctx: Any, inputs: Values, output: Tensor) -> None:
     x, weight, _ = inputs
-    needs_x, needs_weight, _ = ctx.needs_input_grad
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
     # Each for the gradient of the other: a frozen weight does not keep x.
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> Values:
-    (x, weight), (needs_x, needs_weight, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
+    (x, weight), (needs_x, needs_weight, needs_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
     grad_x = call("dense_linear_grad_input", grad_y, weight) if needs_x else None
     grad_weight = call("dense_linear_grad_weight", grad_y, x) if needs_weight else None
     return grad_x, grad_weight, sum_to_bias(grad_y) if needs_bias else None
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> Values:
-    (grad_y, weight), (needs_grad_y, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
+    (grad_y, weight), (needs_grad_y, needs_weight, *_) = ctx.saved_tensors, ctx.needs_input_grad
     by_grad_y = call("dense_linear", grad, weight, None) if needs_grad_y else None
     return by_grad_y, call("dense_linear_grad_weight", grad_y, grad) if needs_weight else None
 
 
 def _backward_grad_weight(ctx: Any, grad: Tensor) -> Values:
-    (grad_y, x), (needs_grad_y, needs_x) = ctx.saved_tensors, ctx.needs_input_grad
+    (grad_y, x), (needs_grad_y, needs_x, *_) = ctx.saved_tensors, ctx.needs_input_grad
     by_grad_y = call("dense_linear", x, grad, None) if needs_grad_y else None
     return by_grad_y, call("dense_linear_grad_input", grad_y, grad) if needs_x else None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_native.errors import UserError
-from qlora_native.tool.cli._run import add_to, missing_modules, picture, printable
+from qlora_native.tool.cli._run import add_to, missing_packages, picture, printable
 
 if TYPE_CHECKING:
     from qlora_native.data.dataset import TokenizedDataset
@@ -234,7 +234,7 @@ def _print_row(row: dict[str, Any]) -> None:
     print(f"\n{row['file']}:{row['line']}: {counts}{truncated}{dropped}")
     parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
     # A notebook shows colors as a terminal does.
-    if not sys.stdout.isatty() or missing_modules(("rich",)) or "NO_COLOR" in os.environ:
+    if not sys.stdout.isatty() or missing_packages(("rich",)) or "NO_COLOR" in os.environ:
         print("".join(f"[[{text}]]" if trained else text for text, trained in parts))
         return
     from rich.console import Console

@@ -137,12 +137,14 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             return export_kept(work, partial, args.adapter, args.calibration, progress)
     is_gguf = source.path.suffix == ".gguf"
     tokenizer = source.path if is_gguf else load_tokenizer(str(args.model), args.adapter)
-    if args.type is None:
-        args.type = near_type(source) if is_gguf else "f16"
-        near = f", near that of {source.path.name}" if is_gguf else ""
-        print(f"type {args.type}{near}; --type sets another", file=sys.stderr)
+    kind = args.type or (near_type(source) if is_gguf else "f16")
     with as_write_error(out), atomic_file(out) as partial:
-        return export_gguf(work, partial, args.type, tokenizer, source.path)
+        made = export_gguf(work, partial, kind, tokenizer, source.path)
+    if args.type is None:
+        args.type = kind
+        near = f", near that of {source.path.name}" if is_gguf else ""
+        print(f"type {kind}{near}; --type sets another", file=sys.stderr)
+    return made
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:

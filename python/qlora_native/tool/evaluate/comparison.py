@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -124,7 +124,7 @@ def compare(
     """
     results: list[VariantResult] = []
     kept: dict[str, Reference | None] = {}
-    asked = [(text.name, row) for text in texts for row in text.rows[:answered] if has_answer(row)]
+    asked = [(text.name, row) for text in texts for row in islice(text.rows, answered) if has_answer(row)]
     found = [_question(tokenizer, name, row) for name, row in asked]
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
