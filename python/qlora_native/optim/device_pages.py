@@ -176,7 +176,7 @@ class DevicePages(Pages):
             return int(store.num_bytes)
         share = max(1, len(self.stores))
         if self.budget is not None:
-            return max(int(store.largest_chunk), self.budget // share)
+            return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
         least = CHUNKS_AT_ONCE * int(store.largest_chunk)
         # Under "auto" another program needs what is free.
         return max(least, free_device_memory(self.device).bytes // 2 // share) if self.paged is True else least
