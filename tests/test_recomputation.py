@@ -92,7 +92,7 @@ def test_a_gradient_within_a_checkpoint() -> None:
         return layer(x) * slope.to(x.dtype).mean()
 
     expected = gradients([layer], penalized, torch.float32)
-    found = gradients([layer], lambda layer, x: checkpoint(penalized, layer, x, use_reentrant=False), torch.float32)  # type: ignore[no-any-return]
+    found = gradients([layer], lambda layer, x: checkpoint(penalized, layer, x, use_reentrant=False), torch.float32)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -109,6 +109,6 @@ def test_checkpoints_in_a_checkpoint_and_dropout() -> None:
     torch.manual_seed(2)
     expected = gradients(layers, dropped, torch.bfloat16)
     torch.manual_seed(2)
-    nested = gradients(layers, lambda layer, x: checkpoint(dropped, layer, x, use_reentrant=False), torch.bfloat16)  # type: ignore[no-any-return]
+    nested = gradients(layers, lambda layer, x: checkpoint(dropped, layer, x, use_reentrant=False), torch.bfloat16)
     for got, wanted in zip(nested, expected, strict=True):
         assert torch.equal(got, wanted)

@@ -14,8 +14,8 @@
 #include "cpu/kernels/dense-inl.h"
 #include "cpu/kernels/gemm-bf16dot-inl.h"
 #include "cpu/kernels/gptq-inl.h"
-#include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/outer-inl.h"
+#include "cpu/kernels/rows-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
