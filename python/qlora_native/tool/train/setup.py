@@ -30,7 +30,7 @@ from qlora_native.weight import CALIBRATED
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.open import notes_of, open_source
 from qlora_native.weights.shapes import dense_beside
-from qlora_native.weights.source import AUTO, KEEP, Source
+from qlora_native.weights.stream import AUTO, KEEP, Source
 
 
 def prepare_model(
@@ -201,7 +201,7 @@ def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, 
 
     source = source_of(model, source)
     folder = output_dir / STORED
-    if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
+    if source is not None and not source.has_bnb_weights and not can_round_again(getattr(model, "load_report", None)):
         store_model(model, folder, tokenizer, advice="; quant.save false trains without it")
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
