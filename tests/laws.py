@@ -152,7 +152,7 @@ LAYERS: tuple[set[str], ...] = (
     {"reference", "gguf_blocks"},
     {"ops"},
     {"weight", "_memory"},
-    {"functional", "weight_tensors"},
+    {"functional"},
     {"nn", "optim"},
     {"lora"},
     {"__init__"},

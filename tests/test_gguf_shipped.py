@@ -21,6 +21,7 @@ from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import gguf_blocks
+from qlora_native._native import quant_type_number
 from qlora_native.calibration.data import as_calibration, take_tokens
 from qlora_native.data.dataset import load_dataset
 from qlora_native.lora import lora_layers
@@ -30,7 +31,6 @@ from qlora_native.tool.cli.standard_library import write_split
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.rows import load_files
 from qlora_native.tool.train.loop import Trainer
-from qlora_native.weight import quant_type_number
 from qlora_native.weights.gguf import DENSE
 from qlora_native.weights.open import load_tokenizer
 

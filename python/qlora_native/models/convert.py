@@ -17,8 +17,7 @@ from transformers import GenerationConfig
 from qlora_native._io import is_own_file, read_json
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
-from qlora_native.weight import QuantizedWeight, quantize
-from qlora_native.weight_tensors import to_bnb
+from qlora_native.weight import QuantizedWeight, quantize, to_bnb
 from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, native_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor
 from qlora_native.weights.open import SafetensorsSource, open_source

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
-from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
+from qlora_native.nn.linear import KeepsBits, from_tensors, in_rows, scales_in, state_key, to_tensors
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
-from qlora_native.weight_tensors import from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
 Product = Callable[[str, int, Tensor], Tensor]

@@ -19,8 +19,7 @@ from qlora_native._io import announced, check_folder, panics_caught, read_json, 
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
-from qlora_native.weight import QuantizedWeight
-from qlora_native.weight_tensors import from_bnb
+from qlora_native.weight import QuantizedWeight, from_bnb
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, mapped_part, stored_tensors
 from qlora_native.weights.float8 import FLOATS, unscaled
