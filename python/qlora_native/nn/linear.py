@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from qlora_native import _native, functional, weight
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
 from qlora_native.ops._operands import Weight, is_sharded
+from qlora_native.ops.linear_4bit import linear_4bit
+from qlora_native.ops.lora_linear_4bit import lora_linear_4bit
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, pack_json, read_state, to_bnb
 
 _SCALES = weight.TENSOR_FIELDS[1:]
@@ -175,7 +177,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             y = product(self._matrix(), x, bias)
             if y is not None:
                 return y
-        return functional.linear_op(x, self._weight(), self.bias)
+        return linear_4bit(x, self._weight(), self.bias)
 
     def with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None) -> Tensor:
         """y = x W^T + bias + scale * (x_lora A^T) B^T, x_lora being x if it is None: x [..., K], a [r, K], b [N, r].
@@ -186,7 +188,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             y = adapted_at_once(self._matrix, x, self.bias, a, b, scale)
             if y is not None:
                 return y
-        return functional.lora_linear_op(x, self._weight(), a, b, scale, self.bias, x_lora)
+        return lora_linear_4bit(x, self._weight(), a, b, scale, self.bias, x_lora)
 
     def _matrix(self) -> Matrix | None:
         """The native form of the weight, made once; None where it has none."""

@@ -18,12 +18,13 @@ from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import buffer, empty_like, scratch
 from qlora_native.errors import say_once
-from qlora_native.ops._direct import call
+from qlora_native.ops._direct import call, kernel_of
 from qlora_native.ops._engine import (
     Adapter,
     Engine,
     address,
     as_rows,
+    autocast,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -173,6 +174,16 @@ def _register(device: str, engine_of: Callable[[torch.device], Engine]) -> None:
 
 for _device, _engine_of in ENGINES.items():
     _register(_device, _engine_of)
+
+
+def linear_4bit(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """The op: at once by a kernel above or the node over it where that makes no difference, else by torch's dispatcher,
+    under autocast as torch's own linear layer."""
+    kernel = kernel_of("linear_4bit", (x, bias, weight))
+    if kernel is None:
+        x, bias = autocast(x, bias)  # type: ignore[assignment]
+        return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
+    return kernel(x, bias, weight)
 
 
 @fake("linear_4bit")

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
+from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few, kernel_of
 from qlora_native.ops._engine import (
     ANY,
     Adapter,
     Engine,
     as_rows,
+    autocast,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -134,6 +135,24 @@ def _by_device(engine_of: Callable[[torch.device], Engine], function: Function, 
 for _device in ("CUDA", "CompositeExplicitAutograd"):
     implement("lora_linear_4bit", _device)(partial(_by_device, ENGINES[_device], forward_by))
     implement("lora_linear_4bit_backward", _device)(partial(_by_device, ENGINES[_device], backward_by))
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    weight: Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """The op's y: at once by the kernel or the node over it where that makes no difference, else by torch's dispatcher,
+    under autocast as torch's own linear layer."""
+    kernel = kernel_of("lora_linear_4bit", (x, x_lora, a, b, scale, bias, weight))
+    if kernel is None:
+        x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
+        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
+    return kernel(x, x_lora, a, b, scale, bias, weight)[0]
 
 
 @fake("lora_linear_4bit")
