@@ -164,7 +164,6 @@ LAYERS: tuple[set[str], ...] = (
     {"tool"},
     {"tool.sections"},
     {"tool.config"},
-    {"tool.rows"},
     {"tool.estimate", "tool.export", "tool.evaluate"},
     {"tool.train"},
     {"tool.cli"},

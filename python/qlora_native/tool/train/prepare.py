@@ -17,15 +17,13 @@ from pydantic import TypeAdapter
 from qlora_native._io import as_write_error, atomic_folder, reading, user_path
 from qlora_native._memory import keep_freed_memory
 from qlora_native.data.batching import Sampler
-from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.dataset import TokenizedDataset, load_split
 from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import OneProcess, restarts
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.models.loss import check_loss
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.rows import load_rows, longest
-from qlora_native.tool.train.batches import check_packing, make_sampler
 from qlora_native.tool.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -41,7 +39,10 @@ from qlora_native.tool.train.passes import Learner, why_eager
 from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunPage, make_loggers
 from qlora_native.tool.train.setup import (
     check_data,
+    check_held_out,
+    check_packing,
     make_optimizer,
+    make_sampler,
     parameter_groups,
     prepare_model,
     resolve,
@@ -159,8 +160,9 @@ def prepare(
         names = config.logging if ranks.is_first else []  # before what takes long: one may not be installed
         loggers = make_loggers(names, output_dir, config.model_dump(mode="json"))
         source = open_source(user_path(config.model)) if model is None else None
-        tokenizer = config.prepared(tokenizer or load_tokenizer(source or config.model, config.adapter))
-        rows, held_out = load_rows(config, tokenizer)
+        tokenizer = config.add_tokens_and_template(tokenizer or load_tokenizer(source or config.model, config.adapter))
+        check_held_out(config)
+        rows, held_out = load_split(tokenizer=tokenizer, folder=output_dir, **config.row_options)
         notes = check_data(source, tokenizer, rows, held_out)
         stored = stored_base(checkpoint.folder if checkpoint else config.adapter, source)
         config, changes = resolve(config, checkpoint, rows, stored or source, model)
@@ -168,7 +170,7 @@ def prepare(
     # The model, which may be larger than the device.
     memory, layers_budget = None, None
     if source is not None and not ranks.is_sharded:
-        expected = forecast(config, stored or source, longest(config.data, rows), len(rows))
+        expected = forecast(config, stored or source, config.data.longest(rows.lengths), len(rows))
         memory = MemoryReport(expected)
         layers_budget = expected.layers_budget if ranks.world == 1 else None
     model = prepare_model(
