@@ -148,7 +148,7 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version", "_C", "_cuda", "_import_hooks", "_interrupt", "_moved"},
-    {"_native", "_pages", "_io", "_flags", "_mistakes", "_threads"},
+    {"_native", "_buffers", "_io", "_flags", "_mistakes", "_threads"},
     {"reference", "gguf_blocks"},
     {"ops"},
     {"weight", "_memory"},

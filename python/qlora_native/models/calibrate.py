@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._buffers import interleave
 from qlora_native._memory import trim_heap
-from qlora_native._pages import interleave
 from qlora_native._version import __version__
 from qlora_native.calibration.data import CalibrationTokens, as_calibration, take_tokens
 from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers

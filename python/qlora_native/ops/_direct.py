@@ -16,8 +16,8 @@ from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_dynamo_compiling as is_compiling  # all else that compiles enters modes
 
 from qlora_native import _C
+from qlora_native._buffers import buffer, gather_pages
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native._pages import buffer, gather_pages
 from qlora_native.ops._library import FROZEN, KERNELS, NODES, TENSORS, Values, recording
 from qlora_native.ops._operands import Weight
 

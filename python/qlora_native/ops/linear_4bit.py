@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._buffers import buffer, empty_like, scratch
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native._pages import buffer, empty_like, scratch
 from qlora_native.errors import say_once
 from qlora_native.ops._direct import call, kernel_of
 from qlora_native.ops._engine import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native._pages import interleave
+from qlora_native._buffers import interleave
 from qlora_native.errors import UserError
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.ops.quantize_4bit import double_quantize

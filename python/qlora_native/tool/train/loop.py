@@ -202,7 +202,7 @@ def finish(run: Run) -> TrainSummary:
 
             run.note(shipped.describe(retention))
     if run.ranks.is_first:
-        run.page.close()
+        run.report.close()
     run.progress.close()  # the summary is printed below the bar
     seconds = time.monotonic() - run.began
     adapter_dir, shipped_dir = run.save_adapter("adapter", retention), None

@@ -36,7 +36,7 @@ from qlora_native.tool.train.checkpoint import (
 )
 from qlora_native.tool.train.memory import MappedWeights, MemoryReport, OOMRetry, forecast
 from qlora_native.tool.train.passes import Learner, why_eager
-from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunPage, make_loggers
+from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunReport, make_loggers
 from qlora_native.tool.train.setup import (
     check_data,
     check_held_out,
@@ -72,7 +72,7 @@ class Run:
     learner: Learner
     retry: OOMRetry
     progress: Progress
-    page: RunPage
+    report: RunReport
     memory: MemoryReport | None
     weights: MappedWeights
     shipping: Shipping | None
@@ -84,8 +84,8 @@ class Run:
         return user_path(self.config.output_dir)
 
     def note(self, text: str) -> None:
-        """Print a line, and list it among the events of the run's page."""
-        self.page.note(text)
+        """Print a line, and list it among the events of the run's report."""
+        self.report.note(text)
 
     @contextmanager
     def observed(self) -> Iterator[None]:
@@ -222,7 +222,7 @@ def prepare(
         progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
-    page = RunPage(output_dir, facts, progress, state, memory)
+    report = RunReport(output_dir, facts, progress, state, memory)
     reason = why_eager(config, model, ranks.world)
     streamed = getattr(model, "streamed_layers", None)
     notes += changes
@@ -233,16 +233,16 @@ def prepare(
     if reason:
         notes.append(f"CUDA graphs are off: {reason}")
     for line in notes:
-        page.note(line)
+        report.note(line)
     observers: list[Observer] = []  # in the order in which they are called
     shipping = None
     if config.lora.ship is not None:
         from qlora_native.tool.train.shipping import Shipping
 
-        shipping = Shipping(config, model, rows, total, page.note)
+        shipping = Shipping(config, model, rows, total, report.note)
         observers.append(shipping)  # first: the last samples are answered with the weights that ship
-    weights = MappedWeights(config, model, memory, page.note, ranks.world)
-    retry = OOMRetry(config, optimizer, page.note, can_retry=ranks.world == 1)
+    weights = MappedWeights(config, model, memory, report.note, ranks.world)
+    retry = OOMRetry(config, optimizer, report.note, can_retry=ranks.world == 1)
     observers += [weights, retry, progress]
     if options.samples:
         from qlora_native.tool.train.samples import Samples
@@ -252,7 +252,7 @@ def prepare(
     if on_step is not None:
         observers.append(OnStep(on_step))
     if ranks.is_first:
-        observers.append(page)  # last: it is made of what the others write
+        observers.append(report)  # last: it is made of what the others write
     if not state.step and (held_out or options.samples):
         progress.note("evaluating before the first step")
     return Run(
@@ -267,10 +267,10 @@ def prepare(
         sampler=sampler,
         total=total,
         state=state,
-        learner=Learner(config, model, tokenizer, ranks, page.note, is_captured=reason is None),
+        learner=Learner(config, model, tokenizer, ranks, report.note, is_captured=reason is None),
         retry=retry,
         progress=progress,
-        page=page,
+        report=report,
         memory=memory,
         weights=weights,
         shipping=shipping,
