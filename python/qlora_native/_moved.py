@@ -28,6 +28,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "hf.merge": ("models.merge", "models.merge_files", "models.recode"),
     "hf.plan": ("weights.stream", "weights.float8", "weights.open"),
     "hf.source": ("weights.open", "weights.stream", "weights.config"),
+    "optim.base": ("optim.states", "optim.step"),
+    "optim.rules": ("optim",),
+    "data.standard_library": ("tool.cli.standard_library",),
+    "export.check": ("tool.evaluate.check",),
+    "train.batches": ("tool.train.setup", "data.batching"),
+    "train.graphs": ("tool.train.passes", "tool.train.checkpoint"),
 }
 _IN_TOOL = ("config", "train", "estimate", "evaluate", "export", "cli")  # with all that is in them
 
