@@ -176,8 +176,8 @@ def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Ten
     """(module path, parameter name, parameter [E, N, K]) of the dense stacks that can become 4-bit."""
     settings = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
     for path, module in model.named_modules():
-        # transformers' rule for experts is all that the module does. Biases would be added in `_product` and in the
-        # statistics of calibration; transposed stacks need their shapes in weights/shapes.
+        # transformers' rule for experts is all that the module does. Biases would be added in `by_expert`, behind each
+        # product; stacks stored as [E, in, out] need their transpose in weights/ (CONTRIBUTING.md, "Where to add").
         if hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:
