@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_native.ops._direct import adapted_at_once, call, product, unobserved
+from qlora_native.ops._direct import call, unobserved
 from qlora_native.ops._engine import autocast
 from qlora_native.ops._operands import Weight
-from qlora_native.ops.linear_4bit import linear_4bit
-from qlora_native.ops.lora_linear_4bit import lora_linear_4bit
+from qlora_native.ops.linear_4bit import linear_4bit, product
+from qlora_native.ops.lora_linear_4bit import adapted_at_once, lora_linear_4bit
 from qlora_native.weight import QuantizedWeight
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.ops._direct import Prepared
 from qlora_native.ops._operands import Weight
+from qlora_native.ops.linear_4bit import Prepared
 from qlora_native.ops.quantize_4bit import empty_outputs
 
 # Fields that hold tensors, in the order in which ops take them.

@@ -12,8 +12,9 @@ from torch import Tensor
 from qlora_native import _native, reference
 from qlora_native._native import quant_type_number
 from qlora_native.bitsandbytes.state import QuantState
-from qlora_native.ops._direct import product, unobserved
+from qlora_native.ops._direct import unobserved
 from qlora_native.ops._engine import autocast
+from qlora_native.ops.linear_4bit import product
 from qlora_native.weight import STORAGE_DTYPES, quantize
 
 __all__ = ["QuantState", "gemv_4bit", "get_4bit_type"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native._native import quant_type_number
-from qlora_native.ops._direct import Prepared
+from qlora_native.ops.linear_4bit import Prepared
 from qlora_native.weight import pack_json, unpack_json
 
 _PACKED_KEY = "quant_state.bitsandbytes__"

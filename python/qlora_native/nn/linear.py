@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import _native, functional, weight
-from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
+from qlora_native.ops._direct import unobserved
 from qlora_native.ops._operands import Weight, is_sharded
-from qlora_native.ops.linear_4bit import linear_4bit
-from qlora_native.ops.lora_linear_4bit import lora_linear_4bit
+from qlora_native.ops.linear_4bit import Matrix, Prepared, linear_4bit, product
+from qlora_native.ops.lora_linear_4bit import adapted_at_once, lora_linear_4bit
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, pack_json, read_state, to_bnb
 
 _SCALES = weight.TENSOR_FIELDS[1:]
