@@ -24,8 +24,7 @@ from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import bnb_state_key, from_bnb, quantize
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.files import first_sentence, read_header
-from qlora_native.weights.float8 import unscaled
-from qlora_native.weights.open import SCALE_SUFFIX
+from qlora_native.weights.float8 import SCALE_SUFFIX, unscaled
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, four_bit_weights, kept_in_fp32
 from qlora_native.weights.stream import STATE_MARK
 

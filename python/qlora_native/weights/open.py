@@ -22,11 +22,9 @@ from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, mapped_part, stored_tensors
-from qlora_native.weights.float8 import FLOATS, unscaled
+from qlora_native.weights.float8 import FLOAT8, SCALE_SUFFIX, unscaled
 from qlora_native.weights.shapes import ModelShapes
 from qlora_native.weights.stream import AUTO, KEEP, STATE_MARK, Entry, Match, Read, Source, check_match
-
-SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight in 8-bit floats
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
@@ -88,7 +86,7 @@ class SafetensorsSource(Source):
         """The tensor, 16-bit if it is stored as 8-bit floats."""
         tensor = stored.read(scratch)
         if stored.scales is None:
-            return tensor.bfloat16() if tensor.dtype in FLOATS else tensor
+            return tensor.bfloat16() if tensor.dtype in FLOAT8 else tensor
         try:
             return unscaled(tensor, stored.scales.read(), torch.bfloat16)
         except ValueError as error:

@@ -27,7 +27,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, some_of
-from qlora_native.weights.float8 import FLOATS
+from qlora_native.weights.float8 import FLOAT8
 from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes
 
 STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every 4-bit weight in bitsandbytes' format
@@ -283,7 +283,7 @@ def _rows(source: Source, meta: ModelShapes, entry: Entry, turned: bool) -> Iter
 
 def parts_of(source: Source, stored: StoredTensor, turned: bool = False) -> Iterator[Tensor]:
     """The elements of a stored tensor, or of its transpose, whole rows at a time; 8-bit floats as 16-bit."""
-    if stored.scales is not None or stored.dtype in FLOATS or turned:
+    if stored.scales is not None or stored.dtype in FLOAT8 or turned:
         tensor = source.read(stored)
         yield from slices(tensor.t() if turned else tensor)
         return
@@ -319,7 +319,7 @@ def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) 
     def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         if STATE_MARK in stored.name:
             return read_state(stored)
-        dtype = torch.bfloat16 if stored.dtype in FLOATS else stored.dtype
+        dtype = torch.bfloat16 if stored.dtype in FLOAT8 else stored.dtype
         return torch.empty(stored.shape, dtype=dtype, device="meta")
 
     found = set()
