@@ -98,7 +98,7 @@ class QuantizedWeight:
             packed = torch.empty(shape.numel() // sizes[0] * sizes[1], dtype=torch.uint8, device=where)
             return cls.of_blocks(packed, shape=shape, dtype=dtype, quant_type=quant_type)
         packed, absmax, *nested = empty_outputs(shape.numel(), where, block_size, double_quant)
-        scales = dict(zip(TENSOR_FIELDS[2:4], nested if double_quant else (), strict=False))
+        scales: Any = dict(zip(TENSOR_FIELDS[2:4], nested if double_quant else (), strict=False))
         return cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=block_size, **scales)
 
     @classmethod
