@@ -33,7 +33,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "data.standard_library": ("tool.cli.standard_library",),
     "export.check": ("tool.evaluate.check",),
     "train.batches": ("tool.train.setup", "data.batching"),
-    "train.graphs": ("tool.train.passes", "tool.train.checkpoint"),
+    "train.graphs": ("tool.train.checkpoint", "tool.train.passes"),
 }
 _IN_TOOL = ("config", "train", "estimate", "evaluate", "export", "cli")  # with all that is in them
 
