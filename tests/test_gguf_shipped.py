@@ -119,7 +119,7 @@ def test_a_run_ends_with_the_file_that_it_evaluated(files: Path, tmp_path: Path)
         assert torch.equal(packed, layer.shipped.packed)  # type: ignore[union-attr]
         changed += int((packed != base.quantized.packed).sum())
     assert changed > 100
-    held_out = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
+    held_out: Any = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
     again = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert again.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
 

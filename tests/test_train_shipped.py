@@ -60,7 +60,7 @@ def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainS
         assert torch.equal(layer.quantized.absmax, base.absmax)
         changed += float((expected.packed != base.packed).double().mean()) / len(layers)
     assert 0.001 < changed < 0.5
-    held_out = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
+    held_out: Any = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
     run_of_it = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert run_of_it.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
 
