@@ -25,13 +25,12 @@ import torch
 from ceilings import ceilings, floor
 from common import Bar, add_json, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
 
-from qlora_native.data.batching import pack, permutation
+from qlora_native.data.batching import micro_batches, pack, permutation
 from qlora_native.models.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
 from qlora_native.tool.cli.demo import model_file
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train.batches import check_packing, micro_batches
-from qlora_native.tool.train.setup import prepare_model
+from qlora_native.tool.train.setup import check_packing, prepare_model
 
 SHORTEST, SPREAD = 24, 10  # tokens; longest over shortest
 PACKED_LENGTH = SHORTEST * SPREAD

@@ -19,8 +19,7 @@ from gpu_models import llama_config
 from torch import Tensor
 
 from qlora_native.models.build import MetaModel
-from qlora_native.weight import QuantizedWeight
-from qlora_native.weight_tensors import to_bnb
+from qlora_native.weight import QuantizedWeight, to_bnb
 from qlora_native.weights.config import bitsandbytes_config
 from qlora_native.weights.files import WEIGHTS_NAME, Output, ShardWriter
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING

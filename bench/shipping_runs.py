@@ -128,13 +128,13 @@ def make_plain(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
     """Train to the end with ``lora.ship``: the scores of the adapter, and of the file that ships."""
     import qlora_native as qn
-    from qlora_native.tool.rows import load_rows
+    from qlora_native.data.dataset import load_split
     from qlora_native.tool.train.loop import Trainer
 
     settings, trained = train(work, text, setting, seed, tokenizer, ships=True)
     model: Any = qn.load_model(Path(settings.output_dir) / "shipped")
     shipped: dict[str, Any] = scores(model, work, text, tokenizer)
-    held_out: Any = load_rows(settings, tokenizer)[1]
+    held_out: Any = load_split(tokenizer=tokenizer, **settings.row_options)[1]
     shipped["loss_after"] = Trainer(settings, model=model, tokenizer=tokenizer, quiet=True).evaluate(held_out)
     return {"ship": trained, "shipped": shipped}
 

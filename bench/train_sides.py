@@ -96,7 +96,7 @@ def task_batches(
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
     pad = padding_id(tokenizer)
-    order = BatchSampler(rows.lengths, ROWS, seed=seed).forever()
+    order = BatchSampler(rows.lengths, ROWS, seed=seed)
     if full_length:
         text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
         text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]

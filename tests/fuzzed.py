@@ -146,7 +146,7 @@ def opened(reader: Reader, raw: bytes) -> tuple[Any, Any]:
     import yaml
     from safetensors.torch import load, save
 
-    from qlora_native.weight_tensors import unpack_json
+    from qlora_native.weight import unpack_json
 
     if reader.kind == "json":
         return json.loads(raw), str.encode

@@ -148,11 +148,11 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version", "_C", "_cuda", "_import_hooks", "_interrupt", "_moved"},
-    {"_native", "_pages", "_io", "_flags", "_mistakes", "_threads"},
+    {"_native", "_buffers", "_io", "_flags", "_mistakes", "_threads"},
     {"reference", "gguf_blocks"},
     {"ops"},
     {"weight", "_memory"},
-    {"functional", "weight_tensors"},
+    {"functional"},
     {"nn", "optim"},
     {"lora"},
     {"__init__"},
@@ -164,7 +164,6 @@ LAYERS: tuple[set[str], ...] = (
     {"tool"},
     {"tool.sections"},
     {"tool.config"},
-    {"tool.rows"},
     {"tool.estimate", "tool.export", "tool.evaluate"},
     {"tool.train"},
     {"tool.cli"},

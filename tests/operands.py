@@ -25,7 +25,7 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native import _C, reference
 from qlora_native.ops._library import IMPLEMENTATIONS
-from qlora_native.weight_tensors import pack_json, unpack_json
+from qlora_native.weight import pack_json, unpack_json
 
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, OverflowError, IndexError, OSError)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.complex64]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from qlora_native import _memory, _pages
-from qlora_native._pages import LEAST, Blocks, empty_like
+from qlora_native import _buffers, _memory
+from qlora_native._buffers import LEAST, Blocks, empty_like
 
 MIB = 1 << 20
 
@@ -20,8 +20,8 @@ MIB = 1 << 20
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Blocks:
     blocks = Blocks()
-    monkeypatch.setattr(_pages, "BLOCKS", blocks)
-    monkeypatch.setattr(_pages, "_are_kept", True)
+    monkeypatch.setattr(_buffers, "BLOCKS", blocks)
+    monkeypatch.setattr(_buffers, "_are_kept", True)
     return blocks
 
 
@@ -106,7 +106,7 @@ ONE_STEP = """
 import sys, torch
 from qlora_native._memory import keep_freed_memory
 from qlora_native.nn import QuantizedLinear
-from qlora_native import _pages
+from qlora_native import _buffers
 
 if sys.argv[1] == "kept":
     keep_freed_memory(checkpointing=True)
@@ -116,7 +116,7 @@ x = torch.randn(2048, 512, dtype=torch.bfloat16, requires_grad=True)
 for step in range(3):
     x.grad = None
     sum(layer(x).float().square().mean() for _ in range(8)).backward()
-print(_pages.BLOCKS.most >> 20, float(x.grad.double().sum()))
+print(_buffers.BLOCKS.most >> 20, float(x.grad.double().sum()))
 """
 
 
@@ -140,7 +140,7 @@ def test_without_pages_tensors_are_torchs_and_what_is_kept_is_given_back(
     x = torch.randn(512, 600)
     del (held := [empty_like(x)])[0]
     assert not held
-    monkeypatch.setattr(_pages, "_mapped", no_pages)
+    monkeypatch.setattr(_buffers, "_mapped", no_pages)
     larger = empty_like(x, (1024, 600))
     assert larger.fill_(2.0).sum() == 2 * larger.numel()
     assert (kept.used, kept.kept) == (0, 0)

@@ -417,8 +417,8 @@ def test_layers_of_an_older_format_are_discarded(tmp_path: Path) -> None:
 
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
     from qlora_native.calibration.data import quantize_command
+    from qlora_native.data.dataset import load_split
     from qlora_native.tool.config import TrainConfig
-    from qlora_native.tool.rows import load_rows
     from qlora_native.tool.train.setup import prepare_model
     from qlora_native.weights.open import load_tokenizer
 
@@ -428,7 +428,7 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
         return TrainConfig.model_validate(given)
 
     tokenizer = load_tokenizer(str(files / "model"))
-    rows, _ = load_rows(config(), tokenizer)
+    rows, _ = load_split(tokenizer=tokenizer, **config().row_options)
     with pytest.raises(qn.UserError, match=r"calibration: \d+ tokens of text, .* 2,048"):
         prepare_model(config(method="wmse"), None, rows, quiet=True)
     with pytest.raises(qn.UserError, match=r"quant\.calibration is x, .*method rtn takes no text"):

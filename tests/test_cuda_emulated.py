@@ -354,15 +354,15 @@ def test_rows_of_a_graph_are_kept_and_a_later_step_writes_its_own(
     optimizer, other = twins("AdamW", bits=32)
     give_grads(optimizer, other, 1.0)
     optimizer.step()
-    assert optimizer._plan is not None and optimizer._plan.on_device is not None
-    table = optimizer._plan.on_device
+    assert optimizer._table is not None and optimizer._table.on_device is not None
+    table = optimizer._table.on_device
     address = table.options.data_ptr()
     with monkeypatch.context() as patch:
         patch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
         optimizer.step()
     (source,) = table.of_graphs
-    assert source.tolist() == table.tensors.tolist() == optimizer._plan.table.tolist()
+    assert source.tolist() == table.tensors.tolist() == optimizer._table.rows.tolist()
     table.tensors.zero_()  # as a replay of some other rows would leave it
     optimizer.step()
-    assert table.tensors.tolist() == optimizer._plan.table.tolist()
+    assert table.tensors.tolist() == optimizer._table.rows.tolist()
     assert table.of_graphs == [source] and table.options.data_ptr() == address

@@ -118,26 +118,26 @@ def test_the_first_batch_of_all_needs_the_most_memory() -> None:
 
 def test_an_epoch_ends_and_the_next_begins() -> None:
     sampler = BatchSampler(lengths(10), 4, seed=5)
-    assert list(islice(sampler.forever(), 3)) == sampler.batches(0)
+    assert list(islice(sampler, 3)) == sampler.batches(0)
     assert (sampler.epoch, sampler.batch) == (1, 0)
-    assert list(islice(sampler.forever(), 3)) == sampler.batches(1)
-    endless = list(islice(BatchSampler(lengths(10), 4, seed=5).forever(), 8))
+    assert list(islice(sampler, 3)) == sampler.batches(1)
+    endless = list(islice(BatchSampler(lengths(10), 4, seed=5), 8))
     assert endless == [*sampler.batches(0), *sampler.batches(1), *sampler.batches(2)[:2]]
-    next(sampler.forever()).clear()  # a batch handed out is the caller's own
+    next(sampler).clear()  # a batch handed out is the caller's own
     assert sum(map(len, sampler.batches(2))) == 10
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
 def test_resuming_goes_on_with_the_batch_after_the_last(done: int) -> None:
-    whole = list(islice(BatchSampler(lengths(11), 4, seed=5).forever(), 10))
+    whole = list(islice(BatchSampler(lengths(11), 4, seed=5), 10))
     first = BatchSampler(lengths(11), 4, seed=5)
-    seen = list(islice(first.forever(), done))
+    seen = list(islice(first, done))
     saved = json.loads(json.dumps(first.state_dict()))
     assert (saved["epoch"], saved["batch"]) == divmod(done, 3)
 
     resumed = BatchSampler(lengths(11), 4, seed=5)
     resumed.load_state_dict(saved)
-    assert seen + list(islice(resumed.forever(), 10 - done)) == whole
+    assert seen + list(islice(resumed, 10 - done)) == whole
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_state_in_checkpoints_is_pinned(sampler: Any, settings: dict[str, in
     state = {"epoch": 1, "batch": 1, "rows": 5, "lengths_crc32": 399904241, "seed": 4, **settings}
     sampler.load_state_dict(state)
     assert sampler.state_dict() == state
-    assert next(sampler.forever()) == following
+    assert next(sampler) == following
 
 
 @pytest.mark.parametrize(

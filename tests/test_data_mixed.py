@@ -21,8 +21,8 @@ from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.tool.cli.main import main
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train.batches import make_sampler
 from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.setup import make_sampler
 from qlora_native.weights.open import load_tokenizer
 
 LENGTHS = np.arange(3, 23)
@@ -58,7 +58,7 @@ def make(packed: bool, weights: Any = WEIGHTS, file: np.ndarray = FILE) -> Sampl
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_sampler_resumes_in_an_epoch_and_with_these_weights_alone(packed: bool) -> None:
     sampler = make(packed)
-    batches = sampler.forever()
+    batches = sampler
     epoch = [next(batches) for _ in range(sampler.count(0))]
     flat = [row for batch in epoch for item in batch for row in (item if packed else [item])]
     assert Counter(FILE[flat].tolist()) == {0: 5, 1: 10, 2: 5}
@@ -67,7 +67,7 @@ def test_a_sampler_resumes_in_an_epoch_and_with_these_weights_alone(packed: bool
     rest = [next(batches) for _ in range(10)]
     resumed = make(packed)
     resumed.load_state_dict(state)
-    again = resumed.forever()
+    again = resumed
     assert [next(again) for _ in range(10)] == rest
     for other in (make(packed, [1, 1, 1]), make(packed, None), make(packed, file=FILE[::-1])):
         with pytest.raises(UserError, match="cannot be resumed: .* other weights"):

@@ -232,6 +232,35 @@ def test_contributing_names_every_package() -> None:
     assert units <= listed
 
 
+STATIONS = (8, 9, 7)  # files of Python that a journey needs, at most
+
+
+def test_what_contributing_names_for_journeys_and_additions_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    chapters = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    named = r"`((?:[\w-]+/)*[\w-]+\.(?:py|h|cuh|cc))(?:: ([\w.]+))?`"
+    for path, name in re.findall(named, chapters["Three journeys"] + chapters["Where to add"]):
+        folder = ROOT if path.startswith(("cpp/", "cuda/")) else ROOT / "python" / "qlora_native"
+        source = (folder / path).read_text(encoding="utf-8")
+        assert name in (names_in(ast.parse(source)) if path.endswith(".py") else source), (path, name)
+    for journey, most in zip(chapters["Three journeys"].split("\n### ")[1:], STATIONS, strict=True):
+        files = {path for path, name in re.findall(named, journey) if name and path.endswith(".py")}
+        assert len(files) <= most, (journey.splitlines()[0], files)
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """What a module or a class defines, members with the class before a dot; and "", for no name."""
+    found = {""}
+    for child in ast.iter_child_nodes(node):
+        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            found.add(child.name)
+        if isinstance(child, ast.ClassDef):
+            found |= {f"{child.name}.{name}" for name in names_in(child)}
+    return found
+
+
 def literals() -> list[str]:
     """Every text in the package's source; what an f-string fills in stands as a NUL."""
     found = []

@@ -17,7 +17,7 @@ from qlora_native.distributed.sharding import load_sharded_states, save_sharded_
 from qlora_native.optim import AdamW
 from qlora_native.tool.train.checkpoint import STATE as TRAINER
 from qlora_native.tool.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from qlora_native.tool.train.progress import Metrics, Progress, RunPage, plot_losses, read_metrics
+from qlora_native.tool.train.progress import Metrics, Progress, RunReport, plot_losses, read_metrics
 
 DEEP = "[" * 200_000
 
@@ -154,7 +154,7 @@ def test_metrics_and_notes_that_are_damaged(tmp_path: Path) -> None:
     notes = [{"step": 1, "text": "a"}, {"step": 1}, {"step": "1", "text": "a"}]
     for number in (1, 2):
         (tmp_path / "report.json").write_text(json.dumps({"notes": notes[:number]}))
-        page = RunPage(tmp_path, {"steps": 2, "rows": []}, Progress(2, 2, 1, quiet=True), TrainState(step=2))
+        page = RunReport(tmp_path, {"steps": 2, "rows": []}, Progress(2, 2, 1, quiet=True), TrainState(step=2))
         page.evaluated({})
         assert json.loads((tmp_path / "report.json").read_text())["notes"] == notes[: 2 - number]
     metrics = Metrics(path, 2)

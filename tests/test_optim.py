@@ -13,7 +13,7 @@ from helpers import through_a_file
 from paged import OPTIMIZERS, Made, Params, same_params, same_states
 
 import qlora_native as qn
-from qlora_native.ops._optim import Plan
+from qlora_native.ops._optim import StepTable
 
 AdamW = qn.optim.AdamW
 
@@ -243,7 +243,7 @@ def test_other_devices_and_dtypes_take_the_ops(monkeypatch: pytest.MonkeyPatch) 
     """A gradient of another dtype cannot go to the kernel: same numbers, by way of the reference."""
     plain, by_ops = (made(bits=8, max_norm=1.0) for _ in range(2))
     train(range(3), plain)
-    monkeypatch.setattr(Plan, "point_at", lambda self, grads, device: False)
+    monkeypatch.setattr(StepTable, "point_at", lambda self, grads, device: False)
     train(range(3), by_ops)
     assert by_ops[1].grad_norm == plain[1].grad_norm
     assert same_params(plain, by_ops)

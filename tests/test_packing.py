@@ -21,7 +21,7 @@ from qlora_native.data.batching import BatchSampler, PackedBatchSampler, collate
 from qlora_native.errors import UserError
 from qlora_native.models.fuse import documents_of, fuse
 from qlora_native.models.loss import causal_lm_loss, trained_tokens
-from qlora_native.tool.train.batches import check_packing
+from qlora_native.tool.train.setup import check_packing
 
 
 def lengths(rows: int, low: int = 10, high: int = 100) -> np.ndarray:
@@ -59,13 +59,13 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(sentence: Any) -> None:
     def sampler(packed_length: int = 150) -> PackedBatchSampler:
         return PackedBatchSampler(lengths(90), 3, packed_length, seed=7)
 
-    whole = list(islice(sampler().forever(), 30))
+    whole = list(islice(sampler(), 30))
     first = sampler()
-    seen = list(islice(first.forever(), 17))
+    seen = list(islice(first, 17))
     resumed = sampler()
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert resumed.epoch >= 1 and resumed.batch > 0
-    assert seen + list(islice(resumed.forever(), 13)) == whole
+    assert seen + list(islice(resumed, 13)) == whole
     for other in (BatchSampler(lengths(90), 3, seed=7), sampler(200)):
         with pytest.raises(UserError) as raised:
             other.load_state_dict(first.state_dict())

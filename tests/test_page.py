@@ -26,7 +26,7 @@ from qlora_native.tool.evaluate import page
 from qlora_native.tool.train import progress
 from qlora_native.tool.train.checkpoint import TrainState
 from qlora_native.tool.train.loop import Trainer
-from qlora_native.tool.train.progress import Progress, RunPage, read_metrics
+from qlora_native.tool.train.progress import Progress, RunReport, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_CURVE = {"loss", "eval_loss", "lr", "grad_norm", "tokens_per_second"}
@@ -263,7 +263,7 @@ def test_it_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(page, "write_page", takes_two_seconds)
     (tmp_path / "metrics.jsonl").touch()
-    shown = RunPage(tmp_path, {}, Progress(1, 0, 1, quiet=True), TrainState())
+    shown = RunReport(tmp_path, {}, Progress(1, 0, 1, quiet=True), TrainState())
     for _ in range(100):
         shown.evaluated({})
         clock[0] += 30

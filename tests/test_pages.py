@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qlora_native as qn
-from qlora_native import _pages
+from qlora_native import _buffers
 
 
 def huge_bytes(address: int) -> int:
@@ -25,10 +25,10 @@ def huge_bytes(address: int) -> int:
 def test_values_stay_and_small_memory_is_left_alone() -> None:
     t = torch.arange(3 << 20, dtype=torch.int32)[5:]  # neither end at a page
     before = t.clone()
-    _pages.gather_pages(t)
-    _pages.expect_pages(t)
+    _buffers.gather_pages(t)
+    _buffers.expect_pages(t)
     assert torch.equal(t, before)
-    assert not _pages.gather_pages(torch.zeros(1 << 18)) and not _pages.expect_pages(torch.zeros(0))
+    assert not _buffers.gather_pages(torch.zeros(1 << 18)) and not _buffers.expect_pages(torch.zeros(0))
 
 
 @pytest.mark.parametrize("setting", [None, "always madvise [never]"])
@@ -36,9 +36,9 @@ def test_not_against_the_systems_setting(setting: str | None, tmp_path: Path, mo
     path = tmp_path / "enabled"
     if setting is not None:
         path.write_text(setting)
-    monkeypatch.setattr(_pages, "SETTING", path)
-    monkeypatch.setattr(_pages, "_madvise", _pages._madvise.__wrapped__)  # without its cache
-    assert not _pages.gather_pages(torch.zeros(4 << 20))
+    monkeypatch.setattr(_buffers, "SETTING", path)
+    monkeypatch.setattr(_buffers, "_madvise", _buffers._madvise.__wrapped__)  # without its cache
+    assert not _buffers.gather_pages(torch.zeros(4 << 20))
 
 
 def test_gathered_memory_lies_in_huge_pages() -> None:
@@ -50,28 +50,28 @@ def test_gathered_memory_lies_in_huge_pages() -> None:
     assert huge_bytes(t.data_ptr()) == 0
     memory.madvise(mmap.MADV_HUGEPAGE)  # takes the refusal back; only what is touched later would follow
     assert huge_bytes(t.data_ptr()) == 0
-    if not _pages.gather_pages(t):
+    if not _buffers.gather_pages(t):
         pytest.skip("this kernel gives none")
-    assert huge_bytes(t.data_ptr()) >= size - 2 * _pages.HUGE_PAGE
+    assert huge_bytes(t.data_ptr()) >= size - 2 * _buffers.HUGE_PAGE
     assert bool((t == 7).all())
 
 
 def test_a_quantized_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int]] = []
-    monkeypatch.setattr(_pages, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
+    monkeypatch.setattr(_buffers, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
     w = qn.quantize(torch.randn(64, 64))
-    assert advised == [(w.packed.data_ptr(), _pages.MADV_HUGEPAGE)]
+    assert advised == [(w.packed.data_ptr(), _buffers.MADV_HUGEPAGE)]
     for _ in range(2):  # at the first product only
         qn.linear(torch.randn(1, 64), w)
-    assert advised[1:] == [(w.packed.data_ptr(), _pages.MADV_COLLAPSE)]
+    assert advised[1:] == [(w.packed.data_ptr(), _buffers.MADV_COLLAPSE)]
 
 
 def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not _pages.nodes():
+    if not _buffers.nodes():
         pytest.skip("the system does not list its NUMA nodes")
     t = torch.arange(1 << 20, dtype=torch.int32)
     before = t.clone()
-    if not _pages.interleave(t, _pages.nodes()[:1]):
+    if not _buffers.interleave(t, _buffers.nodes()[:1]):
         pytest.skip("the system does not let a process choose nodes")
     assert torch.equal(t, before)
     policies = [line.split()[:2] for line in Path("/proc/self/numa_maps").read_text(encoding="ascii").splitlines()]
@@ -84,5 +84,5 @@ def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_p
 )
 def test_nodes(listed: str, found: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "online").write_text(listed + "\n")
-    monkeypatch.setattr(_pages, "NODES", tmp_path / "online")
-    assert _pages.nodes.__wrapped__() == found
+    monkeypatch.setattr(_buffers, "NODES", tmp_path / "online")
+    assert _buffers.nodes.__wrapped__() == found

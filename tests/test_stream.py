@@ -17,7 +17,8 @@ from qlora_native.weights import stream as module
 from qlora_native.weights.files import StoredTensor
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import ModelShapes
-from qlora_native.weights.stream import Item, Transform, adding, decoding, recoding, rounding, stream
+from qlora_native.weights.stream import Item, Transform, stream
+from qlora_native.weights.transforms import adding, decoding, recoding, rounding
 
 OPTIONS: dict[str, Any] = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
 MIXTRAL: dict[str, Any] = {"num_local_experts": 4}

@@ -40,8 +40,7 @@ from qlora_native.tool.train.progress import Observer, Recorder
 from qlora_native.tool.train.samples import Samples
 from qlora_native.tool.train.setup import learning_rate, make_optimizer
 from qlora_native.tool.train.shipping import Shipping
-from qlora_native.weights.open import load_tokenizer
-from qlora_native.weights.source import SafetensorsSource
+from qlora_native.weights.open import SafetensorsSource, load_tokenizer
 
 Record = dict[str, Any]
 Make = Callable[..., TrainConfig]

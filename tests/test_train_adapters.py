@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from tiny_models import dense_twin, distance, logits, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora_native.data.batching import micro_batches
+from qlora_native.data.dataset import load_split
 from qlora_native.distributed.loading import load_model as sharded
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter
@@ -30,11 +32,9 @@ from qlora_native.models.merge import merge
 from qlora_native.tool.cli.main import main
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate import Estimator, Setting
-from qlora_native.tool.rows import load_rows
 from qlora_native.tool.train import prepare
-from qlora_native.tool.train.batches import make_sampler, micro_batches
 from qlora_native.tool.train.loop import Trainer
-from qlora_native.tool.train.setup import learning_rate, prepare_model
+from qlora_native.tool.train.setup import learning_rate, make_sampler, prepare_model
 from qlora_native.weights.open import load_tokenizer
 
 STEPS, LR = 4, 5e-3
@@ -71,11 +71,11 @@ def peft_twin(config: TrainConfig, options: dict[str, Any]) -> Any:
 
 def train_in_plain_torch(config: TrainConfig, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """The steps of the run: each row's trained tokens count alike."""
-    rows = load_rows(config, load_tokenizer(config.model))[0]
+    rows = load_split(tokenizer=load_tokenizer(config.model), **config.row_options)[0]
     sampler = make_sampler(config, rows)
     ratios = [group["lr"] / LR for group in optimizer.param_groups]
     for step in range(STEPS):
-        items = next(sampler.forever())
+        items = next(sampler)
         (batch,) = micro_batches(rows, items, len(items), 1, torch.device("cpu"))
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
         F.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten()).backward()

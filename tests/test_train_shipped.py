@@ -13,13 +13,13 @@ from runs import Crash, crash_at, metrics, write_files
 from tiny_models import four_bit_layers
 
 import qlora_native as qn
+from qlora_native.data.dataset import load_split
 from qlora_native.errors import UserError
 from qlora_native.lora import lora_layers
 from qlora_native.models import recode as module
 from qlora_native.models.calibrate import side_by_side
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.evaluate.retention import describe
-from qlora_native.tool.rows import load_files
 from qlora_native.tool.train import shipping
 from qlora_native.tool.train.loop import Trainer, TrainSummary
 from qlora_native.tool.train.shipping import Shipping
@@ -60,7 +60,7 @@ def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainS
         assert torch.equal(layer.quantized.absmax, base.absmax)
         changed += float((expected.packed != base.packed).double().mean()) / len(layers)
     assert 0.001 < changed < 0.5
-    held_out = load_files(run.config.data, run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[1]
+    held_out: Any = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
     run_of_it = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert run_of_it.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
 
@@ -90,7 +90,7 @@ def test_the_codes_are_those_of_a_merge(shipped: tuple[Trainer, TrainSummary], m
 
     monkeypatch.setattr(shipping, "recode", recode)
     model = beside()
-    rows = load_files(run.config.data, run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[0]
+    rows = load_split(tokenizer=run.tokenizer, **run.config.row_options)[0]
     Shipping(run.config, model, rows, 6, print).recode()
     merged: dict[str, torch.Tensor] = {}
     with side_by_side(torch.device("cpu")) as (pool, _):

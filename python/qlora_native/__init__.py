@@ -17,8 +17,7 @@ from qlora_native._native import build_info
 from qlora_native._version import __version__
 from qlora_native.errors import UserError
 from qlora_native.functional import dequantize_rows, linear, linear_cross_entropy, lora_linear
-from qlora_native.weight import QuantizedWeight, quantize
-from qlora_native.weight_tensors import from_bnb, to_bnb
+from qlora_native.weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
     from qlora_native import distributed, nn, optim

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_native._pages import BLOCKS, keep_blocks
+from qlora_native._buffers import BLOCKS, keep_blocks
 
 NO_LIMIT = 1 << 60  # bytes
 # malloc's blocks from these sizes on are mappings of their own, which go back to the system when they are freed. In
@@ -250,7 +250,7 @@ def keep_freed_memory(checkpointing: bool = False) -> bool:
     nothing is kept, and False returned.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
-    cleared anew, tens of thousands a step. The ops' large outputs are kept as blocks (_pages.py). Of the
+    cleared anew, tens of thousands a step. The ops' large outputs are kept as blocks (_buffers.py). Of the
     rest large blocks come and go: with ``checkpointing``, which is there to save memory, from 256 KiB on, otherwise
     from 8 MiB.
     """

@@ -18,7 +18,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         for name in ("convert", "device_layers", "fuse", "generate", "loss", "mapped", "residency", "trained")
     },
     **{f"hf.{name}": (f"interop.{name}",) for name in ("peft", "quantizer", "trainer", "trl")},
-    "hf.build": ("models.build", "weights.shapes", "weights.stream"),
+    "hf.build": ("models.build", "weights.shapes", "weights.stream", "weights.transforms"),
     "hf.calibrated": ("models.calibrate",),
     "hf.checkpoint": ("weights.files",),
     "hf.config": ("interop.config", "weights.config"),
@@ -26,8 +26,14 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "hf.gguf_source": ("weights.gguf_source",),
     "hf.load": ("models.load", "models.progress", "weights.config"),
     "hf.merge": ("models.merge", "models.merge_files", "models.recode"),
-    "hf.plan": ("weights.match", "weights.float8"),
-    "hf.source": ("weights.open", "weights.source", "weights.config"),
+    "hf.plan": ("weights.stream", "weights.float8", "weights.open"),
+    "hf.source": ("weights.open", "weights.stream", "weights.config"),
+    "optim.base": ("optim.states", "optim.step"),
+    "optim.rules": ("optim",),
+    "data.standard_library": ("tool.cli.standard_library",),
+    "export.check": ("tool.evaluate.check",),
+    "train.batches": ("tool.train.setup", "data.batching"),
+    "train.graphs": ("tool.train.checkpoint", "tool.train.passes"),
 }
 _IN_TOOL = ("config", "train", "estimate", "evaluate", "export", "cli")  # with all that is in them
 

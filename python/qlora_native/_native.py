@@ -13,6 +13,7 @@ from qlora_native import _C
 
 QUANT_TYPES = tuple(name for name, _, _ in _C.block_formats)  # index = the number that crosses into C++
 CODEBOOKS = QUANT_TYPES[:2]  # nf4 and fp4, which quantize() makes; the others are block formats of GGUF
+_NUMBERS = {name: number for number, name in enumerate(QUANT_TYPES)}
 # Of GGUF's types by number: elements and bytes of a block.
 GGUF_BLOCKS = {number: sizes for number, (_, *sizes) in enumerate(_C.block_formats) if sizes[0]}
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,6 +43,15 @@ _share_threads_with_torch()
 
 def _table(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def quant_type_number(quant_type: str) -> int:
+    """The number of a type as ops take it, 0 for "nf4"; ValueError for anything else."""
+    number = _NUMBERS.get(quant_type)
+    if number is None:
+        formats = ", ".join(map(repr, list(_NUMBERS)[len(CODEBOOKS) :]))
+        raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4', or of GGUF {formats}.")
+    return number
 
 
 @cache

@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_native.ops._direct import adapted_at_once, call, kernel_of, product, unobserved
+from qlora_native.ops._direct import call, unobserved
+from qlora_native.ops._engine import autocast
 from qlora_native.ops._operands import Weight
+from qlora_native.ops.linear_4bit import linear_4bit, product
+from qlora_native.ops.lora_linear_4bit import adapted_at_once, lora_linear_4bit
 from qlora_native.weight import QuantizedWeight
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to the operands of torch's own linear layer, of which the first is a tensor."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -53,16 +46,7 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, with the numbers.
     """
     y = product(w._matrix(), x, bias) if unobserved(x, bias) else None
-    return linear_op(x, w.op_args(), bias) if y is None else y
-
-
-def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear` by its op, without trying the call past the dispatcher."""
-    kernel = kernel_of("linear_4bit", (x, bias, weight))
-    if kernel is None:
-        x, bias = autocast(x, bias)  # type: ignore[assignment]
-        return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
-    return kernel(x, bias, weight)
+    return linear_4bit(x, w.op_args(), bias) if y is None else y
 
 
 def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -122,24 +106,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
     y = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
-    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora) if y is None else y
-
-
-def lora_linear_op(
-    x: Tensor,
-    weight: Weight,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    x_lora: Tensor | None = None,
-) -> Tensor:
-    """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
-    kernel = kernel_of("lora_linear_4bit", (x, x_lora, a, b, scale, bias, weight))
-    if kernel is None:
-        x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
-    return kernel(x, x_lora, a, b, scale, bias, weight)[0]
+    return lora_linear_4bit(x, w.op_args(), a, b, scale, bias, x_lora) if y is None else y
 
 
 def linear_cross_entropy(

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
+from qlora_native._native import quant_type_number
 from qlora_native.bitsandbytes.state import QuantState
-from qlora_native.functional import autocast
-from qlora_native.ops._direct import product, unobserved
-from qlora_native.weight import STORAGE_DTYPES, quant_type_number, quantize
+from qlora_native.ops._direct import unobserved
+from qlora_native.ops._engine import autocast
+from qlora_native.ops.linear_4bit import product
+from qlora_native.weight import STORAGE_DTYPES, quantize
 
 __all__ = ["QuantState", "gemv_4bit", "get_4bit_type"]
 __all__ += [f"{step}_{form}" for step in ("quantize", "dequantize") for form in ("4bit", "blockwise", "fp4", "nf4")]

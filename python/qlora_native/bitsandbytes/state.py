@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.ops._direct import Prepared
-from qlora_native.weight import quant_type_number
-from qlora_native.weight_tensors import pack_json, unpack_json
+from qlora_native._native import quant_type_number
+from qlora_native.ops.linear_4bit import Prepared
+from qlora_native.weight import pack_json, unpack_json
 
 _PACKED_KEY = "quant_state.bitsandbytes__"
 _ALWAYS = {"quant_type", "absmax", "blocksize", "quant_map", "dtype", "shape"}

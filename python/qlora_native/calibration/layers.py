@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from qlora_native._io import as_write_error, atomic_file, fsync, write_whole
 from qlora_native.errors import UserError
-from qlora_native.weight import QuantizedWeight
-from qlora_native.weight_tensors import from_bnb, to_bnb
+from qlora_native.weight import QuantizedWeight, from_bnb, to_bnb
 
 MOST_IN_MEMORY = 1 << 28  # bytes of hidden states
 LAYER_FORMAT = 2  # of the files of finished layers; earlier ones have no number

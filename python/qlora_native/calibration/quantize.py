@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.weight import METHODS, QuantizedWeight, quant_type_number, quantize
+from qlora_native._native import quant_type_number
+from qlora_native.weight import METHODS, QuantizedWeight, quantize
 
 # Scales are searched between these shares of a block's largest magnitude: below 1 large elements are clipped, above 1
 # the largest comes to lie at an inner level. Trying all 256 stored scales gained 0.1 % at most (SmolLM2-135M).

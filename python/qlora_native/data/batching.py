@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
@@ -30,7 +30,8 @@ WINDOW_BATCHES = 32
 WINDOW_ROWS = 1024
 MULTIPLE = 8  # of the tokens of a line of a batch
 
-Batch = list[Any]  # numbers of rows, or lists of those that are packed into one sequence
+Items = list[Any]  # of a batch: numbers of rows, or lists of those that are packed into one sequence
+Batch = dict[str, torch.Tensor]  # what a model takes
 Lengths = Sequence[int] | np.ndarray  # tokens of each row
 TokenizedRow = Mapping[str, Sequence[int] | np.ndarray]  # "input_ids" and "labels", each [length]
 
@@ -73,10 +74,11 @@ def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-class Sampler(ABC):
-    """The order of batches over epochs; its position, ``epoch`` and ``batch``, is saved and restored.
+class Sampler(Iterator[Items]):
+    """An iterator over the batches of one epoch after another, without end; its position, ``epoch`` and ``batch``, is
+    saved and restored.
 
-    The position moves before a batch is yielded, so a state saved while working on a batch resumes with the one after
+    The position moves before a batch is returned, so a state saved while working on a batch resumes with the one after
     it. The last batch of an epoch may be smaller.
 
     The order is a pure function of the arguments and the epoch; no global random state is read. In epoch 0 the batch
@@ -92,13 +94,13 @@ class Sampler(ABC):
         self.seed = seed
         self.epoch = 0
         self.batch = 0
-        self._order: tuple[int, list[Batch]] = (-1, [])  # an epoch and its batches
+        self._order: tuple[int, list[Items]] = (-1, [])  # an epoch and its batches
 
     @abstractmethod
-    def _make(self, epoch: int) -> list[Batch]:
+    def _make(self, epoch: int) -> list[Items]:
         """The batches of one epoch before they are shuffled."""
 
-    def batches(self, epoch: int) -> list[Batch]:
+    def batches(self, epoch: int) -> list[Items]:
         """All batches of one epoch; the position stays."""
         if self._order[0] != epoch:
             batches = self._make(epoch)
@@ -110,9 +112,9 @@ class Sampler(ABC):
             self._order = (epoch, [batches[at] for at in order])
         return self._order[1]
 
-    def _tokens(self, batch: Batch) -> int:
+    def _tokens(self, items: Items) -> int:
         """Tokens of a batch with its padding."""
-        return len(batch) * max(int(self._lengths[item].sum()) for item in batch)
+        return len(items) * max(int(self._lengths[item].sum()) for item in items)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         rows = np.arange(self._lengths.size) if self.mix is None else mixed_rows(self.mix, self.seed, epoch)
@@ -130,15 +132,14 @@ class Sampler(ABC):
         last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
         return sum(self.count(epoch) for epoch in range(whole)) + last
 
-    def forever(self) -> Iterator[Batch]:
-        """Batches from the position on, epoch after epoch, without end."""
-        while True:
-            batch = self.batches(self.epoch)[self.batch]
-            self.batch += 1
-            if self.batch == self.count(self.epoch):
-                self.epoch += 1
-                self.batch = 0
-            yield list(batch)
+    def __next__(self) -> Items:
+        """The batch at the position, which moves on: behind the last of an epoch comes the first of the next one."""
+        items = self.batches(self.epoch)[self.batch]
+        self.batch += 1
+        if self.batch == self.count(self.epoch):
+            self.epoch += 1
+            self.batch = 0
+        return list(items)
 
     def state_dict(self) -> dict[str, int]:
         """The position and what the order depends on; plain integers, fit for JSON."""
@@ -184,7 +185,7 @@ class BatchSampler(Sampler):
         """Batches in one epoch: the same in all."""
         return -(-int(self._lengths.size) // self.batch_size)
 
-    def _make(self, epoch: int) -> list[Batch]:
+    def _make(self, epoch: int) -> list[Items]:
         rows = self._shuffled(epoch)
         window = self.batch_size * min(WINDOW_BATCHES, max(1, self.count(epoch) // 4))
         parts = (_longest_first(self._lengths, rows[at : at + window]) for at in range(0, len(rows), window))
@@ -201,14 +202,14 @@ class PackedBatchSampler(Sampler):
         super().__init__(lengths, batch_size, seed)
         self.settings = {"packed_length": packed_length}
 
-    def _make(self, epoch: int) -> list[Batch]:
+    def _make(self, epoch: int) -> list[Items]:
         sequences = pack(self._lengths, self._shuffled(epoch), self.settings["packed_length"])
         # Windows end in emptier sequences; shuffled, they spread over the batches.
         mixed = [sequences[at] for at in permutation(len(sequences), self.seed, epoch, 2)]
         return _parts(mixed, self.batch_size)
 
 
-def _parts(items: list[Any], size: int) -> list[Batch]:
+def _parts(items: list[Any], size: int) -> list[Items]:
     """Lists of ``size`` items; the last may have fewer."""
     return [items[at : at + size] for at in range(0, len(items), size)]
 
@@ -239,13 +240,26 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int
     return sequences
 
 
-def evaluation_order(lengths: np.ndarray, capacity: int | None) -> Batch:
+def evaluation_order(lengths: np.ndarray, capacity: int | None) -> Items:
     """All rows once, longest first, which leaves little padding; packed if there is a ``capacity``."""
     longest_first = _longest_first(lengths, np.arange(len(lengths)))
     return longest_first.tolist() if capacity is None else pack(lengths, longest_first, capacity)
 
 
-def collate(rows: Sequence[TokenizedRow], pad_id: int) -> dict[str, torch.Tensor]:
+def micro_batches(
+    rows: Sequence[TokenizedRow], items: Items, batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[Batch]:
+    """The items of one step, ``batch_size`` at a time, as tensors on ``device``."""
+    for at in range(0, len(items), batch_size):
+        part: Any = items[at : at + batch_size]
+        if isinstance(part[0], list):
+            batch = collate_packed([[rows[number] for number in item] for item in part], pad_id)
+        else:
+            batch = collate([rows[number] for number in part], pad_id)
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
+def collate(rows: Sequence[TokenizedRow], pad_id: int) -> Batch:
     """Pad B rows on the right to the longest, rounded up to a multiple of 8 tokens; padding has the label -100.
 
     Returns:
@@ -256,7 +270,7 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> dict[str, torch.Tensor
     return {**batch, "attention_mask": (positions == torch.arange(positions.shape[1])).long()}
 
 
-def collate_packed(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate_packed(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> Batch:
     """Lay the rows of each of B sequences end to end, and pad as :func:`collate` does.
 
     There is no attention mask: models of transformers read where rows begin off the positions, if they get no mask.
@@ -270,7 +284,7 @@ def collate_packed(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> 
     return batch
 
 
-def _lay_out(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> dict[str, torch.Tensor]:
+def _lay_out(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> Batch:
     """Token ids, labels and positions within rows, each int64 [B, T], of rows end to end and padding behind them."""
     lengths = [sum(len(row["input_ids"]) for row in rows) for rows in sequences]
     width = -(-max(lengths) // MULTIPLE) * MULTIPLE

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qlora_native._io import as_write_error
+from qlora_native._io import as_user_error, as_write_error
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import infer_format, normalize
 from qlora_native.data.readers import FIRST_ROWS, content_hash, read_rows
@@ -127,6 +127,26 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
 
 # What is kept of each row beside its tokens, in the order of the fields of a TokenizedDataset.
 _ROW = np.dtype([("length", "i8"), ("trained", "i4"), ("line", "i8"), ("file", "i2"), ("truncated", "?")])
+
+
+def load_split(
+    train: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    held_out: str | None = None,
+    fraction: float = 0.0,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training rows, and held-out rows: those of a file, a ``fraction`` of the training rows, or None. ``options`` are
+    those of :func:`load_dataset`; a wrong one is a UserError."""
+    with as_user_error():
+        rows = load_dataset(train, tokenizer, **options)
+        if held_out is not None:
+            return rows, load_dataset(held_out, tokenizer, **options)
+    if fraction == 0:
+        return rows, None
+    return rows.split(max(1, round(fraction * len(rows))), seed)  # a few rows still give a held-out loss
 
 
 def load_dataset(

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.distributed.one import Items as Items
 from qlora_native.distributed.one import OneProcess
 from qlora_native.distributed.one import RankLost as RankLost
 from qlora_native.distributed.one import restarts as restarts

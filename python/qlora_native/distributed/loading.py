@@ -31,10 +31,8 @@ from qlora_native.models.build import MetaModel
 from qlora_native.models.fuse import fuse
 from qlora_native.models.load import load_model as load_alone
 from qlora_native.weight import QuantizedWeight
-from qlora_native.weights.match import Value
-from qlora_native.weights.open import open_source
-from qlora_native.weights.source import AUTO, SafetensorsSource, Source
-from qlora_native.weights.stream import Item
+from qlora_native.weights.open import SafetensorsSource, open_source
+from qlora_native.weights.stream import AUTO, Item, Source, Value
 
 
 @dataclass

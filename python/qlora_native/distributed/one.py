@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-Items = Sequence[int | list[int]]  # of a batch: row numbers, or those of the rows packed into one sequence
+    from qlora_native.data.batching import Items
 
 
 class RankLost(RuntimeError):

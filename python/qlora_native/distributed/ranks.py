@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qlora_native.distributed.one import Items, OneProcess, RankLost, restarts
+from qlora_native.data.batching import Items
+from qlora_native.distributed.one import OneProcess, RankLost, restarts
 from qlora_native.errors import UserError
 
 JOINING = 60  # seconds at least until a process that has not joined counts as lost: its imports take some

@@ -21,13 +21,12 @@ from qlora_native.models.build import HeapTrimmer, put_dense, put_four_bit
 from qlora_native.models.load import make_report
 from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
-from qlora_native.weight import quantize
-from qlora_native.weight_tensors import bnb_state_key, from_bnb
+from qlora_native.weight import bnb_state_key, from_bnb, quantize
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.files import first_sentence, read_header
-from qlora_native.weights.float8 import unscaled
-from qlora_native.weights.match import SCALE_SUFFIX, STATE_MARK
+from qlora_native.weights.float8 import SCALE_SUFFIX, unscaled
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, four_bit_weights, kept_in_fp32
+from qlora_native.weights.stream import STATE_MARK
 
 # How the names of the parts of a 4-bit weight end.
 _PARTS = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4"]

@@ -16,10 +16,9 @@ from qlora_native.nn.experts import put_stack, quantized_stacks
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight, quantize
 from qlora_native.weights.files import check_finite, mapped_part
-from qlora_native.weights.match import Entry, Value
 from qlora_native.weights.shapes import ModelShapes, is_transposed
-from qlora_native.weights.source import Source
-from qlora_native.weights.stream import Item, rounding, stream
+from qlora_native.weights.stream import Entry, Item, Source, Value, stream
+from qlora_native.weights.transforms import rounding
 
 PROGRESS_SECONDS = 3.0  # between two lines of loading
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._buffers import interleave
 from qlora_native._memory import trim_heap
-from qlora_native._pages import interleave
 from qlora_native._version import __version__
 from qlora_native.calibration.data import CalibrationTokens, as_calibration, take_tokens
 from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
@@ -33,10 +33,9 @@ from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import STACKS
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
-from qlora_native.weights.match import Entry
 from qlora_native.weights.open import load_tokenizer
-from qlora_native.weights.source import Source
-from qlora_native.weights.stream import join, stream
+from qlora_native.weights.stream import Entry, Source, stream
+from qlora_native.weights.transforms import join
 
 Stored = dict[str, tuple[Tensor, str]]  # weights to be, as they are stored, and their files
 Group = tuple[Statistic | None, list[Key]]  # weights that share an input, and what is known of it

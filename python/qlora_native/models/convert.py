@@ -17,15 +17,13 @@ from transformers import GenerationConfig
 from qlora_native._io import is_own_file, read_json
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
-from qlora_native.weight import QuantizedWeight, quantize
-from qlora_native.weight_tensors import to_bnb
+from qlora_native.weight import QuantizedWeight, quantize, to_bnb
 from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, native_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor
-from qlora_native.weights.match import STATE_MARK, Entry
-from qlora_native.weights.open import open_source
-from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING, ModelShapes
-from qlora_native.weights.source import SafetensorsSource, Source
-from qlora_native.weights.stream import Item, decoding, parts_of, rounding, slices, stored_parts, stream
+from qlora_native.weights.open import SafetensorsSource, open_source
+from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING, ModelShapes
+from qlora_native.weights.stream import STATE_MARK, Entry, Item, Source, parts_of, slices, stored_parts, stream
+from qlora_native.weights.transforms import decoding, rounding
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf", ".h5")
 
@@ -70,7 +68,7 @@ def convert(
     if not isinstance(opened, SafetensorsSource):
         reader = f"`qlora export {source} --to safetensors`" if target == "16bit" else f"`qlora quantize {source}`"
         raise UserError(f"{source} is GGUF: expected a folder of safetensors; {reader} reads it.")
-    dtype = dtype or (opened.config.dtype if opened.config.dtype in DTYPES[:2] else torch.bfloat16)
+    dtype = dtype or (opened.config.dtype if opened.config.dtype in MODEL_DTYPES[:2] else torch.bfloat16)
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
     made = Conversion(opened, target, dtype, options, skip_modules)

@@ -30,7 +30,7 @@ from qlora_native.ops._library import module_for
 from qlora_native.weight import quantize
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, ModelShapes
-from qlora_native.weights.source import AUTO
+from qlora_native.weights.stream import AUTO
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot; torch's allocator begins its blocks so
 FOR_WEIGHTS = 0.75  # of the device's free bytes; the rest is for what passes need
@@ -237,7 +237,7 @@ def load_to_device(
         return load_model(path, **options)
     where, source = _with_number(device), open_source(path)
     is_kept = options.get("method") is None and source.keeps(options.get("quant_type", AUTO))
-    if source.is_four_bit or is_kept:
+    if source.has_bnb_weights or is_kept:
         num_bytes = sum(file.stat().st_size for file in source.files)
     else:
         num_bytes = _rounded_bytes(source, options)

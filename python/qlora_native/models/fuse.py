@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import qlora_native as qn
-from qlora_native._pages import gather_pages
+from qlora_native._buffers import gather_pages
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.ops import _library

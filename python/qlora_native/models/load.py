@@ -26,10 +26,9 @@ from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, quantize
 from qlora_native.weights.config import METADATA, bitsandbytes_config
 from qlora_native.weights.files import FileMap, mapped_part, some_of
-from qlora_native.weights.open import open_source
-from qlora_native.weights.shapes import DTYPES, OUTPUT_EMBEDDING
-from qlora_native.weights.source import AUTO, KEEP, SafetensorsSource, Source
-from qlora_native.weights.stream import Item
+from qlora_native.weights.open import SafetensorsSource, open_source
+from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING
+from qlora_native.weights.stream import AUTO, KEEP, Item, Source
 
 RESIDENCIES = ("auto", "mapped", "memory")
 
@@ -158,7 +157,7 @@ def load_model(
             tensor. The calibration data are too short or cannot be read; the model has no layers to run one by one.
         ValueError: an argument is wrong.
     """
-    if dtype not in DTYPES:
+    if dtype not in MODEL_DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     if quant_type == AUTO and not (method is None and calibration is None):
         quant_type = "nf4"
@@ -190,7 +189,7 @@ def load_model(
     is_mapped = _can_map(source, is_kept, residency, target, reader is None)
     copied: dict[str, str] = {}  # why, of the tensors that could not be mapped
     names: dict[str, bool] = {}  # of the weights that become 4-bit here
-    if not source.is_four_bit and not is_kept:
+    if not source.has_bnb_weights and not is_kept:
         names = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
     elif method != "rtn":
         raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
@@ -241,7 +240,7 @@ def load_model(
 def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device, is_alone: bool) -> bool:
     """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
     needs = {
-        "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept or source.is_four_bit,
+        "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept or source.has_bnb_weights,
         "one process, since several read such a folder together": is_kept or is_alone,
         "a model on the CPU": device.type == "cpu",
         "Linux": hasattr(_C, "MappedFile"),
@@ -262,7 +261,7 @@ def _refuse_saving(path: Path, *_: Any, **__: Any) -> None:
 def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrainedModel:
     """As :func:`load_model`, with nothing quantized."""
     source = open_source(path)
-    if source.is_four_bit:
+    if source.has_bnb_weights:
         raise UserError(f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from.")
     meta = MetaModel(source.config, torch.bfloat16, torch.device("meta"))
     return load_model(source, skip_modules=[name for name, _ in meta.model.named_children()], **options)

@@ -20,9 +20,8 @@ from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_sta
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.open import open_source
-from qlora_native.weights.shapes import DTYPES, ModelShapes
-from qlora_native.weights.source import Source
-from qlora_native.weights.stream import stream
+from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes
+from qlora_native.weights.stream import Source, stream
 
 
 def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -46,7 +45,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     """
     if base not in ("original", "dequantized"):
         raise ValueError(f"merge: base is {base!r}: expected 'original' or 'dequantized'.")
-    if dtype not in DTYPES:
+    if dtype not in MODEL_DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
     config, rows = model.__dict__.get("lora_config"), token_rows(model)
@@ -114,7 +113,7 @@ def _original(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights by name as the files hold them. What else the model holds in a dtype that loses something against the
     files is read into ``parameters``."""
-    if source.is_four_bit:
+    if source.has_bnb_weights:
         raise UserError(f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
     meta = ModelShapes(source.config, dtype)
     absent = {*layers, *stacks}

@@ -17,11 +17,10 @@ from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.tokens import DELTA, put_rows
 from qlora_native.models.convert import Conversion
 from qlora_native.weights.config import METADATA
-from qlora_native.weights.match import Entry
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING
-from qlora_native.weights.source import AUTO, KEEP
-from qlora_native.weights.stream import Item, adding, decoding, recoding, rounding, stream
+from qlora_native.weights.stream import AUTO, KEEP, Entry, Item, stream
+from qlora_native.weights.transforms import adding, decoding, recoding, rounding
 
 TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 

@@ -15,7 +15,7 @@ from qlora_native.errors import UserError
 from qlora_native.models.load import LoadReport
 from qlora_native.weights.files import aligned_files
 from qlora_native.weights.open import open_source
-from qlora_native.weights.source import KEEP, Source
+from qlora_native.weights.stream import KEEP, Source
 
 RECORD = "adapter_base.json"  # beside an adapter: of its base's weights, sha256; of stored ones, folder and made_from
 STORED = "base-4bit"  # folder beside the folders of the adapters
@@ -77,7 +77,7 @@ def record_of(model: Any, source: Source | None, stored: Source | None, output_d
     source = source_of(model, source)
     if source is None or report is None or not report.bytes_4bit:
         return {}
-    if source.is_four_bit or report.is_kept:
+    if source.has_bnb_weights or report.is_kept:
         return {"sha256": digest(source)}
     folder = output_dir / STORED if stored is None else stored.path
     if can_round_again(report) or not folder.is_dir():

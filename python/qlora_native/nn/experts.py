@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
-from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
+from qlora_native.nn.linear import KeepsBits, from_tensors, in_rows, scales_in, state_key, to_tensors
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
-from qlora_native.weight_tensors import from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
 Product = Callable[[str, int, Tensor], Tensor]
@@ -177,8 +176,8 @@ def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Ten
     """(module path, parameter name, parameter [E, N, K]) of the dense stacks that can become 4-bit."""
     settings = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
     for path, module in model.named_modules():
-        # transformers' rule for experts is all that the module does. Biases would be added in `_product` and in the
-        # statistics of calibration; transposed stacks need their shapes in weights/shapes.
+        # transformers' rule for experts is all that the module does. Biases would be added in `by_expert`, behind each
+        # product; stacks stored as [E, in, out] need their transpose in weights/ (CONTRIBUTING.md, "Where to add").
         if hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_native import functional, weight, weight_tensors
-from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
+from qlora_native import _native, functional, weight
+from qlora_native.ops._direct import unobserved
 from qlora_native.ops._operands import Weight, is_sharded
-from qlora_native.weight import QuantizedWeight
+from qlora_native.ops.linear_4bit import Matrix, Prepared, linear_4bit, product
+from qlora_native.ops.lora_linear_4bit import adapted_at_once, lora_linear_4bit
+from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, pack_json, read_state, to_bnb
 
 _SCALES = weight.TENSOR_FIELDS[1:]
 
@@ -175,7 +177,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             y = product(self._matrix(), x, bias)
             if y is not None:
                 return y
-        return functional.linear_op(x, self._weight(), self.bias)
+        return linear_4bit(x, self._weight(), self.bias)
 
     def with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None) -> Tensor:
         """y = x W^T + bias + scale * (x_lora A^T) B^T, x_lora being x if it is None: x [..., K], a [r, K], b [N, r].
@@ -186,7 +188,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             y = adapted_at_once(self._matrix, x, self.bias, a, b, scale)
             if y is not None:
                 return y
-        return functional.lora_linear_op(x, self._weight(), a, b, scale, self.bias, x_lora)
+        return lora_linear_4bit(x, self._weight(), a, b, scale, self.bias, x_lora)
 
     def _matrix(self) -> Matrix | None:
         """The native form of the weight, made once; None where it has none."""
@@ -211,7 +213,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         if self.weight.device.type == "meta":  # no values to describe yet
             destination[prefix + "weight"] = self.weight
         else:
-            destination.update(weight_tensors.to_tensors(self.quantized, prefix + "weight"))
+            destination.update(to_tensors(self.quantized, prefix + "weight"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
@@ -220,8 +222,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         name = prefix + "weight"
         try:
             value = None
-            if weight_tensors.state_key(state_dict, name) is not None:
-                value = weight_tensors.from_tensors(state_dict, name)
+            if state_key(state_dict, name) is not None:
+                value = from_tensors(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
                 options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
                 double_quant = self.nested_absmax is not None
@@ -300,3 +302,35 @@ def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tupl
 def scales_in(stored: Tensor, double_quant: bool) -> Tensor:
     """The scales [blocks] in the second of :func:`in_rows`."""
     return stored.view(-1) if double_quant else stored.view(torch.float32).view(-1)
+
+
+def state_key(keys: Container[str], prefix: str = "weight") -> str | None:
+    """The key of ``prefix`` among ``keys`` that describes a quantized weight (:func:`to_tensors`), or None."""
+    ours = (f"{prefix}.quant_state.gguf__{_native.QUANT_TYPES[number]}" for number in _native.GGUF_BLOCKS)
+    return next((key for key in ours if key in keys), bnb_state_key(keys, prefix))
+
+
+def to_tensors(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
+    """The tensors of a state_dict: those of :func:`to_bnb`; of a GGUF format its blocks, uint8 [bytes, 1], under
+    ``prefix``, and dtype and shape as UTF-8 JSON under ``prefix.quant_state.gguf__q4_0`` (or another name)."""
+    if not w.is_gguf:
+        return to_bnb(w, prefix)
+    state = {"dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape)}
+    about = pack_json(state).to(w.device)
+    return {prefix: w.packed.view(-1, 1), f"{prefix}.quant_state.gguf__{w.quant_type}": about}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
+    """A weight from the tensors of :func:`to_tensors`. Raises ValueError, naming the key, if they do not fit."""
+    key = state_key(tensors, prefix)
+    if key is None or ".gguf__" not in key[len(prefix) :]:
+        return from_bnb(tensors, prefix)
+    packed = tensors.get(prefix)
+    try:
+        state = read_state(tensors[key], ("dtype", "shape"))
+        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+            raise ValueError(f"'{prefix}' is missing or holds no bytes")
+        about: Any = {"shape": state["shape"], "dtype": getattr(torch, state["dtype"])}
+        return QuantizedWeight.of_blocks(packed.reshape(-1), quant_type=key.rpartition("__")[2], **about)
+    except ValueError as error:
+        raise ValueError(f"from_tensors: '{key}': {error}") from None

@@ -105,6 +105,15 @@ def as_rows(tensor: Tensor) -> Tensor:
 _UNCHANGED = nullcontext()
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast would do to the operands of torch's own linear layer, of which the first is a tensor."""
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
     return torch.autocast(x.device.type, enabled=False) if may_autocast() else _UNCHANGED

@@ -65,7 +65,7 @@ def check_state(owner: str, number: int, part: Tensor, state: State, is_flat: bo
             )
 
 
-class Plan:
+class StepTable:
     """What stays from step to step: the parameters that have a gradient, their states, and their rows for the native
     code, of which only the addresses of parameters and gradients are written anew."""
 
@@ -83,7 +83,7 @@ class Plan:
         self.on_device: DeviceTable | None = None
         self.numbers: array[int] | None = None  # of the parameters in their page stores, once they are asked for
         rows = zip(self.parts, self.parts, states, groups, strict=True)
-        self.table: array[int] = table_of([row_of(*row) for row in rows])
+        self.rows: array[int] = table_of([row_of(*row) for row in rows])
 
     def _values(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.states)))
@@ -113,8 +113,8 @@ class Plan:
         )
         if fits:
             length = _C.optim_row_length
-            self.table[PARAM::length] = array("q", map(Tensor.data_ptr, parts))
-            self.table[GRAD::length] = array("q", map(Tensor.data_ptr, grads))
+            self.rows[PARAM::length] = array("q", map(Tensor.data_ptr, parts))
+            self.rows[GRAD::length] = array("q", map(Tensor.data_ptr, grads))
         return fits
 
 

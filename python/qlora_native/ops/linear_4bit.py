@@ -2,7 +2,7 @@
 
 W [N, K] is decoded inside the products, a tile or a panel at a time, and never dense as a whole on a CPU. A device has
 an :class:`Engine`, whose products the ops of the other files share. To change what a CPU computes, begin at
-:meth:`Cpu.product`; a few tokens go by ``_direct.product`` and ``adapted_product`` instead. Both end at ``path_of`` in
+:meth:`Cpu.product`; a few tokens of which nothing is recorded go by :func:`product` instead. Both end at ``path_of`` in
 cpp/cpu/linear_4bit.cc, which chooses among the kernels. For CUDA begin at ``Cuda.product`` in ``_cuda_products``.
 """
 
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._buffers import buffer, empty_like, gather_pages, scratch
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native._pages import buffer, empty_like, scratch
 from qlora_native.errors import say_once
-from qlora_native.ops._direct import call
+from qlora_native.ops._direct import PLAIN, call, kernel_of
 from qlora_native.ops._engine import (
     Adapter,
     Engine,
     address,
     as_rows,
+    autocast,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -33,6 +34,8 @@ from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, impl
 from qlora_native.ops._operands import Weight
 from qlora_native.ops.dequantize_4bit import decode_panel
 
+Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
+_CPU = torch.device("cpu")
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
 
 
@@ -173,6 +176,73 @@ def _register(device: str, engine_of: Callable[[torch.device], Engine]) -> None:
 
 for _device, _engine_of in ENGINES.items():
     _register(_device, _engine_of)
+
+
+def linear_4bit(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """The op: at once by a kernel above or the node over it where that makes no difference, else by torch's dispatcher,
+    under autocast as torch's own linear layer."""
+    kernel = kernel_of("linear_4bit", (x, bias, weight))
+    if kernel is None:
+        x, bias = autocast(x, bias)  # type: ignore[assignment]
+        return torch.ops.qlora_native.linear_4bit(x, bias, *weight)
+    return kernel(x, bias, weight)
+
+
+class Prepared:
+    """A weight's native form, made when first used and again when a tensor lies elsewhere; copies get their own."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, Matrix | None] = (None, None)  # replaced as a whole: threads may share an owner
+
+    def __reduce__(self) -> Values:
+        return Prepared, ()
+
+    def matrix(self, weight: Values) -> Matrix | None:
+        """The native matrix of weight arguments, or None unless they are two-dimensional plain tensors in CPU memory.
+
+        Raises ValueError for tensors that do not fit each other.
+        """
+        parts = weight[:6]
+        numbers = weight[6:]
+        if type(parts[0]) not in PLAIN or type(parts[1]) not in PLAIN:
+            return None
+        key = [t if t is None else (t.data_ptr(), t.numel()) for t in parts]
+        key += numbers
+        made, matrix = self._made
+        if made == key:
+            return matrix
+        if len(numbers[0]) != 2 or not all(t is None or (type(t) in PLAIN and t.device == _CPU) for t in parts):
+            return None
+        checked = Weight(*weight)
+        checked.check()
+        n, k = checked.shape
+        matrix = (n, k, _C.matrix(n, k, checked.pointers()))
+        self._made = key, matrix
+        gather_pages(parts[0])
+        return matrix
+
+
+def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor | None:
+    """x W^T + bias for operands that are :func:`unobserved`, or None where the kernel cannot take them as they are.
+
+    ``adapter``: what the native function takes last.
+    """
+    shape = x.shape
+    if matrix is None or x.dtype not in DTYPE_NUMBER or not shape or not x.is_contiguous():
+        return None
+    n, k, native = matrix
+    rows = x.numel() // k if n and k and shape[-1] == k else 0
+    if not rows or not (bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())):
+        return None
+    y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
+    addend = 0 if bias is None else bias.data_ptr()
+    arguments = (native, DTYPE_NUMBER[x.dtype], x.data_ptr(), addend, y.data_ptr(), rows)
+    room = buffer(0)
+    while needed := _C.matrix_forward(*arguments, *room, *adapter):
+        room = buffer(needed)
+    return y
 
 
 @fake("linear_4bit")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
+from qlora_native._buffers import empty_like
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native._pages import empty_like
 from qlora_native.ops._engine import ANY, without_autocast
 from qlora_native.ops._library import Function, Values, autograd, cuda_kernels, fake, implement, plain
 from qlora_native.ops._operands import WIDE, Weight

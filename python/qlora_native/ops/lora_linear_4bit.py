@@ -18,12 +18,13 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
+from qlora_native.ops._direct import call_in_derivative, is_compiling, is_plain, kernel_of, unobserved
 from qlora_native.ops._engine import (
     ANY,
     Adapter,
     Engine,
     as_rows,
+    autocast,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -31,10 +32,54 @@ from qlora_native.ops._engine import (
 )
 from qlora_native.ops._library import Function, Values, autograd, fake, implement
 from qlora_native.ops._operands import Weight
-from qlora_native.ops.linear_4bit import CPU, ENGINES
+from qlora_native.ops.linear_4bit import CPU, ENGINES, Matrix, product
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether few_rows() of the kernels covers x [..., K], a few tokens in one of their dtypes."""
+    number = DTYPE_NUMBER.get(x.dtype)
+    return number is not None and x.dim() > 0 and 0 < x.numel() <= _C.few_rows(number) * x.shape[-1]
+
+
+def adapted_product(
+    matrix: Matrix | None, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """x W^T + bias + scale * low B^T and low = x A^T for x that :func:`is_few`, or None where operands do not fit.
+
+    A [r, K] and B [N, r] are multiplied as they are stored, in fp32; low [..., r] is in x's dtype.
+    """
+    x = x.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if matrix is None or a.dim() != 2:
+        return None
+    n, k, _ = matrix
+    rank = a.shape[0]
+    if not rank or a.shape[1] != k or b.shape != (n, rank):
+        return None
+    a = a.float().contiguous()
+    b = b.float().contiguous()
+    low = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, device=x.device)
+    y = product(matrix, x, bias, a.data_ptr(), b.data_ptr(), scale, low.data_ptr(), rank)
+    return None if y is None else (y, low)
+
+
+def adapted_at_once(
+    matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor | None:
+    """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
+    if (
+        (a.requires_grad and torch.is_grad_enabled())
+        or is_compiling()
+        or not is_plain(x)
+        or not is_few(x)
+        or not unobserved(x, a, b, bias)
+    ):
+        return None
+    made = adapted_product(matrix(), x, bias, a, b, scale)
+    return None if made is None else made[0]
 
 
 def forward_by(
@@ -134,6 +179,24 @@ def _by_device(engine_of: Callable[[torch.device], Engine], function: Function, 
 for _device in ("CUDA", "CompositeExplicitAutograd"):
     implement("lora_linear_4bit", _device)(partial(_by_device, ENGINES[_device], forward_by))
     implement("lora_linear_4bit_backward", _device)(partial(_by_device, ENGINES[_device], backward_by))
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    weight: Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """The op's y: at once by the kernel or the node over it where that makes no difference, else by torch's dispatcher,
+    under autocast as torch's own linear layer."""
+    kernel = kernel_of("lora_linear_4bit", (x, x_lora, a, b, scale, bias, weight))
+    if kernel is None:
+        x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
+        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, *weight)[0]
+    return kernel(x, x_lora, a, b, scale, bias, weight)[0]
 
 
 @fake("lora_linear_4bit")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native._pages import expect_pages, scratch
+from qlora_native._buffers import expect_pages, scratch
 from qlora_native.ops._library import cuda_kernels, fake, implement, plain
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._pages import empty_like
+from qlora_native._buffers import empty_like
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Function, Values, autograd, define
 from qlora_native.ops._operands import WIDE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._pages import empty_like
+from qlora_native._buffers import empty_like
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import Function, autograd, define, save_inputs
 

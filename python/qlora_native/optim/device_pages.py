@@ -21,7 +21,7 @@ from qlora_native._memory import device_memory, free_device_memory
 from qlora_native.errors import say_once
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
-from qlora_native.ops._optim import Plan
+from qlora_native.ops._optim import StepTable
 from qlora_native.optim.paging import Pages, State, Wanted, is_coded
 from qlora_native.optim.pressure import PagingPolicy
 
@@ -44,7 +44,7 @@ class DevicePages(Pages):
         self.is_out = self.paged is True  # "auto" too is under pressure, or page_out was asked for
         self._policy = PagingPolicy()
         self._resident_steps = 0
-        self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
+        self._tables: tuple[StepTable, list[StoreTable]] | None = None  # of the table that stepped last
         self.could_pin = not self.managed
         if self.could_pin and self.is_out:
             self.pin({})
@@ -98,19 +98,19 @@ class DevicePages(Pages):
             for store in self.stores:
                 store.finish()
 
-    def holds(self, plan: Plan) -> bool:
-        """Whether all states of a plan are those reserved here."""
-        if -1 in self.numbers(plan):
+    def holds(self, table: StepTable) -> bool:
+        """Whether all states of a table are those reserved here."""
+        if -1 in self.numbers(table):
             return False
-        plan.devices = {self.device}  # for the kernels, wherever their bytes lie
+        table.devices = {self.device}  # for the kernels, wherever their bytes lie
         return True
 
-    def step(self, plan: Plan, options: Sequence[tuple[float, ...]], by: Scaling) -> None:
-        """One step over the states of a plan that :meth:`holds`; waits for nothing.
+    def step(self, table: StepTable, options: Sequence[tuple[float, ...]], by: Scaling) -> None:
+        """One step over the states of a table that :meth:`holds`; waits for nothing.
 
         RuntimeError in the capture of a CUDA graph, unless all states are on the device and stay there.
         """
-        assert plan.on_device is not None
+        assert table.on_device is not None
         is_capturing = _cuda_kernels.is_capturing(self.device)
         if not is_capturing:
             self._apply_policy()
@@ -129,12 +129,12 @@ class DevicePages(Pages):
             if stays:
                 self._bring_back(stream, is_capturing)
         if stays:
-            plan.on_device.step(plan.table, options, by)
+            table.on_device.step(table.rows, options, by)
             return
-        if self._tables is None or self._tables[0] is not plan:
-            self._tables = plan, self._tables_of(plan)
-        stores = [(table, self._budget_of(store)) for table, store in zip(self._tables[1], self.stores, strict=True)]
-        plan.on_device.step(plan.table, options, by, stores)
+        if self._tables is None or self._tables[0] is not table:
+            self._tables = table, self._tables_of(table)
+        stores = [(rows, self._budget_of(store)) for rows, store in zip(self._tables[1], self.stores, strict=True)]
+        table.on_device.step(table.rows, options, by, stores)
 
     def _bring_back(self, stream: int, is_capturing: bool) -> None:
         """Have all states on the device, in the order of the stream.
@@ -151,8 +151,8 @@ class DevicePages(Pages):
             elif again:
                 store.renew(stream)
 
-    def _tables_of(self, plan: Plan) -> list[StoreTable]:
-        rows = {number: row for row, number in enumerate(self.numbers(plan))}
+    def _tables_of(self, table: StepTable) -> list[StoreTable]:
+        rows = {number: row for row, number in enumerate(self.numbers(table))}
         numbers = count()
         return [
             StoreTable(self.module, store, [rows.get(n, -1) for n in islice(numbers, len(store.places))], self.device)

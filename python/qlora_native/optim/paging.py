@@ -26,7 +26,7 @@ from torch import Tensor
 from qlora_native import _C, _native
 from qlora_native._memory import free_memory
 from qlora_native.ops._operands import part_of
-from qlora_native.ops._optim import Plan
+from qlora_native.ops._optim import StepTable
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]
@@ -114,14 +114,14 @@ class Pages:
         self._taken.add(param)
         return state
 
-    def numbers(self, plan: Plan) -> array[int]:
-        """The numbers of the places of a plan's parameters; -1 for one whose states are not those reserved."""
-        if plan.numbers is None:
-            plan.numbers = array("q")
-            for param, state in zip(plan.params, plan.states, strict=True):
+    def numbers(self, table: StepTable) -> array[int]:
+        """The numbers of the places of a table's parameters; -1 for one whose states are not those reserved."""
+        if table.numbers is None:
+            table.numbers = array("q")
+            for param, state in zip(table.params, table.states, strict=True):
                 number, place = self.places.get(param, (-1, {}))
-                plan.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
-        return plan.numbers
+                table.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
+        return table.numbers
 
     def wait_until_readable(self) -> None:
         """Wait for states that are still on their way into the host's memory."""
@@ -150,14 +150,14 @@ class HostPages(Pages):
         file is required and cannot be had."""
         chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
         block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
-        plan = _C.PagePlan(self._forms(wanted), _C.page_bytes, chunk_bytes, block_bytes)
+        layout = _C.PagePlan(self._forms(wanted), _C.page_bytes, chunk_bytes, block_bytes)
         try:
-            store = _C.FileStore(plan.num_bytes, str(self.folder), self.paged is True)
+            store = _C.FileStore(layout.num_bytes, str(self.folder), self.paged is True)
         except MemoryError:
-            store = _C.FileStore(plan.num_bytes, str(self.folder), True)
-        self._add(store, wanted, plan.places)
-        self.pager.add(store, plan)
-        self.largest_chunk = max(self.largest_chunk, plan.largest_chunk)
+            store = _C.FileStore(layout.num_bytes, str(self.folder), True)
+        self._add(store, wanted, layout.places)
+        self.pager.add(store, layout)
+        self.largest_chunk = max(self.largest_chunk, layout.largest_chunk)
 
     def budget_now(self) -> int:
         """Bytes that the next step may have resident. RuntimeError in a process forked from the one that pages."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native._pages import BLOCKS
+from qlora_native._buffers import BLOCKS
 from qlora_native.ops import _library
 from qlora_native.ops._operands import is_sharded, part_of
-from qlora_native.ops._optim import STATES, Plan
+from qlora_native.ops._optim import STATES, StepTable
 from qlora_native.optim import paging, pressure
 from qlora_native.optim.paging import HostPages, Moments, Paged, Pages, PagingStatistics, is_coded, state_forms
 
@@ -36,7 +36,7 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     _moments: ClassVar[Moments]
     _tensors: ClassVar[tuple[str, ...]] = STATES  # of a parameter, in the order of the op's arguments
-    _plan: Plan | None = None  # of the last step
+    _table: StepTable | None = None  # of the last step
 
     def __init__(self, params: Any, defaults: dict[str, Any], *options: Any) -> None:
         self._set_options(*options)
@@ -301,7 +301,7 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._table = None
         for group in self.param_groups:
             group.update({**self.defaults, **group})
         if "defaults" in state:  # a copy or from a pickle; load_state_dict comes by here, too

@@ -19,7 +19,7 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native.ops import _library
 from qlora_native.ops._operands import is_sharded, part_of
-from qlora_native.ops._optim import Plan, address_of
+from qlora_native.ops._optim import StepTable, address_of
 from qlora_native.optim.paging import HostPages, is_coded
 from qlora_native.optim.states import PagedOptimizer
 
@@ -63,8 +63,8 @@ class Optimizer(PagedOptimizer):
         To be called before a replay when they have changed, and before the capture. Not in the graph: ``max_norm``,
         and which parameters have a gradient, are those of the capture. Does nothing on a CPU.
         """
-        if self._plan is not None and self._plan.on_device is not None:
-            self._plan.on_device.write_options(self._options())
+        if self._table is not None and self._table.on_device is not None:
+            self._table.on_device.write_options(self._options())
 
     def _options(self) -> list[tuple[Any, ...]]:
         """The options of each group in the order of the op's arguments."""
@@ -78,33 +78,33 @@ class Optimizer(PagedOptimizer):
         self._grad_norm = None
         self._skipped = False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        plan, grads = self._plan_and_gradients()
-        if plan is None:
+        table, grads = self._table_and_gradients()
+        if table is None:
             return
-        sharded = self.max_norm is not None and any(map(is_sharded, plan.params))
-        norm = whole_norm(plan.params, grads) if sharded else None
-        if not sharded and self._step_on_device(plan, grads, 1.0, self.max_norm, grad_scale, found_inf):
+        sharded = self.max_norm is not None and any(map(is_sharded, table.params))
+        norm = whole_norm(table.params, grads) if sharded else None
+        if not sharded and self._step_on_device(table, grads, 1.0, self.max_norm, grad_scale, found_inf):
             return
         if found_inf is not None and float(found_inf) != 0:
             self._skipped = True
             return
-        native = plan.point_at(grads, torch.device("cpu"))
+        native = table.point_at(grads, torch.device("cpu"))
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
             if norm is None and native:
-                norm = _C.gradient_norm(address_of(plan.table), len(grads))
-            self._grad_norm = norm = factor * (whole_norm(plan.params, grads) if norm is None else norm)
+                norm = _C.gradient_norm(address_of(table.rows), len(grads))
+            self._grad_norm = norm = factor * (whole_norm(table.params, grads) if norm is None else norm)
             if not math.isfinite(norm):
                 self._skipped = True
                 return
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
-            self._step_natively(plan, factor)
-        elif not sharded or not self._step_on_device(plan, grads, factor):
-            self._step_by_ops(plan, grads, factor)
+            self._step_natively(table, factor)
+        elif not sharded or not self._step_on_device(table, grads, factor):
+            self._step_by_ops(table, grads, factor)
 
-    def _plan_and_gradients(self) -> tuple[Plan | None, list[Tensor]]:
-        """The plan of the last step, or a new one with states for parameters that had none; this rank's gradients. None
+    def _table_and_gradients(self) -> tuple[StepTable | None, list[Tensor]]:
+        """The last step's table, or a new one with states for parameters that had none; this rank's gradients. None
         where no parameter has a gradient."""
         groups = enumerate(self.param_groups)
         found = [(p, number) for number, group in groups for p in group["params"] if p.grad is not None]
@@ -120,18 +120,18 @@ class Optimizer(PagedOptimizer):
         for pages in self._pages.values():
             if pages.could_pin and pages.is_short():
                 pages.pin(self._pinnable(pages))
-        if self._plan is None or not self._plan.still_holds(params, numbers):
+        if self._table is None or not self._table.still_holds(params, numbers):
             if not all(self.state[param] for param in params):
                 self._reserve()
             for param, number in found:
                 if not self.state[param]:
                     self.state[param] = self._new_state(param, self.param_groups[number])
-            self._plan = Plan(params, numbers, [self.state[param] for param in params])
-        return self._plan, list(map(part_of, grads))
+            self._table = StepTable(params, numbers, [self.state[param] for param in params])
+        return self._table, list(map(part_of, grads))
 
     def _step_on_device(
         self,
-        plan: Plan,
+        table: StepTable,
         grads: list[Tensor],
         grad_factor: float,
         max_norm: float | None = None,
@@ -139,45 +139,45 @@ class Optimizer(PagedOptimizer):
         found_inf: Tensor | None = None,
     ) -> bool:
         """Launch the step, if all tensors are on one CUDA device in the form its kernels take; waits for nothing."""
-        device = plan.params[0].device
+        device = table.params[0].device
         module = _library.module_for(device)
         if module is None:
             return False
         pages = self._pages.get(device)
-        is_paged = pages is not None and pages.holds(plan)
-        if not plan.point_at(grads, device):
+        is_paged = pages is not None and pages.holds(table)
+        if not table.point_at(grads, device):
             return False
         from qlora_native.ops._cuda_optim import DeviceTable, Scaling
 
-        if plan.on_device is None:
-            plan.on_device = DeviceTable(module, self._op, plan.table, len(grads), device)
+        if table.on_device is None:
+            table.on_device = DeviceTable(module, self._op, table.rows, len(grads), device)
         scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
         by = Scaling(grad_factor, max_norm, scale, skip)
         if pages is not None and is_paged:
-            pages.step(plan, self._options(), by)
+            pages.step(table, self._options(), by)
         else:
-            plan.on_device.step(plan.table, self._options(), by)
+            table.on_device.step(table.rows, self._options(), by)
         if max_norm is not None:
-            self._grad_norm = plan.on_device.grad_norm
+            self._grad_norm = table.on_device.grad_norm
         if max_norm is not None or found_inf is not None:
-            self._skipped = plan.on_device.skipped
+            self._skipped = table.on_device.skipped
         return True
 
-    def _step_natively(self, plan: Plan, grad_factor: float) -> None:
+    def _step_natively(self, table: StepTable, grad_factor: float) -> None:
         pager: tuple[_C.Pager | None, int, int] = (None, 0, 0)
         if isinstance(pages := self._pages.get(torch.device("cpu")), HostPages):
-            pager = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
-        getattr(_C, self._op)(address_of(plan.table), len(plan.params), self._options(), grad_factor, *pager)
+            pager = pages.pager, address_of(pages.numbers(table)), pages.budget_now()
+        getattr(_C, self._op)(address_of(table.rows), len(table.params), self._options(), grad_factor, *pager)
 
-    def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
+    def _step_by_ops(self, table: StepTable, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
         calls: dict[tuple[int, torch.device, bool], list[int]] = {}
-        for i, (param, number, state) in enumerate(zip(plan.params, plan.groups, plan.states, strict=True)):
+        for i, (param, number, state) in enumerate(zip(table.params, table.groups, table.states, strict=True)):
             calls.setdefault((number, param.device, is_coded(state)), []).append(i)
         for (number, _, _), chosen in calls.items():
-            states = [plan.states[i] for i in chosen]
+            states = [table.states[i] for i in chosen]
             lists = ([state[name] for state in states if name in state] for name in self._tensors)
-            params, chosen_grads = ([tensors[i] for i in chosen] for tensors in (plan.parts, grads))
+            params, chosen_grads = ([tensors[i] for i in chosen] for tensors in (table.parts, grads))
             call = getattr(torch.ops.qlora_native, self._op)
             call(params, chosen_grads, *lists, *self._options()[number], grad_factor)
             for pages in self._pages.values():

@@ -98,8 +98,15 @@ class TrainConfig(Section):
         """The folder of ``lora.adapter``."""
         return user_path(self.lora.adapter) if self.lora.adapter else None
 
-    def prepared(self, tokenizer: Any) -> Any:
-        """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """As :func:`qlora_native.data.dataset.load_split` takes them."""
+        data = self.data
+        split = {"held_out": data.eval, "fraction": data.eval_fraction, "seed": self.train.seed}
+        return {"train": data.train, **split, **data.options}
+
+    def add_tokens_and_template(self, tokenizer: Any) -> Any:
+        """Give the tokenizer the run's new tokens, and its chat template: a text with a brace, or a file."""
         with as_user_error():
             self.lora.as_config(self.train.seed, tokenizer)  # gives it the new tokens
         if (given := self.data.chat_template) is not None:

@@ -91,6 +91,16 @@ class DataConfig(Section):
         """What ``train`` names."""
         return [self.train] if isinstance(self.train, str) else self.train
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """As :func:`qlora_native.data.dataset.load_dataset` takes them."""
+        found = {name: getattr(self, name) for name in ("max_length", "train_on", "columns")}
+        return {**found, "format": None if self.format == "auto" else self.format}
+
+    def longest(self, lengths: Any) -> int:
+        """Tokens of the longest sequence of a run on rows of these lengths."""
+        return self.max_length if self.packing else int(lengths.max())
+
 
 class QuantConfig(Section):
     """How the frozen weights are stored."""

@@ -37,12 +37,12 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MOST_DIMS = 64
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,13 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         is_sound = all(type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end))
-        dtype = DTYPES.get(kind)
+        dtype = STORED_DTYPES.get(kind)
     except (TypeError, KeyError, ValueError):
         is_sound = False
     if not is_sound or len(shape) > MOST_DIMS:
         raise ValueError(f"the header entry of {name} is malformed")
     if dtype is None:
-        raise UserError(f"{path}: tensor {name} has dtype {kind}: expected one of {', '.join(DTYPES)}.")
+        raise UserError(f"{path}: tensor {name} has dtype {kind}: expected one of {', '.join(STORED_DTYPES)}.")
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
         raise ValueError(f"{name} is {kind} {[*shape]}, {num_bytes:,} bytes, but the header gives it {end - begin:,}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight
 _ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
 
 

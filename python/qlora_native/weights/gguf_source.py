@@ -39,9 +39,8 @@ from qlora_native.weights.gguf import (
     reordered_heads,
     rope_of,
 )
-from qlora_native.weights.match import Entry, Match, check_match
 from qlora_native.weights.shapes import ModelShapes, keepable_embeddings
-from qlora_native.weights.source import AUTO, KEEP, Source
+from qlora_native.weights.stream import AUTO, KEEP, Entry, Match, Source, check_match
 
 
 class GgufSource(Source):

@@ -21,7 +21,7 @@ from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
 
 OUTPUT_EMBEDDING = "lm_head"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dense_beside(trained: Sequence[str], tokens: object, is_kept: bool) -> list[str]:

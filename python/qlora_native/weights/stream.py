@@ -1,35 +1,203 @@
 """The tensors of a model as one stream, from the files through transforms to where they go.
 
-A transform makes an item of an item: it quantizes, decodes, or adds an adapter. What comes out is stored in a model,
-sent to other ranks, or written into a file, whole or a few rows at a time. Nothing is read before the end of the stream
-asks for it, so the memory is that of one tensor, or of a part of it.
+A source matches its stored tensors with the model: an :class:`Entry` is what becomes one tensor of it, or several that
+transformers makes together, by transformers' renamings and conversions without its loader. An :class:`Item` is an entry
+on its way; a transform (``transforms.py``) makes an item of an item. What comes out is stored in a model, sent to other
+ranks, or written into a file, whole or a few rows at a time. Nothing is read before the end of the stream asks for it,
+so the memory is that of one tensor, or of a part of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from qlora_native._pages import interleave
 from qlora_native.errors import UserError
-from qlora_native.lora.adapter import StoredAdapter
-from qlora_native.ops.quantize_4bit import double_quantize
-from qlora_native.reference import non_finite_message
-from qlora_native.weight import QuantizedWeight, quantize
-from qlora_native.weights.files import Scratch, StoredTensor, first_sentence
-from qlora_native.weights.float8 import FLOATS
-from qlora_native.weights.match import Entry, Read, Value
-from qlora_native.weights.shapes import ModelShapes
-from qlora_native.weights.source import Source
+from qlora_native.weight import QuantizedWeight
+from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, some_of
+from qlora_native.weights.float8 import FLOAT8
+from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes
 
+STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every 4-bit weight in bitsandbytes' format
 PART = 1 << 22  # elements at a time: a multiple of every block size
+
+Read = Callable[..., Tensor]  # of a StoredTensor and, if given, a Scratch
+Value = Tensor | QuantizedWeight
+
+# For a quant_type: the bytes of a GGUF file as they are; and "keep" for such a file, "nf4" for all else.
+KEEP, AUTO = "keep", "auto"
+
+
+@dataclass
+class Entry:
+    """Stored tensors that become one tensor of the model, or several where transformers makes these together.
+
+    Attributes:
+        name: in the model; of several the first.
+        key: what the names of the stored tensors begin with.
+        parts: the stored tensors.
+        four_bit: makes the weight of the parts, where they are 4-bit already or stay as they are.
+        converter: transformers' conversion, where there is one.
+        patterns: of the conversion's names for parts, the one that each part has.
+    """
+
+    name: str
+    key: str
+    parts: list[StoredTensor]
+    four_bit: Callable[[list[StoredTensor], Read], QuantizedWeight] | None = None
+    converter: WeightConverter | None = None
+    patterns: list[str] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stored.num_bytes for stored in self.parts)
+
+    @property
+    def file(self) -> str:
+        """Where the first part lies."""
+        return str(self.parts[0].file)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one stored tensor that becomes one of the model."""
+        return self.four_bit is None and self.converter is None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it becomes one tensor of the model."""
+        return self.converter is None or len(self.converter.target_patterns) == 1
+
+    def weight(self, read: Read) -> QuantizedWeight:
+        """The weight of 4-bit parts; UserError if they do not fit together."""
+        assert self.four_bit is not None
+        try:
+            return self.four_bit(self.parts, read)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
+
+    def values(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> Iterator[tuple[str, Value]]:
+        """The names in the model, and the values; a plain one is read through the scratch, if there is one. Parts of a
+        conversion are read all at once, and dropped as it consumes them."""
+        if self.four_bit is not None:
+            yield self.name, self.weight(read)
+            return
+        if self.converter is None:
+            yield self.name, read(self.parts[0], scratch)
+            return
+        converter = deepcopy(self.converter)  # which keeps what it is given
+        for pattern, stored in zip(self.patterns, self.parts, strict=True):
+            converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
+        try:
+            results = converter.convert(self.name, model=model, config=model.config)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = first_sentence(error)
+            raise UserError(
+                f"{self.file}: {self.parts[0].name} cannot be converted to {self.name}: {reason}"
+            ) from error
+        for name in list(results):
+            result = results.pop(name)
+            yield name, result[0] if isinstance(result, list) else result
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the result is a stack of matrices, each made of parts of its own, one below the other."""
+        if self.converter is None:
+            return False
+        first, *others = self.converter.operations
+        kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for stored in self.parts}
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and len(others) <= 1
+            and all(isinstance(op, Concatenate) and op.dim == 1 for op in others)
+            and len(self.converter.target_patterns) == 1
+            and len({*Counter(self.patterns).values()}) == 1
+            and len(kinds) == 1
+            and all(dims == 2 for _, dims, _ in kinds)
+        )
+
+    def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
+        """The matrices [N, K] of a stack, one after another, each valid until the next is asked for.
+
+        The parts are read to where they belong: transformers' operations would make three copies of each.
+        """
+        assert self.converter is not None
+        found = [*zip(self.patterns, self.parts, strict=True)]
+        ordered = ([stored for pattern, stored in found if pattern == one] for one in self.converter.source_patterns)
+        slices = list(zip(*filter(None, ordered), strict=True))
+        widest = max(2, self.parts[0].dtype.itemsize)  # 8-bit floats become 16-bit
+        scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
+        for parts in slices:
+            end = 0
+            for stored in parts:
+                behind = scratch.behind(end)
+                tensor = read(stored, behind)
+                place = behind.tensor(stored.shape, tensor.dtype)
+                if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
+                    place.copy_(tensor)
+                end += place.nbytes
+            yield scratch.tensor((sum(stored.shape[0] for stored in parts), tensor.shape[1]), tensor.dtype)
+
+
+@dataclass
+class Match:
+    """How stored tensors match a model: entries in the order of the files, and the tensors that it has no place for.
+
+    ``rounded`` are weights that no kernel reads as they are, where others stay so.
+    """
+
+    entries: list[Entry]
+    unexpected: list[StoredTensor]
+    conversions: list[WeightRenaming | WeightConverter] = field(default_factory=list)
+    rounded: set[str] = field(default_factory=set)
+
+
+class Source:
+    """What a model is loaded from."""
+
+    path: Path
+    files: list[Path]  # that make the model
+    config: PreTrainedConfig
+    four_bit_config: dict[str, object] | None = None  # the files' own description of weights that are 4-bit already
+    has_bnb_weights = False  # 4-bit, in bitsandbytes' format; of a GGUF file's see :meth:`keeps`
+    is_whole = False  # the whole 16-bit model is made on reading
+
+    def match(self, meta: ModelShapes) -> Match:
+        """Which stored tensors become which of the model."""
+        raise NotImplementedError
+
+    def match_kept(self, meta: ModelShapes, skip_modules: Iterable[str], is_mapped: bool) -> Match:
+        """The match in which weights keep their bytes, but for those of ``skip_modules``; see :meth:`keeps`. Unless
+        ``is_mapped`` they are copied into memory."""
+        raise NotImplementedError
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, in 16 or 32 bits; through the scratch it is valid until the next reading."""
+        raise NotImplementedError
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, in the stored dtype."""
+        return stored.read_part(begin, end)
+
+    def keeps(self, quant_type: str) -> bool:
+        """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the bytes of a GGUF file."""
+        if quant_type == KEEP and not self.has_bnb_weights:
+            raise UserError(f"{self.path} holds 16-bit weights: quant_type {KEEP!r} keeps those of a GGUF file.")
+        return False
 
 
 @dataclass(frozen=True)
@@ -59,7 +227,6 @@ class Item:
 
 
 Transform = Callable[[Item], Item]
-Write = Callable[[Tensor], object] | None
 
 
 def stream(
@@ -116,7 +283,7 @@ def _rows(source: Source, meta: ModelShapes, entry: Entry, turned: bool) -> Iter
 
 def parts_of(source: Source, stored: StoredTensor, turned: bool = False) -> Iterator[Tensor]:
     """The elements of a stored tensor, or of its transpose, whole rows at a time; 8-bit floats as 16-bit."""
-    if stored.scales is not None or stored.dtype in FLOATS or turned:
+    if stored.scales is not None or stored.dtype in FLOAT8 or turned:
         tensor = source.read(stored)
         yield from slices(tensor.t() if turned else tensor)
         return
@@ -146,152 +313,43 @@ def part_size(shape: tuple[int, ...]) -> int:
     return step * max(1, PART // step)
 
 
-def rounding(
-    meta: ModelShapes,
-    names: Container[str],
-    options: Mapping[str, Any],
-    function: Callable[..., QuantizedWeight] = quantize,
-    device: torch.device | str = "cpu",
-) -> Transform:
-    """Quantize the dense weights of these ``names``: the bytes of each quantized whole, made part by part.
+def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) -> None:
+    """UserError if the match lacks tensors of the model, or has one of another shape or kind, before any is read."""
 
-    Args:
-        options: of :func:`qlora_native.quantize`.
-        function: in its place.
-        device: where ``values`` has them.
-    """
-    plain = {**options, "double_quant": False}
+    def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        if STATE_MARK in stored.name:
+            return read_state(stored)
+        dtype = torch.bfloat16 if stored.dtype in FLOAT8 else stored.dtype
+        return torch.empty(stored.shape, dtype=dtype, device="meta")
 
-    def made(entry: Entry, parts: Iterator[Tensor], shape: tuple[int, ...], write: Write = None) -> QuantizedWeight:
-        def quantized() -> Iterator[QuantizedWeight]:
-            done = 0
-            for part in parts:
-                try:
-                    yield function(part.to(device), **plain)
-                except ValueError as error:
-                    bad = (~part.isfinite()).flatten().nonzero()
-                    sentence = non_finite_message(int(bad[0]), part, done, shape) if len(bad) else first_sentence(error)
-                    reason = sentence.partition(": ")[2]
-                    raise UserError(f"{entry.file}: weight {entry.name} cannot be quantized: {reason}") from error
-                done += part.numel()
-
-        return join(quantized(), shape, meta.dtype, options, device, write)
-
-    def weight(item: Item, write: Write = None) -> QuantizedWeight:
-        return made(item.entry, item.rows(), item.shape, write)
-
-    def values(item: Item) -> Iterator[tuple[str, Value]]:
-        is_stack = item.entry.is_stack and item.name in names
-        for name, value in [(item.name, weight(item))] if is_stack else item.values():
-            if name in names and isinstance(value, Tensor):
-                value = value.t() if name in meta.transposed else value
-                rows = (part.view(-1, value.shape[-1]) for part in slices(value))
-                value = made(item.entry, rows, tuple(value.shape))
-            if isinstance(value, QuantizedWeight):
-                interleave(value.packed)
-            yield name, value
-
-    def transform(item: Item) -> Item:
-        if item.weight is not None:
-            return item
-        if item.name in names and item.entry.is_single:
-            return replace(item, values=partial(values, item), weight=partial(weight, item), is_stored=False)
-        return item if item.entry.is_single else replace(item, values=partial(values, item))
-
-    return transform
+    found = set()
+    for entry in match.entries:
+        for name, value in entry.values(meta.model, read):
+            meta.check_shape(name, value, entry.file)
+            is_float = meta.shapes[name].is_floating_point()
+            if isinstance(value, Tensor) and (value.dtype not in (*MODEL_DTYPES, torch.float64)) == is_float:
+                expected = "float32, bfloat16 or float16" if is_float else "integers"
+                raise UserError(f"{entry.file}: tensor {name} is {value.dtype}: expected {expected}.")
+            found.add(meta.tied.get(name, name))  # of tied tensors any one is enough
+    kind, model = type(meta.model).__name__, meta.model
+    computed = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
+    absent = _unmatched(
+        (name for name in meta.shapes if meta.tied.get(name, name) not in found), model._keys_to_ignore_on_load_missing
+    )
+    unexpected = (stored.name for stored in match.unexpected)
+    extra = _unmatched(unexpected, computed, model._keys_to_ignore_on_load_unexpected)
+    also = f"has no place for {len(extra)} of the stored tensors ({some_of(extra)})"
+    if absent:
+        raise UserError(
+            f"{where} lacks {len(absent)} of the {len(meta.shapes)} tensors of {kind} ({some_of(absent)})"
+            f"{f', which {also}' if extra else ''}; config.json and the weights are of different models, or the copy "
+            "is incomplete."
+        )
+    if extra:
+        warnings.warn(f"{where}: {kind} {also}.", stacklevel=4)
 
 
-def decoding(is_chosen: Callable[[str], bool]) -> Transform:
-    """Make the 4-bit weights of the chosen names fp32."""
-
-    def rows(item: Item) -> Iterator[Tensor]:
-        assert item.weight is not None
-        flat, size = item.weight().flatten(), part_size(item.shape)
-        for begin in range(0, flat.numel(), size):
-            part = flat.slice(begin, min(begin + size, flat.numel())).dequantize(torch.float32)
-            yield part.view(-1, item.shape[-1])
-
-    def transform(item: Item) -> Item:
-        if item.weight is None or not is_chosen(item.name):
-            return item
-        return replace(item, rows=partial(rows, item), weight=None, is_stored=False)
-
-    return transform
-
-
-def recoding(files: Mapping[str, Path]) -> Transform:
-    """Give the 4-bit weights of layers at these paths the packed codes in ``files``, under their own scales."""
-
-    def weight(item: Item, file: Path, write: Write = None) -> QuantizedWeight:
-        assert item.weight is not None
-        made = item.weight()
-        packed = torch.from_file(str(file), size=made.packed.numel(), dtype=torch.uint8).view_as(made.packed)
-        if write is not None:
-            write(packed)
-        return made.with_packed(packed)
-
-    def transform(item: Item) -> Item:
-        file = files.get(item.name.removesuffix(".weight"))
-        return item if file is None else replace(item, weight=partial(weight, item, file), is_stored=False)
-
-    return transform
-
-
-def adding(adapter: StoredAdapter, replaced: Mapping[str, Tensor]) -> Transform:
-    """Add an adapter to the dense weights that have one, in fp32; ``replaced`` has weights by name that take the places
-    of others."""
-
-    def sums(item: Item, a: Tensor, b: Tensor, scale: float) -> Iterator[Tensor]:
-        done = 0
-        for part in item.rows():
-            yield part.float() + (b[done : done + len(part)].float() @ a.float()) * scale
-            done += len(part)
-
-    def transform(item: Item) -> Item:
-        if (tensor := replaced.get(item.name)) is not None:
-            shape = tuple(tensor.shape)
-            rows = tensor.float().reshape(-1, shape[-1])
-            parts = partial(rows.split, part_size(shape) // shape[-1])
-            return replace(item, shape=shape, rows=lambda: iter(parts()), weight=None, is_stored=False)
-        pair = adapter.pairs.get(item.name.removesuffix(".weight"))
-        return item if pair is None else replace(item, rows=partial(sums, item, *pair), is_stored=False)
-
-    return transform
-
-
-def join(
-    parts: Iterable[QuantizedWeight],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    options: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-    write: Write = None,
-) -> QuantizedWeight:
-    """The bytes of a tensor quantized whole, of its parts quantized one after another.
-
-    ``parts`` go from the first element to the last, with fp32 scales; all but the last have an even number of whole
-    blocks. ``shape`` and ``dtype`` are of the whole. With ``write``, which takes the codes of each part, it has none.
-    """
-    made = QuantizedWeight.empty(shape, dtype=dtype, device=device, **options)
-    if made.device.type == "meta":
-        return made
-    if write is not None:
-        made.packed = made.packed.new_empty(0)
-    scales, done = torch.empty(made.absmax.shape, device=device), 0
-    for part in parts:
-        if write is None:
-            made.packed[done // 2 :][: part.packed.numel()] = part.packed
-        else:
-            write(part.packed)
-        scales[done // made.block_size :][: part.absmax.numel()] = part.absmax
-        done += part.numel()
-        del part  # before the next is made
-    if done != made.numel():
-        raise ValueError(f"join: the parts have {done:,} elements: expected {made.numel():,} of {list(shape)}.")
-    if made.nested_absmax is None or made.nested_offset is None:
-        made.absmax = scales
-        return made
-    nested = [torch.empty_like(t, device="cpu") for t in (made.absmax, made.nested_absmax, made.nested_offset)]
-    double_quantize(scales.cpu(), *nested)
-    made.absmax, made.nested_absmax, made.nested_offset = (tensor.to(device) for tensor in nested)
-    return made
+def _unmatched(names: Iterable[str], *patterns: Iterable[str] | None) -> list[str]:
+    """The names, in order, in which none of the patterns is found."""
+    ignored = [pattern for group in patterns for pattern in group or ()]
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))

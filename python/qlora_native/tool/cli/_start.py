@@ -66,12 +66,12 @@ def start(estimator: Estimator, limit: int, rows: int = ROWS, longest: int = LEN
 
 def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
     """How many rows of ``data.train`` are trained, and the tokens of the longest; of the first ``limit`` of a file."""
-    from qlora_native.tool.rows import load_split, longest
+    from qlora_native.data.dataset import load_split
     from qlora_native.weights.open import load_tokenizer
 
-    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
-    rows = load_split(config, tokenizer, limit=limit)[0]
-    return len(rows), longest(config.data, rows)
+    tokenizer = config.add_tokens_and_template(load_tokenizer(config.model, config.adapter))
+    rows = load_split(tokenizer=tokenizer, limit=limit, **config.row_options)[0]
+    return len(rows), config.data.longest(rows.lengths)
 
 
 def completed(config: TrainConfig, device: str | None = None, limit: int | None = None) -> TrainConfig:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_native.models.trained import TrainedBase
     from qlora_native.tool.sections import QuantConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 
 
 def add_quantizing(parser: argparse.ArgumentParser, keeps: bool = True) -> None:
@@ -60,8 +60,8 @@ def _file_size(text: str) -> int:
     return num_bytes
 
 
-def is_four_bit(model: Path) -> bool:
-    """Whether the files hold 4-bit weights."""
+def has_bnb_weights(model: Path) -> bool:
+    """Whether the files hold 4-bit weights in bitsandbytes' format."""
     from qlora_native.weights.open import open_source
 
     return bool(open_source(model).four_bit_config)
@@ -133,10 +133,10 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
         return TrainedBase(model, given)
     source = open_source(model)
     base = "the base" if run is None else run.model
-    options = given if run is None or source.is_four_bit else run.options() | given
+    options = given if run is None or source.has_bnb_weights else run.options() | given
     other = f"and {model} holds others: give {base} in its place"
     folder = Path(os.path.abspath(adapter)).parent / record["folder"] if "folder" in record else None
-    if folder is not None and not source.is_four_bit:
+    if folder is not None and not source.has_bnb_weights:
         if stored := stored_base(adapter, source):
             return TrainedBase(stored.path, {})
         if digest(source) != record["made_from"]:
@@ -148,7 +148,7 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
             return TrainedBase(model, options)
         raise UserError(f"{adapter} was trained on the weights of {folder or base}, {other}")
     method = run.quant.method
-    if source.is_four_bit:
+    if source.has_bnb_weights:
         metadata = (source.four_bit_config or {}).get(METADATA)
         made = str((metadata if isinstance(metadata, dict) else {}).get("method") or method)
         if made != method and user_path(run.model) != model:
@@ -182,7 +182,7 @@ def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
     from qlora_native.models.trained import TrainedBase
 
     run = run_of(args.adapter)
-    base = args.base or ("original" if run is None and not is_four_bit(args.model) else "dequantized")
+    base = args.base or ("original" if run is None and not has_bnb_weights(args.model) else "dequantized")
     if base == "dequantized":
         trained = as_trained(args)
         if args.base is None and args.adapter is not None and trained.options.get("quant_type") != "keep":

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_native._io import as_user_error
 from qlora_native.tool.cli._run import add_to, has_rich_terminal, printable
-from qlora_native.tool.cli._weights import DTYPES, add_quantizing, announce_base, as_trained
+from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, announce_base, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--top-k", "N", "tokens to sample from; 0 is all (default: 0)", default=0)
     add("--seed", "N", "of sampling, the same for both answers (default: 0)", default=0)
     add_quantizing(parser)
-    add("--dtype", DTYPES, "of activations and of what is not 4-bit (default: bfloat16)")
+    add("--dtype", DTYPE_NAMES, "of activations and of what is not 4-bit (default: bfloat16)")
     add("--json", None, "print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the

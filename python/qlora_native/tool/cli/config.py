@@ -143,7 +143,7 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     from qlora_native.tool.estimate.model import opened
     from qlora_native.weights.config import four_bit_config
     from qlora_native.weights.open import notes_of
-    from qlora_native.weights.source import AUTO, Source
+    from qlora_native.weights.stream import AUTO, Source
 
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
@@ -157,7 +157,7 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         source = opened(model)
         estimator = Estimator(source, Setting(device=device))
     if isinstance(source, Source):
-        notes, is_as_it_is = notes_of(source), source.is_four_bit or source.keeps(AUTO)
+        notes, is_as_it_is = notes_of(source), source.has_bnb_weights or source.keeps(AUTO)
     else:
         notes, is_as_it_is = [], four_bit_config(source, model) is not None
     chosen = start(estimator, limit, **rows)

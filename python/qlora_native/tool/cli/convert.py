@@ -7,7 +7,7 @@ import argparse
 from qlora_native._io import as_user_error, as_write_error, atomic_folder
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, print_result, refuse_existing, stopwatch
-from qlora_native.tool.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
+from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, add_shard_size, has_bnb_weights, quantizing
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
 
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quantizing(parser, keeps=False)
     add_shard_size(parser)
     dtype = "of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)"
-    add("--dtype", DTYPES, dtype)
+    add("--dtype", DTYPE_NAMES, dtype)
     add("--json", None, "print the result as one JSON object")
     parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
 Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     out, given, is_dense = args.out, quantizing(args), args.to == "16bit"
     refuse_existing(out, "DST")
-    has_four_bit = is_four_bit(args.source)
+    has_four_bit = has_bnb_weights(args.source)
     if given and (is_dense or has_four_bit):
         flag = f"--{min(given).replace('_', '-')}"
         why = "16bit has no 4-bit weights" if is_dense else f"the weights of {args.source} are 4-bit already"

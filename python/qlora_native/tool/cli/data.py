@@ -55,19 +55,19 @@ def run(args: argparse.Namespace) -> int:
     """Read, count, show."""
     config = _config(args)
     from qlora_native.data.batching import evaluation_order
+    from qlora_native.data.dataset import load_split
     from qlora_native.data.readers import read_rows
     from qlora_native.data.template import ChatEncoder
-    from qlora_native.tool.rows import load_files
     from qlora_native.weights.open import load_tokenizer
 
     data = config.data
     paths = [*data.files, *([data.eval] if data.eval else [])]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
-    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
+    tokenizer = config.add_tokens_and_template(load_tokenizer(config.model, config.adapter))
     if args.action == "check":
         return _check(args, config, tokenizer)
-    files = [load_files(data, path, tokenizer, limit=args.limit) for path in paths]
+    files = [load_split(path, tokenizer, limit=args.limit, **data.options)[0] for path in paths]
     lengths = np.concatenate([file.lengths for file in files[: len(data.files)]])
     encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
     rows = []
@@ -105,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
     from qlora_native._io import user_path
     from qlora_native.data.check import iter_findings
-    from qlora_native.tool.rows import load_split
+    from qlora_native.data.dataset import load_split
     from qlora_native.weights.open import open_source
 
     text: Any = open_source(user_path(config.model)).config.get_text_config()
-    rows, held_out = load_split(config, tokenizer, limit=args.limit)
+    rows, held_out = load_split(tokenizer=tokenizer, limit=args.limit, **config.row_options)
     positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
     trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
     embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])

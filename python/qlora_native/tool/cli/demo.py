@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_native.tool.cli._run import add_to, printable
-from qlora_native.tool.cli._weights import DTYPES
+from qlora_native.tool.cli._weights import DTYPE_NAMES
 from qlora_native.tool.cli.demo_model import model_file as model_file
 from qlora_native.tool.cli.demo_models import MODELS
 
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lr", "X", "peak learning rate (default: 5e-4)", default=5e-4)
     add("--seed", "N", "of the adapter and the order of the rows (default: 0)", default=0)
     dtype = "of activations and of what is not 4-bit (default: auto, bfloat16, or float16 on a card without it)"
-    add("--dtype", ("auto", *DTYPES), dtype, default="auto")
+    add("--dtype", ("auto", *DTYPE_NAMES), dtype, default="auto")
     keep = (
         "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
     )

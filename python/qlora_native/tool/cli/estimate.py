@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.tool.estimate.cards import streamed_on
     from qlora_native.tool.estimate.model import opened
     from qlora_native.weights.open import notes_of
-    from qlora_native.weights.source import Source
+    from qlora_native.weights.stream import Source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)

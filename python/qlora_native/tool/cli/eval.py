@@ -9,7 +9,7 @@ from typing import Any
 from qlora_native._io import as_user_error, as_write_error
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, print_result, printable, require
-from qlora_native.tool.cli._weights import DTYPES, announce_base, as_trained, run_of
+from qlora_native.tool.cli._weights import DTYPE_NAMES, announce_base, as_trained, run_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--rows", "N", "only the first N rows of each file or task", least=1)
     add("--answers", "N", "print the answers to the first N rows of each file (default: 5 with --adapter)", least=0)
     add("--train-on", ("answers", "all"), "predicted part of a conversation (default: answers)", default="answers")
-    add("--dtype", DTYPES, "of activations and of what is not 4-bit (default: bfloat16)")
+    add("--dtype", DTYPE_NAMES, "of activations and of what is not 4-bit (default: bfloat16)")
     add("--report", "DIR", "write report.md, report.json and report.png there")
     add("--json", None, "print the result as one JSON object")
     parser.epilog = """With --adapter base and tuned model are compared on the same rows: loss, perplexity, their

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_native._io import as_user_error
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, print_result, refuse_existing, stopwatch
-from qlora_native.tool.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
+from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, add_shard_size, has_bnb_weights, quantizing
 from qlora_native.weight import CALIBRATED
 
 FELL_BACK_LINES = 8
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", "DIR", "the folder to make; it must not exist yet", required=True)
     add_quantizing(parser, keeps=False)
     dtype = "of what stays unquantized, and of the decoded weights (default: bfloat16)"
-    add("--dtype", DTYPES, dtype, default="bfloat16")
+    add("--dtype", DTYPE_NAMES, dtype, default="bfloat16")
     method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
     add("--method", ("rtn", "wmse", "gptq"), method)
     add("--calibration", "FILE", "text for wmse and gptq: a file that qlora train reads (.jsonl, ...)")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = args.out
     refuse_existing(out, "--out")
-    if is_four_bit(args.model):
+    if has_bnb_weights(args.model):
         raise UserError(f"{args.model} is 4-bit already; give the 16-bit model it was made from")
     given = {name: getattr(args, f"calibration_{name}") for name in ("rows", "length", "format")}
     flags = [f"--calibration-{name}" for name, value in given.items() if value is not None]

@@ -27,7 +27,7 @@ from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.optim.states import MIN_CODED_NUMEL
 from qlora_native.tool.estimate.activations import LayerBytes, decoder_layers, head_shape, layer_bytes, norm_bytes
 from qlora_native.tool.estimate.model import Setting, meta_model
-from qlora_native.weights.source import Source
+from qlora_native.weights.stream import Source
 
 LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread, beside what AMX packs

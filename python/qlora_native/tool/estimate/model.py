@@ -20,11 +20,9 @@ from qlora_native.tool.sections import QuantConfig
 from qlora_native.weight import quantize
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME
-from qlora_native.weights.match import Entry
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside
-from qlora_native.weights.source import AUTO, Source
-from qlora_native.weights.stream import stream
+from qlora_native.weights.stream import AUTO, Entry, Source, stream
 
 READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
 
@@ -111,7 +109,7 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
         match = source.match_kept(meta, beside, is_mapped=True)
         entries = match.entries
         options = dict.fromkeys(match.rounded, quant)
-    elif source is None or not source.is_four_bit:
+    elif source is None or not source.has_bnb_weights:
         options = dict.fromkeys(meta.four_bit_weights(skipped, quant["block_size"]), quant)
     if source is None:
         read = max((2 * meta.shapes[name].numel() for name in options), default=0)

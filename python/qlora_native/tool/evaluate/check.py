@@ -19,7 +19,7 @@ from qlora_native.models.trained import TrainedBase
 from qlora_native.tool.evaluate.measure import Scores, measure
 from qlora_native.tool.evaluate.retention import describe, retention
 from qlora_native.tool.evaluate.texts import load_text
-from qlora_native.weight_tensors import from_bnb
+from qlora_native.weight import from_bnb
 from qlora_native.weights.files import stored_tensors
 
 SAMPLE_ROWS = 4

@@ -15,7 +15,7 @@ from qlora_native.models.load import LoadReport, load_dense
 from qlora_native.models.trained import TrainedBase
 from qlora_native.weight import CALIBRATED, METHODS
 from qlora_native.weights.open import open_source
-from qlora_native.weights.source import AUTO, Source
+from qlora_native.weights.stream import AUTO, Source
 
 REFERENCE = "16-bit"
 BASELINE = "rtn"  # plain rounding, from which the share of the gap closed is counted
@@ -89,13 +89,13 @@ class Variants:
             name, load = forms[0]
             yield f"{name}{ADAPTED}", lambda: load_adapter(load(), adapter)
         if self.shipped is not None:
-            made = load_to_device if open_source(self.shipped).is_four_bit else load_dense
+            made = load_to_device if open_source(self.shipped).has_bnb_weights else load_dense
             yield SHIPPED, partial(made, self.shipped, **self.options)
         yield from forms[1:]
 
 
 def stored_form(source: Source, quant_type: str = AUTO) -> str | None:
     """What a model is in its files, if it is not rounded when it is loaded."""
-    if source.is_four_bit:
+    if source.has_bnb_weights:
         return FOUR_BIT
     return KEPT if source.keeps(quant_type) else None

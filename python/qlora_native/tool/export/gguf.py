@@ -24,8 +24,7 @@ from qlora_native.tool.export.gguf_encode import encode
 from qlora_native.weights.files import check_finite
 from qlora_native.weights.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
 from qlora_native.weights.gguf_source import GgufSource
-from qlora_native.weights.source import Source
-from qlora_native.weights.stream import Item
+from qlora_native.weights.stream import Item, Source
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file

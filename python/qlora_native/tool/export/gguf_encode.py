@@ -15,9 +15,8 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from qlora_native import gguf_blocks
-from qlora_native._native import GGUF_BLOCKS
+from qlora_native._native import GGUF_BLOCKS, quant_type_number
 from qlora_native.reference import reciprocals
-from qlora_native.weight import quant_type_number
 
 _AT_A_TIME = 1 << 17  # elements, whose intermediate tensors stay in the caches
 

@@ -142,7 +142,7 @@ def take_step(run: Run) -> Record:
     options, state, optimizer = run.config.train, run.state, run.optimizer
     began, step = time.monotonic(), state.step + 1
     what = f"step {step}"
-    items = next(run.sampler.forever())
+    items = next(run.sampler)  # of this epoch; behind its last batch, the first one of the next
     loss, tokens, trained = run.retry.run(partial(run.learner.learn, run.rows, items, state.scale), what)
     for observer in run.observers:
         observer.computed(loss)
@@ -199,7 +199,7 @@ def finish(run: Run) -> TrainSummary:
 
             run.note(shipped.describe(retention))
     if run.ranks.is_first:
-        run.page.close()
+        run.report.close()
     run.progress.close()  # the summary is printed below the bar
     seconds = time.monotonic() - run.began
     adapter_dir, shipped_dir = run.save_adapter("adapter", retention), None

@@ -22,7 +22,7 @@ from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.checkpoint import random_state, set_random_state
 from qlora_native.tool.train.progress import Observer, Record, mib
-from qlora_native.weights.source import Source
+from qlora_native.weights.stream import Source
 
 if TYPE_CHECKING:
     from qlora_native.tool.estimate import Estimate, Estimator

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
-from qlora_native.data.batching import evaluation_order
+from qlora_native.data.batching import Batch, Items, evaluation_order, micro_batches
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import IGNORE_INDEX, padding_id
-from qlora_native.distributed import Items, OneProcess
+from qlora_native.distributed import OneProcess
 from qlora_native.models.loss import causal_lm_loss, has_plain_head, is_random, trained_tokens, without_needless_mask
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train.batches import Batch, micro_batches
 from qlora_native.tool.train.checkpoint import LossScale
 from qlora_native.weights.files import replaced
 

@@ -17,15 +17,13 @@ from pydantic import TypeAdapter
 from qlora_native._io import as_write_error, atomic_folder, reading, user_path
 from qlora_native._memory import keep_freed_memory
 from qlora_native.data.batching import Sampler
-from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.dataset import TokenizedDataset, load_split
 from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import OneProcess, restarts
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.models.loss import check_loss
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.rows import load_rows, longest
-from qlora_native.tool.train.batches import check_packing, make_sampler
 from qlora_native.tool.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -38,10 +36,13 @@ from qlora_native.tool.train.checkpoint import (
 )
 from qlora_native.tool.train.memory import MappedWeights, MemoryReport, OOMRetry, forecast
 from qlora_native.tool.train.passes import Learner, why_eager
-from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunPage, make_loggers
+from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunReport, make_loggers
 from qlora_native.tool.train.setup import (
     check_data,
+    check_held_out,
+    check_packing,
     make_optimizer,
+    make_sampler,
     parameter_groups,
     prepare_model,
     resolve,
@@ -71,7 +72,7 @@ class Run:
     learner: Learner
     retry: OOMRetry
     progress: Progress
-    page: RunPage
+    report: RunReport
     memory: MemoryReport | None
     weights: MappedWeights
     shipping: Shipping | None
@@ -83,8 +84,8 @@ class Run:
         return user_path(self.config.output_dir)
 
     def note(self, text: str) -> None:
-        """Print a line, and list it among the events of the run's page."""
-        self.page.note(text)
+        """Print a line, and list it among the events of the run's report."""
+        self.report.note(text)
 
     @contextmanager
     def observed(self) -> Iterator[None]:
@@ -159,8 +160,9 @@ def prepare(
         names = config.logging if ranks.is_first else []  # before what takes long: one may not be installed
         loggers = make_loggers(names, output_dir, config.model_dump(mode="json"))
         source = open_source(user_path(config.model)) if model is None else None
-        tokenizer = config.prepared(tokenizer or load_tokenizer(source or config.model, config.adapter))
-        rows, held_out = load_rows(config, tokenizer)
+        tokenizer = config.add_tokens_and_template(tokenizer or load_tokenizer(source or config.model, config.adapter))
+        check_held_out(config)
+        rows, held_out = load_split(tokenizer=tokenizer, folder=output_dir, **config.row_options)
         notes = check_data(source, tokenizer, rows, held_out)
         stored = stored_base(checkpoint.folder if checkpoint else config.adapter, source)
         config, changes = resolve(config, checkpoint, rows, stored or source, model)
@@ -168,7 +170,7 @@ def prepare(
     # The model, which may be larger than the device.
     memory, layers_budget = None, None
     if source is not None and not ranks.is_sharded:
-        expected = forecast(config, stored or source, longest(config.data, rows), len(rows))
+        expected = forecast(config, stored or source, config.data.longest(rows.lengths), len(rows))
         memory = MemoryReport(expected)
         layers_budget = expected.layers_budget if ranks.world == 1 else None
     model = prepare_model(
@@ -212,7 +214,7 @@ def prepare(
     # What watches the steps. Only the first process writes and prints.
     metrics = [Metrics(output_dir / "metrics.jsonl", state.step)] if ranks.is_first else []
     progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
-    is_converted = source is not None and not source.is_four_bit
+    is_converted = source is not None and not source.has_bnb_weights
     progress.note(what_is_trained(config, model, is_converted, total))
     progress.note(rows.stats.describe())
     if held_out is not None:
@@ -220,7 +222,7 @@ def prepare(
         progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
-    page = RunPage(output_dir, facts, progress, state, memory)
+    report = RunReport(output_dir, facts, progress, state, memory)
     reason = why_eager(config, model, ranks.world)
     streamed = getattr(model, "streamed_layers", None)
     notes += changes
@@ -231,16 +233,16 @@ def prepare(
     if reason:
         notes.append(f"CUDA graphs are off: {reason}")
     for line in notes:
-        page.note(line)
+        report.note(line)
     observers: list[Observer] = []  # in the order in which they are called
     shipping = None
     if config.lora.ship is not None:
         from qlora_native.tool.train.shipping import Shipping
 
-        shipping = Shipping(config, model, rows, total, page.note)
+        shipping = Shipping(config, model, rows, total, report.note)
         observers.append(shipping)  # first: the last samples are answered with the weights that ship
-    weights = MappedWeights(config, model, memory, page.note, ranks.world)
-    retry = OOMRetry(config, optimizer, page.note, can_retry=ranks.world == 1)
+    weights = MappedWeights(config, model, memory, report.note, ranks.world)
+    retry = OOMRetry(config, optimizer, report.note, can_retry=ranks.world == 1)
     observers += [weights, retry, progress]
     if options.samples:
         from qlora_native.tool.train.samples import Samples
@@ -250,7 +252,7 @@ def prepare(
     if on_step is not None:
         observers.append(OnStep(on_step))
     if ranks.is_first:
-        observers.append(page)  # last: it is made of what the others write
+        observers.append(report)  # last: it is made of what the others write
     if not state.step and (held_out or options.samples):
         progress.note("evaluating before the first step")
     return Run(
@@ -265,10 +267,10 @@ def prepare(
         sampler=sampler,
         total=total,
         state=state,
-        learner=Learner(config, model, tokenizer, ranks, page.note, is_captured=reason is None),
+        learner=Learner(config, model, tokenizer, ranks, report.note, is_captured=reason is None),
         retry=retry,
         progress=progress,
-        page=page,
+        report=report,
         memory=memory,
         weights=weights,
         shipping=shipping,

@@ -258,7 +258,7 @@ class Progress(Observer):
 PAGE_SHARE = 0.005  # of a run's time, at most, that writing its page takes
 
 
-class RunPage(Observer):
+class RunReport(Observer):
     """Keeps ``report.json``, the ``facts`` of a run and its notes, and ``report.html``, made of it and of the metrics.
 
     A page that cannot be written is noted once and ends no run. ``memory`` is a

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from qlora_native._io import announced, as_user_error, as_write_error, user_path
+from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
 from qlora_native.models.build import four_bit_parts
-from qlora_native.models.fuse import fuse
+from qlora_native.models.fuse import fuse, modes_kept
 from qlora_native.models.load import load_model
+from qlora_native.models.loss import hidden_states
 from qlora_native.models.progress import Progress, layer_progress
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
@@ -30,7 +33,7 @@ from qlora_native.weight import CALIBRATED
 from qlora_native.weights.config import METADATA
 from qlora_native.weights.open import notes_of, open_source
 from qlora_native.weights.shapes import dense_beside
-from qlora_native.weights.source import AUTO, KEEP, Source
+from qlora_native.weights.stream import AUTO, KEEP, Source
 
 
 def prepare_model(
@@ -100,6 +103,15 @@ def prepare_model(
                 checkpointing["preserve_rng_state"] = False
             enable(checkpointing)
     return model.train()
+
+
+def check_held_out(config: TrainConfig) -> None:
+    """UserError for what needs held-out rows, where there are to be none."""
+    for key in ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ():
+        if isinstance(value := getattr(config.train, key), int) and value:
+            raise UserError(
+                f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
+            )
 
 
 def check_data(
@@ -201,7 +213,7 @@ def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, 
 
     source = source_of(model, source)
     folder = output_dir / STORED
-    if source is not None and not source.is_four_bit and not can_round_again(getattr(model, "load_report", None)):
+    if source is not None and not source.has_bnb_weights and not can_round_again(getattr(model, "load_report", None)):
         store_model(model, folder, tokenizer, advice="; quant.save false trains without it")
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
@@ -258,6 +270,52 @@ def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[dic
         if parameter.requires_grad:
             groups[lora_plus_ratio if name.endswith(".lora_B") else 1.0].append(parameter)
     return [{"params": params, "lr_ratio": ratio} for ratio, params in groups.items()]
+
+
+def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler:
+    """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
+    size = config.train.batch_size * config.train.grad_accum
+    seed = config.train.seed
+    sampler: Sampler = BatchSampler(rows.lengths, size, seed=seed)
+    if config.data.packing:
+        sampler = PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)
+    if config.data.weights is not None:
+        for number, path in enumerate(config.data.files):
+            if number not in rows.file:
+                raise UserError(f"{path} has no row left to train on: remove it, or add rows")
+        sampler.mix = (rows.file, config.data.weights)
+    return sampler
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """UserError if a row's hidden states change when another row stands before it in its sequence, as they do where a
+    state is carried across rows or positions do not restart. Draws no random number."""
+
+    def hidden(ids: Tensor, positions: Tensor) -> Tensor:
+        return hidden_states(model, {"input_ids": ids, "position_ids": positions})[0]
+
+    vocabulary = model.get_input_embeddings().num_embeddings
+    numbers = torch.arange(28, device=model.device)[None]
+    row = (numbers * 7 + 1) % vocabulary
+    positions = torch.cat((numbers[:, :12], numbers), 1)
+    heads = ((numbers[:, :12] * step + 3) % vocabulary for step in (5, 11))
+    name = type(model).__name__
+    with modes_kept(model):
+        model.eval()
+        try:
+            alone = hidden(row, numbers)
+            found = [hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in heads]
+        except TypeError as error:
+            raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
+    for behind in found:
+        off = (behind.float() - alone.float()).norm(dim=-1)
+        distance = float((off / alone.float().norm(dim=-1)).max())
+        if not distance <= (1e-3 if behind.dtype == torch.float32 else 5e-2):  # of two orders of rounding
+            raise UserError(
+                f"{name} cannot train on packed rows: a row's hidden states change by {distance:.0%} when another row "
+                "stands before it; set data.packing to false"
+            )
 
 
 def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path) -> AdamW | Lion:
