@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import subprocess
 import sys
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -26,6 +28,21 @@ def test_tables_are_theirs(theirs: Any) -> None:
     for name in ("nf4", "fp4"):
         assert torch.equal(F.get_4bit_type(name, "cpu"), theirs.functional.get_4bit_type(name, "cpu"))
     assert torch.equal(F.quantize_blockwise(torch.ones(2))[1].code, theirs.functional.create_dynamic_map())
+
+
+NAMES = {f"{part}.{name}" for part in ("nn", "functional", "optim") for name in getattr(bnb, part).__all__}
+
+
+def arguments_of(function: Any) -> list[Any]:
+    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", ["matmul_4bit", *sorted(NAMES - {"optim.native_state_dict"})])
+def test_signatures_are_theirs(theirs: Any, name: str) -> None:
+    """Names, order, defaults and what may be given by position; the paged forms take ``is_paged`` besides."""
+    ours, other = (arguments_of(attrgetter(name)(package)) for package in (bnb, theirs))
+    assert ours[: len(other)] == other
+    assert [name for name, _, _ in ours[len(other) :]] in ([], ["is_paged"])
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)

@@ -71,14 +71,14 @@ def make(folder: Any, slots: int, checkpointing: bool = True, training: bool = T
     return model.train(training)
 
 
-def stream(emulator: Emulator, model: Any, slots: int, resident: int) -> StreamedLayers:
+def stream(emulator: Emulator, model: Any, slots: int, resident: int = 0) -> StreamedLayers:
     """Streams it with so many slots, and layers that stay."""
     unit = device_layers.layer_units(model.model.layers)[0].num_bytes
     streamed = stream_layers(model, "cpu", (resident + slots) * unit)
     with _disable_current_modes():
         emulator.module.synchronize(emulator.stream)  # the host's own copies, which are not late
     assert streamed is not None and streamed.residency.slots == slots
-    assert len(streamed.residency.streamed) == LAYERS - resident
+    assert len(streamed.residency.streamed) == len(model.model.layers) - resident
     return streamed
 
 
@@ -214,10 +214,7 @@ def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
     expected = train(made())
     model = made()
     with emulated_torch.late(emulator, 1):
-        streamed = stream_layers(model, "cpu", device_layers.layer_units(model.model.layers)[0].num_bytes * 2)
-        assert streamed is not None and len(streamed.residency.streamed) == 4
-        with _disable_current_modes():
-            emulator.module.synchronize(emulator.stream)
+        stream(emulator, model, 2)
         got = train(model)
     assert len(got) > STEPS + 4 and all(map(same_bytes, got, expected))
 
@@ -230,7 +227,7 @@ def test_passes_on_two_streams(emulator: Emulator, folder: Any) -> None:
     for seed in (1, 2, 3):
         model = make(folder, 2, training=False)
         with emulated_torch.late(emulator, seed), torch.no_grad():
-            stream(emulator, model, 2, 0)
+            stream(emulator, model, 2)
             got = []
             for ids in IDS:
                 with torch.cuda.stream(torch.cuda.Stream("cpu")):
@@ -253,7 +250,7 @@ def test_what_looks_at_weights_outside_a_pass(emulator: Emulator, folder: Any) -
     """Their values are the layer's, whoever's bytes lie in its slot; nothing moves or casts them."""
     plain, model = make(folder, 2), make(folder, 2)
     with emulated_torch.late(emulator, 1):
-        stream(emulator, model, 2, 0)
+        stream(emulator, model, 2)
         train(model)
     tiny_models.assert_same(model.state_dict(), plain.state_dict())
     expected = four_bit_parts(plain)
@@ -267,14 +264,14 @@ def test_graphs_are_refused(emulator: Emulator, folder: Any, monkeypatch: pytest
     model = make(folder, 2)
     assert stream_layers(model, "cpu", 1 << 30) is None and model.streamed_layers is None  # it fits
     with emulated_torch.late(emulator, 1):
-        stream(emulator, model, 2, 0)
+        stream(emulator, model, 2)
         monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="CUDA graph cannot hold"):
             model(IDS[0])
     on_cuda = SimpleNamespace(device=torch.device("cuda"), streamed_layers=model.streamed_layers)
     assert why_eager(TrainConfig(model="m", data={"train": "t"}), on_cuda) == "layers stream to the device"
     with pytest.raises(ValueError, match="budget of 0 MiB"):
-        stream(emulator, make(folder, 2), 1, 0)
+        stream(emulator, make(folder, 2), 1)
 
 
 def test_a_run_that_does_not_fit_streams_by_itself(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from emulated import Emulator
 from helpers import same_bytes, through_a_file
-from paged import MIB
+from paged import MIB, grouped, params_of, same_optimizers
 
 import qlora_native as qn
 from qlora_native import errors
@@ -36,18 +36,10 @@ def _memory(emulator: Emulator) -> Iterator[None]:
 
 
 def make(rule: str, bits: int, **options: object) -> Optimizer:
-    """Parameters of two dtypes in two groups, the same for the same seed."""
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(n).to(t)) for t in (torch.float32, torch.bfloat16) for n in SIZES]
-    groups = [{"params": params[:7], "lr": 1e-2}, {"params": params[7:], "lr": 3e-3, "weight_decay": 0.1}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pinned memory; test_the_fallback_is_named_once reads it
-        made: Optimizer = getattr(qn.optim, rule)(groups, bits=bits, **options)
+        made: Optimizer = grouped(rule, SIZES, bits=bits, **options)
     return made
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0) -> None:
@@ -58,10 +50,6 @@ def step(number: int, *optimizers: torch.optim.Optimizer) -> None:
     for optimizer in optimizers:
         give_grads(optimizer, number)
         optimizer.step()
-
-
-def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
-    return paged_helpers.same_training((params_of(a), a), (params_of(b), b))
 
 
 def quiet(counters: dict[str, int]) -> bool:
@@ -87,7 +75,7 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
         assert paged.grad_norm == plain.grad_norm or scale != scale
     pages = paged._pages[torch.device("cpu")]
     assert isinstance(pages, device_pages.DevicePages) and pages.managed == concurrent
-    assert same(paged, plain)
+    assert same_optimizers(paged, plain)
 
 
 @pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
@@ -103,7 +91,7 @@ def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, con
         paged.step()
         assert emulator.module.num_queued() > 0, "the host waited in a step"
         emulator.module.run_streams(False, 0)
-    assert same(paged, plain)
+    assert same_optimizers(paged, plain)
 
 
 def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) -> None:
@@ -170,7 +158,7 @@ def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatc
     counters_of(4)
     assert auto.states_paged_out() == 0
     assert not any(counters_of(5).values())
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None:
@@ -184,7 +172,7 @@ def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None
         step(number, auto, plain)
         assert module.take_managed_counters()["device_faults"] == 0
     module.release(spike)
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 def test_evicted_states_come_back_when_there_is_room(emulator: Emulator) -> None:
@@ -201,7 +189,7 @@ def test_evicted_states_come_back_when_there_is_room(emulator: Emulator) -> None
     for number in range(2):
         step(number, auto, plain)
         assert not any(module.take_managed_counters().values())
-    assert same(auto, plain) and auto.paging_statistics()["bytes_in"] == moved
+    assert same_optimizers(auto, plain) and auto.paging_statistics()["bytes_in"] == moved
 
 
 def test_a_capture_of_moving_states_is_refused(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +214,7 @@ def test_page_out_and_page_in(emulator: Emulator) -> None:
         if number == 2:
             auto.page_in()
     assert auto.states_paged_out() == 0
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
@@ -252,7 +240,7 @@ def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int,
                 else:
                     spike = module.allocate(module.memory()[0] - MIB)
     assert auto.states_paged_out() > 0 < auto.paging_statistics()["bytes_out"]
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
     if spike:
         module.release(spike)
 
@@ -272,7 +260,7 @@ def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> No
         emulator.module.take_managed_counters()
         step(number, other, plain)
     assert quiet(emulator.module.take_managed_counters()), "loading has unsettled the pages for good"
-    assert same(other, plain)
+    assert same_optimizers(other, plain)
 
 
 def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
@@ -297,7 +285,7 @@ def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator)
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
     step(1, paged, plain)
     step(2, paged, plain)
-    assert same(paged, plain)
+    assert same_optimizers(paged, plain)
 
 
 def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
