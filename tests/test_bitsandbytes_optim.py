@@ -181,14 +181,6 @@ def test_bitsandbytes_names_are_the_same_memory() -> None:
         ours.state[params[1]]["qmap1"]
 
 
-def test_tables_are_sorted_and_complete() -> None:
-    for signed, count in ((True, 255), (False, 256)):
-        table = states.table(signed)
-        assert torch.equal(table.sort().values, table)
-        assert (table.unique().numel(), float(table.max())) == (count, 1)
-    assert states.table(True)[128] == 0
-
-
 def test_older_layouts(theirs: Any) -> None:
     params = parameters()
     other = theirs.optim.AdamW8bit(params)
