@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from helpers import relative_error, same_bytes, through_a_file
 from torch import Tensor, nn
 
-import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
 from qlora_native import _native, reference
 from qlora_native import optim as native
@@ -152,13 +152,16 @@ def test_resuming_is_exact(form: str) -> None:
         assert all(same_bytes(twin.state[other][name], value) for name, value in second.state[param].items())
 
 
-def test_states_of_qlora_native_optim_load() -> None:
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [(partial(native.AdamW, bits=8), "AdamW8bit"), (torch.optim.AdamW, "AdamW")],
+    ids=["ours", "torch"],
+)
+def test_states_under_torchs_names_load(make: Any, form: str) -> None:
     params = parameters()
-    plain = native.AdamW(params, bits=8)
+    plain, ours, back = make(params), getattr(bnb.optim, form)(params), make(params)
     steps(plain, params, 3)
-    ours = bnb.optim.AdamW8bit(params)
     ours.load_state_dict(plain.state_dict())
-    back = native.AdamW(params, bits=8)
     back.load_state_dict(bnb.optim.native_state_dict(ours.state_dict()))
     for param in params:
         for name, value in plain.state[param].items():
@@ -255,13 +258,3 @@ def test_arguments_that_cannot_be() -> None:
     steps(optimizer, params, 1)
     assert all(optimizer.state[param]["state2"].dtype == torch.uint8 for param in params)
     assert optimizer.args.optim_bits == 8
-
-
-def test_torch_state_dict_loads() -> None:
-    params = parameters()
-    plain = torch.optim.AdamW(params)
-    steps(plain, params, 3)
-    ours = bnb.optim.AdamW(params)
-    ours.load_state_dict(plain.state_dict())
-    assert torch.equal(ours.state[params[0]]["state1"], plain.state[params[0]]["exp_avg"])
-    assert issubclass(bnb.optim.PagedAdamW8bit, qn.optim.AdamW)
