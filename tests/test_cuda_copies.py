@@ -50,18 +50,14 @@ class Layer:
         assert self.a.grad is not None and self.b.grad is not None
         return y.detach(), self.a.grad, self.b.grad
 
-    @contextmanager
-    def nothing_kept(self) -> Iterator[None]:
-        before = dict(_cuda_copies._copies)
-        _cuda_copies._copies.clear()
-        yield
-        _cuda_copies._copies.update(before)
-
     def is_fresh(self) -> bool:
         """Whether a pass gives the bytes of one without kept copies."""
         got = self.both()
-        with self.nothing_kept():
-            return all(map(same_bytes, got, self.both()))
+        kept = dict(_cuda_copies._copies)
+        _cuda_copies._copies.clear()
+        expected = self.both()
+        _cuda_copies._copies.update(kept)
+        return all(map(same_bytes, got, expected))
 
 
 @pytest.fixture
@@ -92,15 +88,21 @@ OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-class ThroughData(torch.optim.Optimizer):
+def through_data(params: Sequence[Any]) -> None:
     """Writes as no version shows, as kernels do that are given a pointer."""
+    for param in params:
+        param.data.sub_(0.1 * param.grad)
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params, {})
 
+class ThroughData(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for param in self.param_groups[0]["params"]:
-            param.data.sub_(0.1 * param.grad)
+        through_data(self.param_groups[0]["params"])
+
+
+def by_hand(params: Sequence[Tensor]) -> Callable[[], None]:
+    """As in a loop without an optimizer: nothing is kept."""
+    _cuda_copies._copies.clear()
+    return partial(through_data, params)
 
 
 @torch.no_grad()
@@ -111,21 +113,10 @@ def step_by_op(params: Sequence[Tensor]) -> None:
         torch.ops.qlora_native.adamw_step([param], [param.grad], *states, [], [], [torch.zeros(())], *options)
 
 
-def by_hand(params: Sequence[Tensor]) -> Callable[[], None]:
-    """As in a loop without an optimizer, whose writes through ``.data`` nothing shows: nothing is kept."""
-    _cuda_copies._copies.clear()
-
-    def step() -> None:
-        for param in params:
-            param.data -= 0.1 * param.grad  # type: ignore[operator]
-
-    return step
-
-
 STEPS: dict[str, Callable[[Sequence[Tensor]], Callable[[], Any]]] = {
     **{name: lambda params, make=make: make(params).step for name, make in OPTIMIZERS.items()},
     "paged": lambda params: qn.optim.AdamW(params, lr=0.1, paged=True).step,
-    "through .data": lambda params: ThroughData(params).step,
+    "through .data": lambda params: ThroughData(params, {}).step,
     "an op by itself": lambda params: partial(step_by_op, params),
     "by hand": by_hand,
 }
