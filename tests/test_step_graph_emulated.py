@@ -86,10 +86,10 @@ def test_a_captured_step_is_the_eager_one(
     refused("run one step")
     for run in (there, here):
         run.step()  # makes the states and the optimizer's tables
+    before = there.state()
     there.batch(0, RATES[1])
     refused("call write_options")
     there.batch(0, RATES[0])
-    before = there.state()
     with captured(emulator) as graph:
         is_capturing[0] = True
         there.step()
