@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,18 +220,17 @@ def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
 
 def test_passes_on_two_streams(emulator: Emulator, folder: Any) -> None:
     """That nothing orders: a copy waits for the readers on both."""
-
-    @torch.no_grad()
-    def run(model: Any, new_stream: Callable[[], Any] = lambda: torch.cuda.stream(torch.cuda.Stream("cpu"))) -> Any:
-        found = []
-        for ids in IDS:
-            with new_stream():
-                found.append(model(ids, use_cache=False).logits)
-        return found
-
-    expected = run(make(folder, 2, training=False), nullcontext)
+    model = make(folder, 2, training=False)
+    with torch.no_grad():
+        expected = [model(ids, use_cache=False).logits for ids in IDS]
     for seed in (1, 2, 3):
-        got, _ = run_streamed(emulator, run, make(folder, 2, training=False), seed)
+        model = make(folder, 2, training=False)
+        with emulated_torch.late(emulator, seed), torch.no_grad():
+            stream(emulator, model, 2)
+            got = []
+            for ids in IDS:
+                with torch.cuda.stream(torch.cuda.Stream("cpu")):
+                    got.append(model(ids, use_cache=False).logits)
         assert all(map(same_bytes, got, expected))
 
 
