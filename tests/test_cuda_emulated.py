@@ -265,6 +265,27 @@ def test_ops_that_wait_for_the_device_are_kept_out_of_graphs() -> None:
     assert not tagged & {"linear_4bit", "linear_4bit_grad_input", "lora_linear_4bit", "dequantize_4bit", "rms_norm"}
 
 
+def test_rows_of_a_graph_are_kept_and_a_later_step_writes_its_own(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph copies from host memory at every replay, over what the eager steps between them wrote."""
+    optimizer: Any = grouped("AdamW")
+    give_grads(0, 1.0, optimizer)
+    optimizer.step()
+    assert optimizer._plan is not None and optimizer._plan.on_device is not None
+    table = optimizer._plan.on_device
+    address = table.options.data_ptr()
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        optimizer.step()
+    (source,) = table.of_graphs
+    assert source.tolist() == table.tensors.tolist() == optimizer._plan.table.tolist()
+    table.tensors.zero_()  # as a replay of some other rows would leave it
+    optimizer.step()
+    assert table.tensors.tolist() == optimizer._plan.table.tolist()
+    assert table.of_graphs == [source] and table.options.data_ptr() == address
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whose memory the kernels read, as the ops call them: every access looked at, every tensor with its exact bounds
 
