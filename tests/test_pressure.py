@@ -194,7 +194,7 @@ RARE = [(at + delay, move) for at in range(5, 1000, 100) for delay, move in ((0,
         pytest.param(lambda now: 40 if now % 8 == 5 else 500, 400, [(5, "out")], id="steps with larger spikes"),
         pytest.param(
             lambda now: 40 if now % 15 == 5 else 500, 3000, [(5, "out"), (16, "in"), (20, "out")],
-            id="back too early: the calm is doubled, and never comes",
+            id="back too early",
         ),
         pytest.param(lambda now: 40 if now % 100 == 5 else 500, 1000, RARE, id="spikes that are rare"),
     ],
