@@ -41,6 +41,10 @@ def page_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def is_in_file(optimizer: Any) -> bool:
+    return bool(optimizer.states_paged_out() == optimizer.paging_statistics()["state_bytes"] > 0)
+
+
 def give_grads(params: Params, seed: int, scale: float = 1.0, skip: bool = True) -> None:
     """With ``skip``, now and then a parameter has none."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,3 +82,19 @@ def same_states(a: Made, b: Made) -> bool:
 
 def same_training(a: Made, b: Made) -> bool:
     return same_params(a, b) and same_states(a, b)
+
+
+def grouped(rule: str, sizes: Sequence[int] = (5, 4097, 20_000), **options: Any) -> Any:
+    """An optimizer with two groups of parameters of two dtypes, the same at each call."""
+    params = [*parameters(torch.float32, sizes), *parameters(torch.bfloat16, sizes)]
+    half = len(sizes) + 1
+    groups = [{"params": params[:half], "lr": 1e-2}, {"params": params[half:], "lr": 3e-3, "weight_decay": 0.1}]
+    return getattr(qn.optim, rule)(groups, **options)
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> Params:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
+    return same_training((params_of(a), a), (params_of(b), b))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import subprocess
 import sys
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -26,6 +28,21 @@ def test_tables_are_theirs(theirs: Any) -> None:
     for name in ("nf4", "fp4"):
         assert torch.equal(F.get_4bit_type(name, "cpu"), theirs.functional.get_4bit_type(name, "cpu"))
     assert torch.equal(F.quantize_blockwise(torch.ones(2))[1].code, theirs.functional.create_dynamic_map())
+
+
+NAMES = {f"{part}.{name}" for part in ("nn", "functional", "optim") for name in getattr(bnb, part).__all__}
+
+
+def arguments_of(function: Any) -> list[Any]:
+    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", ["matmul_4bit", *sorted(NAMES - {"optim.native_state_dict"})])
+def test_signatures_are_theirs(theirs: Any, name: str) -> None:
+    """Names, order, defaults and what may be given by position; the paged forms take ``is_paged`` besides."""
+    ours, other = (arguments_of(attrgetter(name)(package)) for package in (bnb, theirs))
+    assert ours[: len(other)] == other
+    assert [name for name, _, _ in ours[len(other) :]] in ([], ["is_paged"])
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -196,13 +213,6 @@ def test_layer_computes_and_saves_what_theirs_does(theirs: Any, kind: str, neste
     assert relative_error(our(x), their(x.clone().requires_grad_())) < tolerance
     assert relative_error(inputs[0].grad, inputs[1].grad) < tolerance
     assert relative_error(our.bias.grad, their.bias.grad) < tolerance
-    # A second layer of theirs reads what ours saved.
-    parts = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
-    weight = theirs.nn.Params4bit.from_prequantized(saved["weight"], parts, device="cpu")
-    assert torch.equal(
-        theirs.functional.dequantize_4bit(weight.data, weight.quant_state),
-        F.dequantize_4bit(our.weight, our.weight.quant_state),
-    )
 
 
 def test_evaluation_changes_no_byte() -> None:
@@ -215,21 +225,6 @@ def test_evaluation_changes_no_byte() -> None:
         assert torch.equal(layer.eval()(x), trained)
         after = layer.state_dict()
         assert all(same_bytes(after[name], before[name]) for name in before)
-        inputs: Any = x.clone().requires_grad_()
-        layer(inputs).sum().backward()
-        dense = F.dequantize_4bit(layer.weight, layer.weight.quant_state)
-        assert relative_error(inputs.grad, dense.double().sum(0).expand(4, -1)) < 6e-3
-
-
-def test_rows_that_are_no_multiple_of_the_block(theirs: Any) -> None:
-    """bitsandbytes 0.50 indexes the scales by rows on AVX-512 and gets another matrix."""
-    weight = torch.randn(32, 96)
-    packed, state = theirs.functional.quantize_4bit(weight, quant_type="nf4")
-    ours = F.dequantize_4bit(packed, F.QuantState.from_dict(state.as_dict(packed=True), "cpu"))
-    codes = torch.stack([packed >> 4, packed & 15], -1).reshape(-1).long()
-    truth = (state.code[codes] * state.absmax.repeat_interleave(64)).reshape(32, 96)
-    assert torch.equal(ours, truth)
-    assert relative_error(ours, weight) < 0.12
 
 
 def test_compute_dtype_and_bias() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -49,18 +50,14 @@ class Layer:
         assert self.a.grad is not None and self.b.grad is not None
         return y.detach(), self.a.grad, self.b.grad
 
-    @contextmanager
-    def nothing_kept(self) -> Iterator[None]:
-        before = dict(_cuda_copies._copies)
-        _cuda_copies._copies.clear()
-        yield
-        _cuda_copies._copies.update(before)
-
     def is_fresh(self) -> bool:
         """Whether a pass gives the bytes of one without kept copies."""
         got = self.both()
-        with self.nothing_kept():
-            return all(map(same_bytes, got, self.both()))
+        kept = dict(_cuda_copies._copies)
+        _cuda_copies._copies.clear()
+        expected = self.both()
+        _cuda_copies._copies.update(kept)
+        return all(map(same_bytes, got, expected))
 
 
 @pytest.fixture
@@ -91,41 +88,48 @@ OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-class ThroughData(torch.optim.Optimizer):
+def through_data(params: Sequence[Any]) -> None:
     """Writes as no version shows, as kernels do that are given a pointer."""
+    for param in params:
+        param.data.sub_(0.1 * param.grad)
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params, {})
 
+class ThroughData(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for param in self.param_groups[0]["params"]:
-            param.data.sub_(0.1 * param.grad)
+        through_data(self.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize(
-    "make", [*OPTIMIZERS.values(), lambda params: qn.optim.AdamW(params, lr=0.1, paged=True), ThroughData],
-    ids=[*OPTIMIZERS, "paged", "through .data"],
-)  # fmt: skip
-def test_fresh_after_a_step(layer: Layer, make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> None:
-    optimizer = make([layer.a, layer.b])
+def by_hand(params: Sequence[Tensor]) -> Callable[[], None]:
+    """As in a loop without an optimizer: nothing is kept."""
+    _cuda_copies._copies.clear()
+    return partial(through_data, params)
+
+
+@torch.no_grad()
+def step_by_op(params: Sequence[Tensor]) -> None:
+    for param in params:
+        states = [[torch.zeros_like(param)] for _ in range(2)]
+        options = 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0
+        torch.ops.qlora_native.adamw_step([param], [param.grad], *states, [], [], [torch.zeros(())], *options)
+
+
+STEPS: dict[str, Callable[[Sequence[Tensor]], Callable[[], Any]]] = {
+    **{name: lambda params, make=make: make(params).step for name, make in OPTIMIZERS.items()},
+    "paged": lambda params: qn.optim.AdamW(params, lr=0.1, paged=True).step,
+    "through .data": lambda params: ThroughData(params, {}).step,
+    "an op by itself": lambda params: partial(step_by_op, params),
+    "by hand": by_hand,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_fresh_after_a_step(layer: Layer, name: str) -> None:
+    step = STEPS[name]([layer.a, layer.b])
     for _ in range(2):
         before = layer.both()
-        optimizer.step()
+        step()
         assert not torch.equal(layer.both()[0], before[0])
         assert layer.is_fresh()
-
-
-def test_fresh_after_the_op_of_a_step(layer: Layer) -> None:
-    """An op by itself is no optimizer's step."""
-    before = layer.both()
-    with torch.no_grad():
-        for param in (layer.a, layer.b):
-            states = [torch.zeros_like(param) for _ in range(2)]
-            options = 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0
-            lists = [[param], [param.grad], *([state] for state in states), [], [], [torch.zeros(())]]
-            torch.ops.qlora_native.adamw_step(*lists, *options)
-    assert not torch.equal(layer.both()[0], before[0])
-    assert layer.is_fresh()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -187,18 +191,6 @@ def test_kept_no_longer_than_the_adapter(layer: Layer) -> None:
     del layer.a, layer.b, layer.optimizer
     gc.collect()
     assert not _cuda_copies._copies
-
-
-def test_nothing_is_kept_of_what_is_updated_by_hand(layer: Layer) -> None:
-    """As in a loop without an optimizer, whose writes through ``.data`` nothing shows."""
-    _cuda_copies._copies.clear()
-    for _ in range(2):
-        before = layer.both()
-        for param in (layer.a, layer.b):
-            assert param.grad is not None
-            param.data -= 0.1 * param.grad
-        assert not torch.equal(layer.both()[0], before[0])
-        assert layer.is_fresh()
 
 
 def test_another_stream_makes_its_own(layer: Layer, emulator: Emulator) -> None:

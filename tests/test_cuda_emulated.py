@@ -5,16 +5,22 @@ The op tests themselves run over the emulator too, as `[emulated-...]`; here is 
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated
+import emulated_torch
+import paged
 import pytest
 import torch
 from cases import TOLERANCE
 from emulated import Emulator
+from emulated_torch import Placed
 from helpers import relative_error, same_bytes
+from paged import grouped, params_of, same_optimizers
 from torch import Tensor
 
 import qlora_native as qn
@@ -66,9 +72,10 @@ def run_ops_of_optimizers() -> None:
     OPS.gradient_norm([torch.randn(9000)])
 
 
-@pytest.mark.parametrize(
-    "run", [run_decode, run_products, run_loss, run_optimizers, run_ops_of_optimizers], ids=lambda run: run.__name__
-)
+RUNS = (run_decode, run_products, run_loss, run_optimizers, run_ops_of_optimizers)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_everything_is_launched_on_the_current_stream(emulator: Emulator, run: Callable[[], None]) -> None:
     emulator.stream = emulator.module.new_stream()
     run()
@@ -201,31 +208,9 @@ def test_workspaces_are_checked_at_the_boundary(emulator: Emulator) -> None:
         module.quantize_4bit(0, 4096, 64, 64, 2, 4096, 4096, 4096, 0)
 
 
-def same(*twins: torch.optim.Optimizer) -> bool:
-    states = [[*map(Tensor.detach, params_of(o)), *(t for s in o.state.values() for t in s.values())] for o in twins]
-    return all(same_bytes(x, y) for x, y in zip(*states, strict=True))
-
-
-def twins(rule: str, **options: object) -> tuple[qn.optim.AdamW, qn.optim.AdamW]:
-    """Two optimizers, groups of their own learning rates, over equal parameters of all dtypes."""
-    sizes = (5, 4097, 20_000)
-    start = [torch.randn(n).to(dtype) for dtype in (torch.float32, torch.bfloat16) for n in sizes]
-    made = []
-    for _ in "ab":
-        params = [torch.nn.Parameter(t.clone()) for t in start]
-        groups = [{"params": params[:4], "lr": 1e-2}, {"params": params[4:], "lr": 3e-3, "weight_decay": 0.1}]
-        made.append(getattr(qn.optim, rule)(groups, **options))
-    return made[0], made[1]
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def give_grads(there: torch.optim.Optimizer, here: torch.optim.Optimizer, scale: float) -> None:
-    for one, other in zip(params_of(there), params_of(here), strict=True):
-        grad = (torch.randn(one.shape) * scale).to(one.dtype)
-        one.grad, other.grad = grad, grad.clone()
+def give_grads(number: int, scale: float, *optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        paged.give_grads(params_of(optimizer), number, scale, skip=False)
 
 
 @pytest.fixture
@@ -245,39 +230,28 @@ def num_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
 def test_a_step_on_a_device_gives_the_bytes_of_the_cpu(num_launches: Callable[..., int], rule: str, bits: int) -> None:
     """Clipped steps of several groups, learning rates that change, and a step that is skipped; two launches each."""
-    there, here = twins(rule, bits=bits, max_norm=1.0)
+    there, here = (grouped(rule, bits=bits, max_norm=1.0) for _ in range(2))
     for step, scale in enumerate((1.0, 1e-3, float("nan"), 1.0)):
-        give_grads(there, here, scale)
+        give_grads(step, scale, there, here)
         for optimizer in (there, here):
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
         here.step()
         assert num_launches(there.step) == 2
         assert there.skipped == here.skipped == (scale != scale)
         assert there.grad_norm == here.grad_norm or scale != scale
-        assert same(there, here), step
+        assert same_optimizers(there, here), step
 
 
 def test_gradient_scaler_is_heeded_on_the_device(num_launches: Callable[..., int]) -> None:
-    there, here = twins("AdamW", bits=32)
-    for found_inf in (0.0, 1.0):
-        give_grads(there, here, 1024.0)
+    there, here = (grouped("AdamW") for _ in range(2))
+    for step, found_inf in enumerate((0.0, 1.0)):
+        give_grads(step, 1024.0, there, here)
         for optimizer in (there, here):
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(found_inf)  # type: ignore[attr-defined]
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(found_inf)
         here.step()
         assert num_launches(there.step) == 1
         assert there.skipped == here.skipped == bool(found_inf)
-        assert same(there, here)
-
-
-def test_gradients_of_another_dtype_take_the_reference(emulator: Emulator) -> None:
-    param, other, grad = torch.ones(300).bfloat16(), torch.ones(300).bfloat16(), torch.randn(300)
-    states = [torch.zeros(300)], [torch.zeros(300)]
-    OPS.adamw_step([param], [grad], *states, [], [], [torch.zeros(())], 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0)
-    assert emulator.launches() == []
-    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "decoupled": True}
-    state = torch.zeros(300), torch.zeros(300), None, None, torch.zeros(())
-    reference.adamw_step(other, grad, *state, grad_factor=1.0, **options)  # type: ignore[arg-type]
-    assert same_bytes(param, other)
+        assert same_optimizers(there, here)
 
 
 def test_ops_that_wait_for_the_device_are_kept_out_of_graphs() -> None:
@@ -291,68 +265,12 @@ def test_ops_that_wait_for_the_device_are_kept_out_of_graphs() -> None:
     assert not tagged & {"linear_4bit", "linear_4bit_grad_input", "lora_linear_4bit", "dequantize_4bit", "rms_norm"}
 
 
-@pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
-def test_a_captured_step_reads_the_learning_rate_of_its_replay(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, rule: str
-) -> None:
-    """A replay launches the same kernels with the same arguments; bytes as of eager steps, whose count goes on."""
-    captured, eager = twins(rule, bits=8, max_norm=1.0)
-    launched: list[Callable[[], None]] = []
-    capturing = [False]
-
-    def recording(name: str) -> Callable[..., None]:
-        launch = getattr(emulator.module, name)
-
-        def call(*arguments: Any) -> None:
-            if capturing[0]:
-                launched.append(lambda: launch(*arguments))
-            else:
-                launch(*arguments)
-
-        return call
-
-    for name in ("gradient_norm", "lion_step" if rule == "Lion" else "adamw_step"):
-        monkeypatch.setattr(emulator.module, name, recording(name))
-    monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: capturing[0])
-    give_grads(captured, eager, 1.0)
-    capturing[0] = True
-    with pytest.raises(RuntimeError, match="run one step"):
-        captured.step()
-    capturing[0] = False
-    captured.step()
-    eager.step()
-    give_grads(captured, eager, 1.0)  # at other addresses, which the graph's own copy brings
-    capturing[0] = True
-    captured.param_groups[0]["lr"] = 0.5
-    with pytest.raises(RuntimeError, match="call write_options"):
-        captured.step()
-    capturing[0] = False
-    captured.param_groups[0]["lr"] = 1e-2
-    launched.clear()
-    capturing[0] = True
-    captured.step()
-    capturing[0] = False
-    for step in range(3):
-        for optimizer in (captured, eager):
-            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
-            optimizer.param_groups[1]["betas"] = (0.9 - 0.1 * step, 0.99)
-        captured.write_options()
-        for launch in launched:
-            launch()
-        eager.step()
-        assert same(captured, eager), step
-    give_grads(captured, eager, 1.0)  # a step after replays goes by its own gradients
-    for optimizer in (captured, eager):
-        optimizer.step()
-    assert same(captured, eager)
-
-
 def test_rows_of_a_graph_are_kept_and_a_later_step_writes_its_own(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph copies from host memory at every replay, over what the eager steps between them wrote."""
-    optimizer, other = twins("AdamW", bits=32)
-    give_grads(optimizer, other, 1.0)
+    optimizer: Any = grouped("AdamW")
+    give_grads(0, 1.0, optimizer)
     optimizer.step()
     assert optimizer._table is not None and optimizer._table.on_device is not None
     table = optimizer._table.on_device
@@ -366,3 +284,62 @@ def test_rows_of_a_graph_are_kept_and_a_later_step_writes_its_own(
     optimizer.step()
     assert table.tensors.tolist() == optimizer._table.rows.tolist()
     assert table.of_graphs == [source] and table.options.data_ptr() == address
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose memory the kernels read, as the ops call them: every access looked at, every tensor with its exact bounds
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Placed]:
+    module = emulated.module_or_skip(request.config, "_cuda_emulated_checked")
+    with emulated.kernels(module, monkeypatch) as emulator, emulated_torch.placed(emulator) as found:
+        yield found
+
+
+def report_of(memory: Placed, call: Callable[[], object]) -> str:
+    """What the emulator says of a call that must fail."""
+    with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+        call()
+    report: str = memory.module.take_reports()
+    return report
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_kernels_stay_within_what_the_ops_give_them(memory: Placed, run: Callable[[], None]) -> None:
+    run()
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def loss(w: qn.QuantizedWeight, labels: Tensor) -> object:
+    return qn.linear_cross_entropy(bf16(9, 128), w, labels)
+
+
+@pytest.mark.parametrize(
+    ("call", "operand", "words"),
+    [
+        (loss, torch.arange(9), r"linear_cross_entropy\.cuh.*72 bytes of memory of"),
+        (lambda w, bias: qn.linear(bf16(3, 128), w, bias), bf16(64), "128 bytes of memory of"),
+        (lambda w, bias: qn.linear(bf16(40, 128), w, bias), bf16(64), "128 bytes of memory of"),
+        (lambda w, b: qn.lora_linear(bf16(3, 128), w, bf16(8, 128), b, 2.0), bf16(64, 8), "memory of the host"),
+    ],
+    ids=["labels", "bias of few tokens", "bias of many", "adapter"],
+)
+def test_an_operand_on_the_host(memory: Placed, call: Callable[..., object], operand: Tensor, words: str) -> None:
+    w = qn.quantize(torch.randn(64, 128))
+    call(w, operand.clone())
+    report = report_of(memory, lambda: call(w, memory.host(operand)))
+    assert re.search(words, report), report
+
+
+def test_int32_labels(memory: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To an op without the check of its operands: 36 bytes are read as 72."""
+    kernel = inspect.unwrap(_library.IMPLEMENTATIONS["linear_cross_entropy", "CUDA"])
+    monkeypatch.setitem(_library.IMPLEMENTATIONS, ("linear_cross_entropy", "CUDA"), kernel)
+    w = qn.quantize(torch.randn(64, 128))
+    loss(w, torch.arange(9))
+    report = report_of(memory, lambda: loss(w, torch.arange(9, dtype=torch.int32)))
+    assert "byte 32 of a device allocation" in report

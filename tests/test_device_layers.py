@@ -71,14 +71,14 @@ def make(folder: Any, slots: int, checkpointing: bool = True, training: bool = T
     return model.train(training)
 
 
-def stream(emulator: Emulator, model: Any, slots: int, resident: int) -> StreamedLayers:
+def stream(emulator: Emulator, model: Any, slots: int, resident: int = 0) -> StreamedLayers:
     """Streams it with so many slots, and layers that stay."""
     unit = device_layers.layer_units(model.model.layers)[0].num_bytes
     streamed = stream_layers(model, "cpu", (resident + slots) * unit)
     with _disable_current_modes():
         emulator.module.synchronize(emulator.stream)  # the host's own copies, which are not late
     assert streamed is not None and streamed.residency.slots == slots
-    assert len(streamed.residency.streamed) == LAYERS - resident
+    assert len(streamed.residency.streamed) == len(model.model.layers) - resident
     return streamed
 
 
@@ -104,27 +104,29 @@ WAYS: dict[str, tuple[Work, bool]] = {
 }
 
 
+def made_for(way: str, folder: Any, slots: int) -> tuple[Work, Any]:
+    work, checkpointing = WAYS[way]
+    return work, make(folder, slots, checkpointing, work is train)
+
+
 @pytest.fixture(scope="module")
 def resident(folder: Any) -> Callable[[str, int], list[Tensor]]:
     """What a model does that is all there, once for each way and number of slots."""
 
     @cache
     def run(way: str, slots: int) -> list[Tensor]:
-        work, checkpointing = WAYS[way]
-        return work(make(folder, slots, checkpointing, work is train))
+        work, model = made_for(way, folder, slots)
+        return work(model)
 
     return run
 
 
-def streamed_run(
-    emulator: Emulator, folder: Any, way: str, seed: int, slots: int, resident: int
+def run_streamed(
+    emulator: Emulator, work: Work, model: Any, seed: int = 1, slots: int = 2, stay: int = 0
 ) -> tuple[list[Tensor], StreamedLayers]:
-    work, checkpointing = WAYS[way]
-    model = make(folder, slots, checkpointing, work is train)
     with emulated_torch.late(emulator, seed):
-        streamed = stream(emulator, model, slots, resident)
-        found = work(model)
-    return found, streamed
+        streamed = stream(emulator, model, slots, stay)
+        return work(model), streamed
 
 
 def most_bytes(streamed: StreamedLayers, passes: int) -> int:
@@ -143,7 +145,7 @@ def test_streamed_layers_give_the_bits_of_resident_ones(
     expected = resident(way, slots)
     passes = expected[0].shape[1] - PROMPT if way == "generate" else STEPS
     for seed in (1, 2):
-        got, streamed = streamed_run(emulator, folder, way, seed, slots, stay)
+        got, streamed = run_streamed(emulator, *made_for(way, folder, slots), seed, slots, stay)
         assert len(got) == len(expected) > 0 and all(map(same_bytes, got, expected))
         assert streamed.bytes_copied <= most_bytes(streamed, passes)
         plan = streamed.residency
@@ -188,7 +190,7 @@ def test_a_defect_is_reported(
     expected = resident("all kept", 2)
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     for seed in range(1, 13):
-        got, streamed = streamed_run(emulator, folder, "all kept", seed, 2, 0)
+        got, streamed = run_streamed(emulator, *made_for("all kept", folder, 2), seed)
         if not all(map(same_bytes, got, expected)) or streamed.bytes_copied > most_bytes(streamed, STEPS):
             return
     pytest.fail("nothing was noticed")
@@ -212,13 +214,7 @@ def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
         return model.train()
 
     expected = train(made())
-    model = made()
-    with emulated_torch.late(emulator, 1):
-        streamed = stream_layers(model, "cpu", device_layers.layer_units(model.model.layers)[0].num_bytes * 2)
-        assert streamed is not None and len(streamed.residency.streamed) == 4
-        with _disable_current_modes():
-            emulator.module.synchronize(emulator.stream)
-        got = train(model)
+    got, _ = run_streamed(emulator, train, made())
     assert len(got) > STEPS + 4 and all(map(same_bytes, got, expected))
 
 
@@ -230,7 +226,7 @@ def test_passes_on_two_streams(emulator: Emulator, folder: Any) -> None:
     for seed in (1, 2, 3):
         model = make(folder, 2, training=False)
         with emulated_torch.late(emulator, seed), torch.no_grad():
-            stream(emulator, model, 2, 0)
+            stream(emulator, model, 2)
             got = []
             for ids in IDS:
                 with torch.cuda.stream(torch.cuda.Stream("cpu")):
@@ -252,9 +248,7 @@ def test_a_pass_that_stops_halfway(emulator: Emulator, folder: Any, resident: Ca
 def test_what_looks_at_weights_outside_a_pass(emulator: Emulator, folder: Any) -> None:
     """Their values are the layer's, whoever's bytes lie in its slot; nothing moves or casts them."""
     plain, model = make(folder, 2), make(folder, 2)
-    with emulated_torch.late(emulator, 1):
-        stream(emulator, model, 2, 0)
-        train(model)
+    run_streamed(emulator, train, model)
     tiny_models.assert_same(model.state_dict(), plain.state_dict())
     expected = four_bit_parts(plain)
     for name, weight in four_bit_parts(model.half()).items():
@@ -267,14 +261,14 @@ def test_graphs_are_refused(emulator: Emulator, folder: Any, monkeypatch: pytest
     model = make(folder, 2)
     assert stream_layers(model, "cpu", 1 << 30) is None and model.streamed_layers is None  # it fits
     with emulated_torch.late(emulator, 1):
-        stream(emulator, model, 2, 0)
+        stream(emulator, model, 2)
         monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="CUDA graph cannot hold"):
             model(IDS[0])
     on_cuda = SimpleNamespace(device=torch.device("cuda"), streamed_layers=model.streamed_layers)
     assert why_eager(TrainConfig(model="m", data={"train": "t"}), on_cuda) == "layers stream to the device"
     with pytest.raises(ValueError, match="budget of 0 MiB"):
-        stream(emulator, make(folder, 2), 1, 0)
+        stream(emulator, make(folder, 2), 1)
 
 
 def test_a_run_that_does_not_fit_streams_by_itself(

@@ -18,8 +18,20 @@ from typing import Any
 import paged
 import pytest
 import torch
-from helpers import sampled
-from paged import LEAST, MIB, OPTIMIZERS, Made, give_grads, page_dir, same_training, train, train_all
+from helpers import exit_code_of_fork, sampled
+from paged import (
+    LEAST,
+    MIB,
+    OPTIMIZERS,
+    Made,
+    Params,
+    give_grads,
+    is_in_file,
+    page_dir,
+    same_training,
+    train,
+    train_all,
+)
 from test_pressure import wait_for
 
 import qlora_native as qn
@@ -38,21 +50,25 @@ made = partial(paged.made, weight_decay=0.1)
 
 
 def in_file(folder: Path, rule: Any = AdamW, page_budget: int | None = LEAST, **options: Any) -> Made:
-    return made(rule, paged=True, page_dir=folder, page_budget=page_budget, **options)
+    return made(rule, **{"paged": True, "page_dir": folder, "page_budget": page_budget, **options})
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("budget", [LEAST, 4 * MIB, 1 << 30, None], ids=["1 MiB", "4 MiB", "all", "by free memory"])
-def test_a_page_file_changes_no_byte(rule: Any, bits: int, budget: int | None, tmp_path: Path) -> None:
-    plain = made(rule, bits=bits, paged=False, max_norm=1.0)
-    other = in_file(tmp_path, rule, budget, bits=bits, max_norm=1.0)
+def test_a_page_file_changes_no_byte(dtype: Any, bits: int, budget: int | None, tmp_path: Path) -> None:
+    """Of several optimizers, which take turns."""
+    options: dict[str, Any] = {"dtype": dtype, "bits": bits, "max_norm": 1.0}
+    plain = [made(rule, paged=False, **options) for rule in OPTIMIZERS]
+    others = [in_file(tmp_path, rule, budget, **options) for rule in OPTIMIZERS]
     before = torch.get_num_threads()
-    for params, optimizer in (plain, other):
-        train(optimizer, params, range(8), after=lambda seed: torch.set_num_threads(1 + seed % 2))
+    for seed in range(5):
+        torch.set_num_threads(1 + seed % 2)
+        train_all(plain + others, range(seed, seed + 1))
     torch.set_num_threads(before)
-    assert same_training(plain, other)
-    assert plain[1].grad_norm == other[1].grad_norm
+    for one, other in zip(plain, others, strict=True):
+        assert same_training(one, other)
+        assert one[1].grad_norm == other[1].grad_norm
     assert not list(tmp_path.iterdir())  # the file has no name
 
 
@@ -81,9 +97,8 @@ def test_states_come_and_go(rule: Any, bits: int, budget: int | None, tmp_path: 
     assert same_training(plain, auto)
 
 
-def test_what_is_not_finite_moves_nothing(tmp_path: Path) -> None:
-    params, optimizer = in_file(tmp_path, max_norm=1.0)
-    train(optimizer, params, range(2))
+def not_finite(params: Params, optimizer: Any) -> None:
+    """Moves nothing."""
     before = optimizer.paging_statistics()
     give_grads(params, 2)
     assert params[2].grad is not None
@@ -92,59 +107,66 @@ def test_what_is_not_finite_moves_nothing(tmp_path: Path) -> None:
     assert optimizer.skipped and optimizer.paging_statistics() == before
 
 
-@pytest.mark.parametrize("options", [{"paged": True, "page_budget": LEAST}, {"paged": "auto"}], ids=str)
-def test_grad_scaler(options: dict[str, Any], tmp_path: Path) -> None:
-    plain, other = made(paged=False, max_norm=0.5), made(page_dir=tmp_path, max_norm=0.5, **options)
-    for params, optimizer in (plain, other):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
-        for step in range(4):
-            optimizer.zero_grad()
-            loss = torch.stack([p.square().sum() for p in params]).sum()
-            scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert optimizer.skipped == (step == 1)
-            optimizer.page_out()
-    assert same_training(plain, other)
+def for_the_ops(params: Params, optimizer: Any) -> None:
+    """Gradients that the kernels do not take, only the reference, which reads states as any tensor."""
+    for param in params:
+        param.grad = torch.ones(2 * param.numel())[::2]
+    optimizer.step()
+    assert optimizer.paged is not True or optimizer.paging_statistics()["resident_bytes"] <= LEAST
 
 
-def test_gradients_for_the_ops_are_paged_too(tmp_path: Path) -> None:
-    """What the kernels do not take goes by way of the reference, which reads states as any tensor."""
-    plain, other = made(paged=False), in_file(tmp_path, page_budget=4 * MIB)
+def a_state_of_the_users_own(params: Params, optimizer: Any) -> None:
+    """Updated where it is."""
+    state = optimizer.state[params[2]]
+    state["exp_avg"] = own = state["exp_avg"].clone()
+    train(optimizer, params, range(2, 4))
+    assert optimizer.state[params[2]]["exp_avg"].data_ptr() == own.data_ptr()
+
+
+def cleared(params: Params, optimizer: Any) -> None:
+    """States begin at 0 again."""
+    optimizer.state.clear()
+
+
+def a_group_more(params: Params, optimizer: Any) -> None:
+    """With a parameter that never has a gradient."""
+    idle, *others = paged.parameters(sizes=(9000, 4096, 200_000))
+    optimizer.add_param_group({"params": [idle, *others], "lr": 1e-3})
+    params += others
+    train(optimizer, params, range(2, 4))
+    assert not optimizer.state[idle]
+
+
+EVENTS = (not_finite, for_the_ops, a_state_of_the_users_own, cleared, a_group_more)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("paged_as", [True, "auto"])
+def test_after_an_event_states_are_those_in_memory(event: Any, bits: int, paged_as: Any, tmp_path: Path) -> None:
+    plain = made(paged=False, bits=bits, max_norm=1.0)
+    other = in_file(tmp_path, paged=paged_as, bits=bits, max_norm=1.0)
     for params, optimizer in (plain, other):
-        for param in params:
-            param.grad = torch.ones(2 * param.numel())[::2]
-        optimizer.step()
-    assert other[1].paging_statistics()["resident_bytes"] <= 4 * MIB
+        train(optimizer, params, range(2))
+        event(params, optimizer)
+        optimizer.page_out()
+        train(optimizer, params, range(4, 6))
     assert same_training(plain, other)
+    assert is_in_file(other[1])
 
 
 @pytest.mark.parametrize("paged_as", [True, "auto"])
-@pytest.mark.parametrize("problem", range(2))
-def test_thousand_steps_of_torch(problem: int, paged_as: Any, tmp_path: Path) -> None:
-    """Against torch.optim.AdamW, on quadratics of random curvature; the states go out and in all the while."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(problem)
-    sizes = (3, 5000, 30_000)
-    start, curvature, target = (
-        [draw(size, generator=generator) for size in sizes] for draw in (torch.randn, torch.rand, torch.randn)
-    )
-    mine, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+def test_thousand_steps_of_torch(paged_as: Any, tmp_path: Path) -> None:
+    """The states go out and in all the while."""
+    mine, theirs = (paged.parameters(sizes=(3, 5000, 30_000)) for _ in range(2))
     ours = AdamW(mine, lr=1e-3, weight_decay=0.01, paged=paged_as, page_dir=tmp_path, page_budget=LEAST)
     reference = torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01, foreach=False, fused=False)
     for step in range(1000):
-        for p, q, c, t in zip(mine, theirs, curvature, target, strict=True):
-            # One gradient for both, so that rounding does not feed back: the updates alone are compared.
-            p.grad = (c + 0.1) * (q.detach() - t) + 0.1 * torch.randn(q.shape, generator=generator)
-            q.grad = p.grad.clone()
-        ours.step()
-        reference.step()
+        train_all([(mine, ours), (theirs, reference)], range(step, step + 1), skip=False)
         if step % 200 == 100:
             ours.page_out()
         if step % 200 == 199:
             ours.page_in()
-    torch.set_num_threads(threads)
     for p, q in zip(mine, theirs, strict=True):
         assert float((p - q).detach().abs().max() / q.detach().abs().max()) < 1e-6
 
@@ -223,15 +245,6 @@ def test_the_file_goes_with_the_optimizer(finish: str, tmp_path: Path) -> None:
     assert held() == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_several_optimizers_do_not_meet(dtype: torch.dtype, tmp_path: Path) -> None:
-    plain = [made(rule, paged=False, dtype=dtype) for rule in OPTIMIZERS]
-    others = [in_file(tmp_path, rule, dtype=dtype) for rule in OPTIMIZERS]
-    for seed in range(4):
-        train_all(plain + others, range(seed, seed + 1))
-    assert all(same_training(a, b) for a, b in zip(plain, others, strict=True))
-
-
 @pytest.mark.parametrize("paged_out", [False, True])
 def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
     """A child may read the states; what it would write, the parent would see, so it is refused while they are in a
@@ -239,28 +252,22 @@ def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
     params, optimizer = made(page_dir=tmp_path)
     train(optimizer, params, range(2))
     states = optimizer.state[params[2]]
-    expected, parent = {key: value.clone() for key, value in states.items()}, os.getpid()
+    expected = {key: value.clone() for key, value in states.items()}
+    refusal: Any = nullcontext()
+    if paged_out:
+        optimizer.page_out()
+        refusal = pytest.raises(RuntimeError, match=f"page file of process {os.getpid()}")
 
     def is_unchanged() -> bool:
         return all(torch.equal(value, expected[key]) for key, value in states.items())
 
-    if paged_out:
-        optimizer.page_out()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if is_unchanged():
-                give_grads(params, 3)
-                optimizer.step()
-                code = 0
-        except RuntimeError as error:
-            code = 3 if f"page file of process {parent}" in str(error) else 4
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (3 if paged_out else 0)
+    def step_in_the_child() -> None:
+        assert is_unchanged()
+        give_grads(params, 3)
+        with refusal:
+            optimizer.step()
+
+    assert exit_code_of_fork(step_in_the_child) == 0
     assert is_unchanged()
     train(optimizer, params, range(2, 4))
 
@@ -295,20 +302,17 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         AdamW(small(), paged=True, page_dir=tmp_path)
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk_and_a_limit_of_file_sizes(tmp_path: Path) -> None:
     meta = torch.nn.Parameter(torch.empty(1 << 40, device="meta"))
     with pytest.raises(OSError, match=r"takes 8796093022208 bytes, and \d+ are free"):
         paging.HostPages("AdamW", AdamW._moments, True, tmp_path, None).reserve([(meta, False)])
-
-
-def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OSError, match=r" 802816 bytes, .* \d+ .*\(File too large\)"):
             AdamW(small(), paged=True, page_dir=tmp_path)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_group_that_finds_no_room_is_not_added(tmp_path: Path) -> None:

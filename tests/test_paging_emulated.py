@@ -16,7 +16,7 @@ import pytest
 import torch
 from emulated import Emulator
 from helpers import same_bytes, through_a_file
-from paged import MIB
+from paged import MIB, grouped, params_of, same_optimizers
 
 import qlora_native as qn
 from qlora_native import errors
@@ -35,19 +35,15 @@ def _memory(emulator: Emulator) -> Iterator[None]:
     emulator.module.run_streams(False, 0)
 
 
-def make(rule: str, bits: int, **options: object) -> Optimizer:
-    """Parameters of two dtypes in two groups, the same for the same seed."""
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(n).to(t)) for t in (torch.float32, torch.bfloat16) for n in SIZES]
-    groups = [{"params": params[:7], "lr": 1e-2}, {"params": params[7:], "lr": 3e-3, "weight_decay": 0.1}]
+def make(rule: str = "AdamW", bits: int = 32, **options: object) -> Optimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pinned memory; test_the_fallback_is_named_once reads it
-        made: Optimizer = getattr(qn.optim, rule)(groups, bits=bits, **options)
+        made: Optimizer = grouped(rule, SIZES, bits=bits, **options)
     return made
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+PAGED: dict[str, Any] = {"paged": True, "page_budget": MIB}
+by_store = pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
 
 
 def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0) -> None:
@@ -60,24 +56,23 @@ def step(number: int, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
-    return paged_helpers.same_training((params_of(a), a), (params_of(b), b))
-
-
 def quiet(counters: dict[str, int]) -> bool:
     return not any(counters[name] for name in ("device_faults", "host_faults", "remote_accesses", "evicted"))
 
 
-@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+@by_store
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
 def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: str, bits: int, concurrent: bool) -> None:
-    """Clipped, with a step that is skipped, a parameter that goes without a gradient and learning rates that change."""
+    """Clipped, with a step that is skipped, a parameter that goes without a gradient, learning rates that change, and
+    parameters that come later."""
     emulator.module.set_memory(1 << 30, concurrent)
-    paged = make(rule, bits, paged=True, page_budget=MIB, max_norm=1.0)
+    paged = make(rule, bits, **PAGED, max_norm=1.0)
     plain = make(rule, bits, paged=False, max_norm=1.0)
     for number, scale in enumerate((1.0, float("nan"), 1e-3, 1.0)):
         for optimizer in (paged, plain):
+            if number == 2:
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
             give_grads(optimizer, number, scale)
             if number == 2:
                 params_of(optimizer)[2].grad = None
@@ -87,15 +82,15 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
         assert paged.grad_norm == plain.grad_norm or scale != scale
     pages = paged._pages[torch.device("cpu")]
     assert isinstance(pages, device_pages.DevicePages) and pages.managed == concurrent
-    assert same(paged, plain)
+    assert same_optimizers(paged, plain)
 
 
-@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+@by_store
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, concurrent: bool) -> None:
     emulator.module.set_memory(1 << 30, concurrent)
     emulator.stream = emulator.module.new_stream()
-    paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
+    paged, plain = make(**PAGED), make(paged=False)
     for number in range(2):
         step(number, plain)
         give_grads(paged, number)
@@ -103,13 +98,13 @@ def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, con
         paged.step()
         assert emulator.module.num_queued() > 0, "the host waited in a step"
         emulator.module.run_streams(False, 0)
-    assert same(paged, plain)
+    assert same_optimizers(paged, plain)
 
 
 def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
     emulator.stream = emulator.module.new_stream()
-    paged, plain = make("Lion", 32, paged=True, page_budget=MIB), make("Lion", 32, paged=False)
+    paged, plain = make("Lion", **PAGED), make("Lion", paged=False)
     step(0, plain)
     give_grads(paged, 0)
     emulator.module.run_streams(True, 1)
@@ -119,7 +114,7 @@ def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) ->
 
 
 def test_in_steady_state_nothing_faults_and_a_page_moves_once_each_way(emulator: Emulator) -> None:
-    paged = make("AdamW", 32, paged=True, page_budget=MIB)
+    paged = make(**PAGED)
     for number in range(4):
         give_grads(paged, number)
         emulator.module.take_managed_counters()
@@ -137,7 +132,7 @@ def test_in_steady_state_nothing_faults_and_a_page_moves_once_each_way(emulator:
 
 
 def test_without_pressure_a_step_is_the_two_launches_of_an_unpaged_one(emulator: Emulator) -> None:
-    auto = make("AdamW", 32, max_norm=1.0)
+    auto = make(max_norm=1.0)
     for number in range(3):
         give_grads(auto, number)
         emulator.launches()
@@ -154,7 +149,7 @@ def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatc
     clock = [0.0]
     monkeypatch.setattr(device_pages.time, "monotonic", lambda: clock[0])
     module = emulator.module
-    auto, plain = make("AdamW", 32), make("AdamW", 32, paged=False)
+    auto, plain = make(), make(paged=False)
 
     def counters_of(number: int) -> Any:
         step(number, auto, plain)
@@ -170,13 +165,13 @@ def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatc
     counters_of(4)
     assert auto.states_paged_out() == 0
     assert not any(counters_of(5).values())
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None:
     """As the driver does it: an allocation finds room, and the next step is right."""
     module = emulator.module
-    auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
+    auto, plain = make("Lion"), make("Lion", paged=False)
     step(0, auto, plain)
     spike = module.allocate(module.memory()[0] + MIB)
     assert module.take_managed_counters()["evicted"] >= MIB // module.managed_page_bytes
@@ -184,13 +179,13 @@ def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None
         step(number, auto, plain)
         assert module.take_managed_counters()["device_faults"] == 0
     module.release(spike)
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 def test_evicted_states_come_back_when_there_is_room(emulator: Emulator) -> None:
     """CUDA does not report an eviction. Read over the bus from then on, they would slow every step."""
     module = emulator.module
-    auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
+    auto, plain = make("Lion"), make("Lion", paged=False)
     step(0, auto, plain)
     module.release(module.allocate(module.memory()[0] + MIB))  # gone before the next step looks
     assert module.take_managed_counters()["evicted"] > 0
@@ -201,12 +196,12 @@ def test_evicted_states_come_back_when_there_is_room(emulator: Emulator) -> None
     for number in range(2):
         step(number, auto, plain)
         assert not any(module.take_managed_counters().values())
-    assert same(auto, plain) and auto.paging_statistics()["bytes_in"] == moved
+    assert same_optimizers(auto, plain) and auto.paging_statistics()["bytes_in"] == moved
 
 
 def test_a_capture_of_moving_states_is_refused(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """They wait for events from outside the graph. States that stay on the device can be captured."""
-    moving, staying = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32)
+    moving, staying = make(**PAGED), make()
     step(0, moving, staying)
     with monkeypatch.context() as patch:
         patch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
@@ -217,7 +212,7 @@ def test_a_capture_of_moving_states_is_refused(emulator: Emulator, monkeypatch: 
 
 
 def test_page_out_and_page_in(emulator: Emulator) -> None:
-    auto, plain = make("AdamW", 8), make("AdamW", 8, paged=False)
+    auto, plain = make(bits=8), make(bits=8, paged=False)
     for number in range(4):
         step(number, auto, plain)
         if number == 1:
@@ -226,7 +221,7 @@ def test_page_out_and_page_in(emulator: Emulator) -> None:
         if number == 2:
             auto.page_in()
     assert auto.states_paged_out() == 0
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
@@ -234,7 +229,7 @@ def test_page_out_and_page_in(emulator: Emulator) -> None:
 def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int, by_hand: bool) -> None:
     module = emulator.module
     module.set_memory(1 << 30, False)
-    auto, plain = make("AdamW", bits), make("AdamW", bits, paged=False)
+    auto, plain = make(bits=bits), make(bits=bits, paged=False)
     spike = 0
     for number in range(4):
         for optimizer in (auto, plain):
@@ -252,16 +247,16 @@ def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int,
                 else:
                     spike = module.allocate(module.memory()[0] - MIB)
     assert auto.states_paged_out() > 0 < auto.paging_statistics()["bytes_out"]
-    assert same(auto, plain)
+    assert same_optimizers(auto, plain)
     if spike:
         module.release(spike)
 
 
-@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+@by_store
 def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> None:
     emulator.module.set_memory(1 << 30, concurrent)
-    paged, other = (make("AdamW", 8, paged=True, page_budget=MIB) for _ in range(2))
-    plain = make("AdamW", 8, paged=False)
+    paged, other = (make(bits=8, **PAGED) for _ in range(2))
+    plain = make(bits=8, paged=False)
     step(0, paged, plain)
     other.load_state_dict(through_a_file(copy.deepcopy(paged.state_dict())))
     for param, values in zip(params_of(other), params_of(paged), strict=True):
@@ -272,13 +267,13 @@ def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> No
         emulator.module.take_managed_counters()
         step(number, other, plain)
     assert quiet(emulator.module.take_managed_counters()), "loading has unsettled the pages for good"
-    assert same(other, plain)
+    assert same_optimizers(other, plain)
 
 
 def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
     gc.collect()
     free = emulator.module.memory()[0]
-    paged = make("AdamW", 32, paged=True, page_budget=MIB)
+    paged = make(**PAGED)
     step(0, paged)
     state = paged.state[params_of(paged)[2]]["exp_avg"]
     expected = state.clone()
@@ -288,16 +283,6 @@ def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
     del state
     gc.collect()
     assert emulator.module.memory()[0] == free
-
-
-def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator) -> None:
-    paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
-    step(0, paged, plain)
-    for optimizer in (paged, plain):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
-    step(1, paged, plain)
-    step(2, paged, plain)
-    assert same(paged, plain)
 
 
 def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +305,7 @@ def test_a_store_that_cannot_be_had_is_an_error(emulator: Emulator) -> None:
 def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> None:
     params = [torch.nn.Parameter(torch.zeros(6_000_000))]
     with pytest.raises(ValueError, match="budget is 1048576 bytes: .* largest chunk"):
-        Optimizer(params, bits=8, paged=True, page_budget=MIB)
+        Optimizer(params, bits=8, **PAGED)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,9 @@ def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states:
     return moves
 
 
+RARE = [(at + delay, move) for at in range(5, 1000, 100) for delay, move in ((0, "out"), (11, "in"))]
+
+
 @pytest.mark.parametrize(
     ("free", "seconds", "moves"),
     [
@@ -189,19 +192,16 @@ def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states:
         pytest.param(lambda now: 50 if now == 7 else 164, 100, [(7, "out"), (18, "in")], id="just enough room"),
         pytest.param(lambda now: 120 if now % 8 == 5 else 500, 400, [], id="steps with spikes that fit"),
         pytest.param(lambda now: 40 if now % 8 == 5 else 500, 400, [(5, "out")], id="steps with larger spikes"),
+        pytest.param(
+            lambda now: 40 if now % 15 == 5 else 500, 3000, [(5, "out"), (16, "in"), (20, "out")],
+            id="back too early",
+        ),
+        pytest.param(lambda now: 40 if now % 100 == 5 else 500, 1000, RARE, id="spikes that are rare"),
     ],
-)
+)  # fmt: skip
 def test_when_states_move(free: Callable[[int], int], seconds: int, moves: list[tuple[int, str]]) -> None:
-    assert play(free, seconds, PagingPolicy(calm=10), States()) == moves
-
-
-def test_coming_back_too_early_doubles_the_wait_and_never_without_end() -> None:
-    """A spike every 15 seconds: out and in at first, at least half as often each time."""
-    moves = play(lambda now: 40 if now % 15 == 5 else 500, 3000, PagingPolicy(calm=10, longest=40), States())
-    assert moves[:3] == [(5, "out"), (16, "in"), (20, "out")]
-    assert [move for _, move in moves].count("out") == 2  # after which the calm of 20 seconds never comes
-    rare = play(lambda now: 40 if now % 100 == 5 else 500, 1000, PagingPolicy(calm=10, longest=40), States())
-    assert rare == [(at + delay, move) for at in range(5, 1000, 100) for delay, move in ((0, "out"), (11, "in"))]
+    assert play(free, seconds, PagingPolicy(calm=10, longest=40), States()) == moves
+    assert play(free, seconds, PagingPolicy(calm=10, longest=40), States(in_memory=0)) == []
 
 
 def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
@@ -210,10 +210,6 @@ def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
     states.page_out()
     ((now, move),) = play(lambda now: 500, 30, policy, states)
     assert move == "in" and now >= 10
-
-
-def test_nothing_to_move() -> None:
-    assert play(lambda now: 0, 30, PagingPolicy(), States(in_memory=0)) == []
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ What needs kernels runs over the emulator; what is counted runs over a module of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
@@ -37,44 +38,33 @@ def in_two_steps(monkeypatch: pytest.MonkeyPatch, columns: int | None = None) ->
         monkeypatch.setattr(_cuda_products, "panel_columns", lambda width, *_: min(width, columns))
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("n", "k", "columns"), [(300, 192, 7), (1100, 96, 512), (40, 65, 1), (70, 4096, 1024)])
+SHAPES = ((300, 192, 7), (1100, 96, 512), (40, 65, 1), (70, 4096, 1024))
+PANELS = [(kind, *shape) for kind in ("nf4", "nested") for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "columns"), [*PANELS, ("q5_0", 40, 96, 7), ("q6_k", 12, 2304, 1024)])
 def test_panels_of_any_width(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, n: int, k: int, columns: int, double_quant: bool
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, kind: str, n: int, k: int, columns: int
 ) -> None:
     """Panels begin inside a byte, a block, a group of nested scales, or at one; the last is narrower."""
     in_two_steps(monkeypatch, columns)
-    w = qn.quantize(torch.randn(n, k), double_quant=double_quant)
-    dense = reference.dequantize(torch.float32, *w.op_args()).double()
+    if kind in GGUF_TYPES:
+        w = gguf_weight(kind, (n, k))
+        dense = gguf_truth(w).double()
+    else:
+        w = qn.quantize(torch.randn(n, k), double_quant=kind == "nested")
+        dense = reference.dequantize(torch.float32, *w.op_args()).double()
     x, grad, bias = torch.randn(20, k), torch.randn(20, n), torch.randn(n)
     low, up, down = torch.randn(20, 4), torch.randn(n, 4), torch.randn(4, k)
     engine = _cuda_products.Cuda(emulator.module)
-    for adapter in (None, _cuda_products.Adapter(low, up)):
-        for b in (None, bias):
+    for forward, left, matrix, width, factor in ((True, x, dense.t(), n, up.t()), (False, grad, dense, k, down)):
+        for has_adapter, b in itertools.product((False, True), (None, bias) if forward else (None,)):
+            adapter = _cuda_products.Adapter(low, up if forward else down) if has_adapter else None
             emulator.launches()
-            y = engine.product(True, x, w.op_args(), b, adapter)
-            assert len(emulator.launches()) == -(-n // columns)
-            truth = x.double() @ dense.t() + (0 if b is None else b) + (0 if adapter is None else low @ up.t())
+            y = engine.product(forward, left, w.op_args(), b, adapter)
+            assert len(emulator.launches()) == -(-width // columns)
+            truth = left.double() @ matrix + (0 if b is None else b) + (low @ factor if has_adapter else 0)
             assert relative_error(y, truth) < TOLERANCE[torch.float32]
-    for adapter in (None, _cuda_products.Adapter(low, down)):
-        emulator.launches()
-        got = engine.product(False, grad, w.op_args(), None, adapter)
-        assert len(emulator.launches()) == -(-k // columns)
-        truth = grad.double() @ dense + (0 if adapter is None else low @ down)
-        assert relative_error(got, truth) < TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize(("quant_type", "n", "k", "columns"), [("q5_0", 40, 96, 7), ("q6_k", 12, 2304, 1024)])
-def test_panels_of_gguf(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, quant_type: str, n: int, k: int, columns: int
-) -> None:
-    """Of whole rows, and of columns that begin inside a block or at one."""
-    in_two_steps(monkeypatch, columns)
-    w = gguf_weight(quant_type, (n, k))
-    dense, x, grad = gguf_truth(w).double(), torch.randn(20, k), torch.randn(20, n)
-    engine = _cuda_products.Cuda(emulator.module)
-    assert relative_error(engine.product(True, x, w.op_args()), x.double() @ dense.t()) < TOLERANCE[torch.float32]
-    assert relative_error(engine.product(False, grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)

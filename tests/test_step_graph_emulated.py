@@ -37,13 +37,11 @@ class Layers(torch.nn.Module):
 class Run:
     """One of two runs of the same steps."""
 
-    def __init__(self, kind: str, bits: Any) -> None:
+    def __init__(self, rule: str, bits: int) -> None:
         self.model = Layers()
-        params = list(self.model.parameters())
-        if kind == "Lion":
-            self.optimizer: Any = qn.optim.Lion(params, lr=RATES[0], max_norm=1.0)
-        else:
-            self.optimizer = qn.optim.AdamW(params, lr=RATES[0], bits=bits, max_norm=1.0)
+        first, *others = self.model.parameters()
+        groups = [{"params": [first]}, {"params": others, "weight_decay": 0.1}]
+        self.optimizer: Any = getattr(qn.optim, rule)(groups, lr=RATES[0], bits=bits, max_norm=1.0)
         self.x = torch.zeros(40, 64, dtype=torch.bfloat16)
         self.labels = torch.zeros(40, dtype=torch.int64)
         self.loss = torch.zeros(())
@@ -52,7 +50,8 @@ class Run:
         generator = torch.Generator().manual_seed(number)
         self.x.copy_(torch.randn(40, 64, generator=generator))
         self.labels.copy_(torch.randint(101, (40,), generator=generator))
-        self.optimizer.param_groups[0]["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"], group["betas"] = rate, (0.9 - rate, 0.99)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -66,34 +65,52 @@ class Run:
         return [t.clone() for t in (*self.model.parameters(), *states, self.loss, self.optimizer._grad_norm)]
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("AdamW", 32), ("AdamW", 8), ("Lion", 32)])
+@pytest.mark.parametrize(("rule", "bits"), [("AdamW", 32), ("AdamW", 8), ("Adam", 8), ("Lion", 32), ("Lion", 8)])
 def test_a_captured_step_is_the_eager_one(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, kind: str, bits: int
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, rule: str, bits: int
 ) -> None:
-    """Forward, loss, backward, clipping and the update, three times with other tokens and a falling learning rate."""
-    there, here = Run(kind, bits), Run(kind, bits)
+    """Forward, loss, backward, clipping and the update, replayed with other tokens and options; then an eager step."""
+    is_capturing = [False]
+    monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: is_capturing[0])
+
+    def refused(words: str) -> None:
+        is_capturing[0] = True
+        with pytest.raises(RuntimeError, match=words):
+            there.step()
+        is_capturing[0] = False
+
+    there, here = Run(rule, bits), Run(rule, bits)
     for run in (there, here):
         run.batch(0, RATES[0])
-        run.step()  # warms up: the states and the optimizer's tables
+    refused("run one step")
+    for run in (there, here):
+        run.step()  # makes the states and the optimizer's tables
     before = there.state()
+    there.batch(0, RATES[1])
+    refused("call write_options")
+    there.batch(0, RATES[0])
     with captured(emulator) as graph:
-        monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        is_capturing[0] = True
         there.step()
-        monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: False)
+        is_capturing[0] = False
     assert all(map(same_bytes, there.state(), before)), "a capture runs nothing"
     for number, rate in enumerate(RATES[1:], 1):
-        there.batch(number, rate)
+        for run in (there, here):
+            run.batch(number, rate)
         there.optimizer.write_options()
         graph.replay()
-        here.batch(number, rate)
         here.step()
         assert all(map(same_bytes, there.state(), here.state()))
         assert not torch.equal(there.state()[0], before[0])
     there.batch(9, RATES[0])  # a rate that is not written
-    here.batch(9, RATES[0])
+    here.batch(9, RATES[-1])
     graph.replay()
     here.step()
-    assert not torch.equal(there.state()[0], here.state()[0])
+    assert all(map(same_bytes, there.state(), here.state()))
+    for run in (there, here):
+        run.batch(10, RATES[0])
+        run.step()  # after replays, by its own gradients
+    assert all(map(same_bytes, there.state(), here.state()))
 
 
 def test_a_captured_op_keeps_its_options(emulator: Emulator) -> None:

@@ -4,9 +4,8 @@
 
 Works on a copy of the tree, in which CUEMU_LEFT_OUT in the environment says which one to pass over, so that one build
 has all mutants. Each is tried in the builds race, plain and asan, in that order, with the tests of the ops whose
-sources include its file, until one fails; one that survives them without an excuse, with all other tests too. A test
-must pass without a mutant first, and is stopped where it fails. Prints a line for each mutant and the score; the exit
-status is 1 if one survived that EXPLAINED does not excuse, or if it excuses one that was seen.
+sources include its file, and then with all other tests, until one fails. A test must pass without a mutant first, and
+is stopped where it fails. Prints a line for each mutant and the score; the exit status is 1 if one survived.
 """
 
 from __future__ import annotations
@@ -37,9 +36,6 @@ inline const int left_out = std::atoi(std::getenv("CUEMU_LEFT_OUT"));
 }
 """
 
-# (file, statement and the comment behind it) -> why the emulator cannot see that it is gone.
-EXPLAINED: dict[tuple[str, str], str] = {}
-
 
 class Mutant(NamedTuple):
     path: str  # from the root
@@ -48,10 +44,6 @@ class Mutant(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.text}"
-
-    @property
-    def excuse(self) -> str | None:
-        return EXPLAINED.get((self.path, self.text))
 
 
 def mutants(root: Path) -> list[Mutant]:
@@ -66,23 +58,18 @@ def mutants(root: Path) -> list[Mutant]:
                 found.append(mutant)
             elif re.search(ORDERS, line.partition("//")[0]):
                 raise SystemExit(f"{mutant}  cannot be deleted: expected a statement on a line of its own")
-    absent = set(EXPLAINED) - {(mutant.path, mutant.text) for mutant in found}
-    if absent:
-        raise SystemExit(f"EXPLAINED excuses what is not there: {sorted(absent)}")
     return found
 
 
 def included(path: Path, root: Path) -> set[str]:
     """The files of cuda/ that `path` includes, itself among them."""
-    found: set[Path] = set()
-    waiting = [path]
+    found, waiting = set[str](), [path.relative_to(root).as_posix()]
     while waiting:
-        current = waiting.pop()
-        if current not in found and current.exists():
-            found.add(current)
-            inner = re.findall(r'^#include "(cuda/[^"]+)"', current.read_text(), re.MULTILINE)
-            waiting += [root / other for other in inner]
-    return {file.relative_to(root).as_posix() for file in found}
+        name = waiting.pop()
+        if name not in found and (root / name).exists():
+            found.add(name)
+            waiting += re.findall(r'^#include "(cuda/[^"]+)"', (root / name).read_text(), re.MULTILINE)
+    return found
 
 
 def all_tests(root: Path) -> list[str]:
@@ -166,8 +153,7 @@ class Tests:
         """The test and build that notice; None if all pass."""
         own = tests_of(mutant, self.root)
         others = [test for test in all_tests(self.root) if test not in own]
-        rounds = [own] if mutant.excuse else [own, others]
-        for tests, kind in itertools.product(filter(None, rounds), BUILDS):
+        for tests, kind in itertools.product(filter(None, (own, others)), BUILDS):
             names = [f"{test}_{kind}" for test in tests]
             self.check_sound(names)
             for name in names:
@@ -187,7 +173,7 @@ def main() -> int:
     if options.list:
         print(*(mutant for _, mutant in chosen), sep="\n")
         return 0
-    wrong = 0  # unexplained survivors, and excuses for what was seen
+    survivors = 0
     with contextlib.ExitStack() as stack:
         scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root = scratch / "tree"
@@ -197,13 +183,11 @@ def main() -> int:
         for number, mutant in chosen:
             start = time.monotonic()
             found = tests.killer(number, mutant)
-            wrong += (found is None) != (mutant.excuse is not None)
-            verdict = f"seen by {found}" if found else f"SURVIVES ({mutant.excuse or 'unexplained'})"
-            if found and mutant.excuse:
-                verdict += ", though EXPLAINED excuses it"
+            survivors += found is None
+            verdict = f"seen by {found}" if found else "SURVIVES"
             print(f"{number}/{len(every)} {mutant}  {verdict}, {time.monotonic() - start:.0f} s", flush=True)
-    print(f"score: {len(chosen) - wrong} of {len(chosen)} seen or explained")
-    return 1 if wrong else 0
+    print(f"score: {len(chosen) - survivors} of {len(chosen)} seen")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from functools import partial
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,10 +103,26 @@ def dequantize_4bit(
     return out
 
 
-quantize_fp4 = partial(quantize_4bit, quant_type="fp4")
-quantize_nf4 = partial(quantize_4bit, quant_type="nf4")
-dequantize_fp4 = partial(dequantize_4bit, quant_type="fp4")
-dequantize_nf4 = partial(dequantize_4bit, quant_type="nf4")
+def without(function: Callable[..., Any], name: str, value: object) -> Any:
+    """``function`` of one value of an argument, which its signature does not have, also not by position."""
+    signature = inspect.signature(function)
+    at = list(signature.parameters).index(name)
+    left = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if len(args) > at:
+            return function(*args[:at], value, *args[at:], **options)
+        return function(*args, **options, **{name: value})
+
+    call.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+    return call
+
+
+quantize_fp4 = without(quantize_4bit, "quant_type", "fp4")
+quantize_nf4 = without(quantize_4bit, "quant_type", "nf4")
+dequantize_fp4 = without(dequantize_4bit, "quant_type", "fp4")
+dequantize_nf4 = without(dequantize_4bit, "quant_type", "nf4")
 
 
 def quantize_blockwise(

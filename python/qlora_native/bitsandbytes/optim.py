@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native import optim as native
+from qlora_native.bitsandbytes.functional import without
 from qlora_native.optim.states import MIN_CODED_NUMEL
 from qlora_native.optim.step import Optimizer
 
@@ -192,22 +193,19 @@ class Adam(_Bitsandbytes, native.AdamW):
         is_paged: let the states leave memory when it runs short (``paged="auto"``).
     """
 
-    _weight_decay: ClassVar[float] = 0.0
-
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float | None = None,
+        weight_decay: float = 0.0,
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
-        weight_decay = self._weight_decay if weight_decay is None else weight_decay
         arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
         super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
@@ -215,7 +213,21 @@ class Adam(_Bitsandbytes, native.AdamW):
 class AdamW(Adam):
     """AdamW; arguments as for :class:`Adam`."""
 
-    _weight_decay = 1e-2
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
+    ) -> None:
+        options = (amsgrad, optim_bits, args, min_8bit_size, is_paged)
+        super().__init__(params, lr, betas, eps, weight_decay, *options)
 
 
 class Lion(_Bitsandbytes, native.Lion):
@@ -239,7 +251,14 @@ def _forms(base: type[_Bitsandbytes]) -> Iterator[Any]:
     """The 8-bit, the 32-bit and the three paged forms of ``base``."""
     for name, (bits, paged) in _FORMS.items():
         states = f"{bits or 'optim_bits'}-bit states" + (", which leave memory when it runs short" if paged else "")
-        members = {"_bits": bits, "_paged": paged, "__doc__": f"{base.__name__} with {states}.", "__module__": __name__}
+        members: dict[str, Any] = {
+            "_bits": bits,
+            "_paged": paged,
+            "__doc__": f"{base.__name__} with {states}.",
+            "__module__": __name__,
+        }
+        if base is Lion and bits:  # as in bitsandbytes
+            members["__init__"] = without(Lion.__init__, "optim_bits", bits)
         yield type(name.format(base.__name__), (base,), members)
 
 

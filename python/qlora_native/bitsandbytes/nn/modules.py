@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from functools import partialmethod
 from operator import attrgetter
 from typing import Any
 
@@ -243,10 +242,10 @@ class Linear4bit(nn.Linear):
 class LinearNF4(Linear4bit):
     """:class:`Linear4bit` of type NF4."""
 
-    __init__ = partialmethod(Linear4bit.__init__, quant_type="nf4")
+    __init__ = functional.without(Linear4bit.__init__, "quant_type", "nf4")
 
 
 class LinearFP4(Linear4bit):
     """:class:`Linear4bit` of type FP4."""
 
-    __init__ = partialmethod(Linear4bit.__init__, quant_type="fp4")
+    __init__ = functional.without(Linear4bit.__init__, "quant_type", "fp4")
