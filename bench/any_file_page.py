@@ -72,7 +72,7 @@ def residency(folder: Path) -> str:
 def formats(results: Results) -> str:
     """A line for each format, with one token and with more."""
     many = sorted({row["m"] for row in every(results)} - {1})
-    columns = {
+    columns: Columns = {
         "": lambda row: row["type"].upper(),
         "CPU": "{cpu}",
         "one token, GB/s": "{forward1[gb_per_s]:g}",

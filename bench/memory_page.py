@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import births
 from pages import ROOT, Page, command, of
-from table_writer import Results, by_class, fill, markdown
+from table_writer import Columns, Results, by_class, fill, markdown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,10 +30,10 @@ SIZES = {
     "32B, as Qwen2.5": (5120, 27648, 64, 40, 8, 152064, False),
     "70B, as Llama 3": (8192, 28672, 80, 64, 8, 128256, False),
 }
-SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIZE_KEYS += ("vocab_size", "tie_word_embeddings")
+LAYER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZE_KEYS = (*LAYER_KEYS, "vocab_size", "tie_word_embeddings")
 LENGTHS = (512, 2048)
-MEASURED = {
+MEASURED: Columns = {
     "model": "{model}",
     "tokens": "{rows} x {length}",
     "checkpointing": lambda row: "on" if row["checkpointing"] else "off",

@@ -49,9 +49,9 @@ def methods(result: Result) -> list[str]:
 
 
 def by_rate(text: str, row: Row) -> str:
-    """The mean and range of the gaps at each rate."""
+    """The mean and range of the gaps at each rate; the 16-bit base has none."""
     said = "{0}: {1:.3f} ({2:.3f} to {3:.3f})"
-    gaps = row["texts"][text]["gaps"]
+    gaps = row["texts"][text].get("gaps", {})
     return "; ".join(said.format(rate, sum(v) / len(v), min(v), max(v)) for rate, v in gaps.items() if v)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import births
 from pages import of
-from table_writer import Results, Row, every, table
+from table_writer import Columns, Results, Row, every, table
 
 
 def minutes(seconds: float) -> str:
@@ -20,7 +20,7 @@ def installing(row: Row) -> str:
     return f"{without} ({minutes(row['compiled']['install_seconds'])})" if row["compiled"] else without
 
 
-COLUMNS = {
+COLUMNS: Columns = {
     "": "{command}",
     "CPU class": "{cpu}",
     "download": lambda row: f"{(row['index_mb'] + row['model_mb']) / 1e3:.1f} GB",

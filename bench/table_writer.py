@@ -84,8 +84,10 @@ def fill(text: str, row: Row) -> str:
 
 def cell_of(cell: Cell, row: Row) -> str | None:
     """The text of a cell; None if its format names a key that the row lacks."""
+    if not isinstance(cell, str):
+        return cell(row)
     try:
-        return fill(cell, row) if isinstance(cell, str) else cell(row)
+        return fill(cell, row)
     except KeyError:
         return None
 
