@@ -1,8 +1,4 @@
-"""Write the tables of docs/any-file.md from bench/results/residency*.json and gguf-*.json.
-
-python bench/any_file_page.py --write
-python bench/any_file_page.py --check      # exit status 1 if docs/any-file.md differs from the results
-"""
+"""Write the tables of docs/any-file.md from results/residency*.json and gguf-*.json (command line: pages.py)."""
 
 from __future__ import annotations
 

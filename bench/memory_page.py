@@ -1,8 +1,4 @@
-"""Write the tables of docs/memory.md, from results/estimate-*.json and from the estimator.
-
-python bench/memory_page.py --write
-python bench/memory_page.py --check      # exit status 1 if docs/memory.md has other figures
-"""
+"""Write the tables of docs/memory.md from results/estimate-*.json and the estimator (command line: pages.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What the scripts that write pages share: results, sections of a page, and one command line.
 
-To add a table to docs/performance.md, write in readme.py's SECTIONS, at the name of the results (table_writer.py says
-what a spec of a table is; births and marks come from births.py, goals from goals.py):
+To add a table to docs/performance.md, add to readme.py's SECTIONS, at the name of the results, what is said above it and
+its spec, which table_writer.py explains. Births and marks come from births.py, goals from goals.py:
 
-    "packing": section("## Packing\n\nSteps of whole rows.\n{about}", by_class(PACKING)),
+    "packing": section("Steps of whole rows. {about}", by_class({"": "{case}", "CPU": "{cpu}", "bar": bars})),
 
 A page has blocks, which stand between ``<!-- bench/SCRIPT begins -->`` and ``<!-- bench/SCRIPT ends -->``. Each script
 ends with ``command(__doc__, PAGE)``:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import shipping_page
 from pages import ROOT, results_of
@@ -64,11 +64,11 @@ TEXTS = {"A": "library source", "B": "language reference", "C": "package descrip
 FORMS = ("rtn-base", "rtn-original", "gptq-base", "gptq-original", "shipped")
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int) -> Figure:
     """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def places(count: int, number: int, of: int, width: float) -> list[float]:
@@ -88,7 +88,7 @@ def in_open_axes(axes: Axes) -> None:
 def memory(result: Result) -> Figure:
     """Predicted parts against the measured peak: one stacked bar a run, a mark where the peak was."""
     rows = result["rows"]
-    figure = new_figure(9, 5.2)
+    figure = new_figure(9, 5.2, 120)
     axes = figure.add_subplot(ylabel="peak memory, MiB", title="Predicted parts (bars) and measured peak (marks)")
     bottoms = [0.0] * len(rows)
     for label, names in PARTS.items():
@@ -109,7 +109,7 @@ def linear(result: Result) -> Figure:
     """Time against M with the floor, a panel for each N, forward; quartiles as bands."""
     rows = sorted((row for row in result["rows"] if row["direction"] == "forward"), key=lambda row: row["m"])
     shapes = sorted({(row["n"], row["k"]) for row in rows})
-    figure = new_figure(5.4 * len(shapes), 4.6)
+    figure = new_figure(5.4 * len(shapes), 4.6, 130)
     panels = figure.subplots(1, len(shapes), squeeze=False)[0]
     for axes, (n, k) in zip(panels, shapes, strict=True):
         chosen = [row for row in rows if (row["n"], row["k"]) == (n, k)]
@@ -134,7 +134,7 @@ def linear(result: Result) -> Figure:
 def paged(result: Result) -> Figure:
     """Time of a step against the share of states that is out of memory: medians as a line, quartiles as a band."""
     rows = sorted((row for row in result["rows"] if row["case"] == "shares"), key=lambda row: row["paged_out"])
-    figure = new_figure(6.4, 4.4)
+    figure = new_figure(6.4, 4.4, 130)
     axes = figure.add_subplot()
     x = [100 * row["paged_out"] for row in rows]
     low, middle, high = zip(*(row["ms"]["ours"] for row in rows), strict=True)
@@ -162,7 +162,7 @@ def train(results: Results) -> Figure:
         for row in result["rows"]
         if row["peer"] in PEERS
     ]
-    figure = new_figure(9, 3.4)
+    figure = new_figure(9, 3.4, 160)
     for axes, (title, median) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
         for number, (side, (label, color)) in enumerate(SIDES.items()):
             values = [median(row, side) for _, row in pairs]
@@ -183,7 +183,7 @@ def train(results: Results) -> Figure:
 
 def quality(result: Result) -> Figure:
     """Nats above 16 bits: as quantized, with standard errors; and after fine-tuning, of which there are none."""
-    figure = new_figure(9, 3.7)
+    figure = new_figure(9, 3.7, 120)
     parts = [
         ("as quantized, with standard errors", "method", "excess"),
         ("after LoRA, mean of the runs", "lora", "gap"),
@@ -209,7 +209,7 @@ def quality(result: Result) -> Figure:
 def shipping(result: Result) -> Figure:
     """Retention of the 4-bit forms with standard errors, a panel for each setting."""
     settings = list(dict.fromkeys(row["setting"] for row in result["rows"]))
-    figure = new_figure(9, 3.9)
+    figure = new_figure(9, 3.9, 120)
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axes, setting in zip(panels, settings, strict=True):
         rows = {row["form"]: row for row in only(setting=setting)(result)}
@@ -230,28 +230,20 @@ def shipping(result: Result) -> Figure:
     return figure
 
 
-class Picture(NamedTuple):
-    """A picture: its results, of one CPU class or of all, what draws them, and dots an inch."""
-
-    results: str
-    cpu: str | None
-    draw: Callable[[Any], Figure]
-    dpi: int
-
-    def read(self) -> Any:
-        """The results that it is drawn from."""
-        results = results_of(self.results)
-        return results[self.cpu] if self.cpu else results
-
-
-PICTURES = {
-    "memory": Picture("estimate", "amx", memory, 120),
-    "linear": Picture("linear", "avx512_bf16", linear, 130),
-    "paged": Picture("paged", "avx512_bf16", paged, 130),
-    "train": Picture("train", None, train, 160),
-    "quality": Picture("quality", "amx", quality, 120),
-    "shipping": Picture("shipping", "avx512_bf16", shipping, 120),
+PICTURES: dict[str, tuple[str, Callable[[Any], Figure]]] = {  # name -> its results, of all classes or of one
+    "memory": ("estimate-amx", memory),
+    "linear": ("linear-avx512_bf16", linear),
+    "paged": ("paged-avx512_bf16", paged),
+    "train": ("train", train),
+    "quality": ("quality-amx", quality),
+    "shipping": ("shipping-avx512_bf16", shipping),
 }
+
+
+def results_for(name: str) -> Any:
+    """What a picture is drawn from."""
+    topic, _, cpu = PICTURES[name][0].partition("-")
+    return results_of(topic)[cpu] if cpu else results_of(topic)
 
 
 def source(results: Any) -> str:
@@ -261,16 +253,15 @@ def source(results: Any) -> str:
 
 def save(name: str, path: Path) -> None:
     """Draw a picture."""
-    picture = PICTURES[name]
-    results = picture.read()
+    results = results_for(name)
     metadata = {"Source": source(results), "Software": None}
-    picture.draw(results).savefig(path, dpi=picture.dpi, transparent=name == "train", metadata=metadata)
+    PICTURES[name][1](results).savefig(path, transparent=name == "train", metadata=metadata)
 
 
 def main() -> None:
     """Draw those that are named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(PICTURES)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)} (default: all)")
     for name in parser.parse_args().names or PICTURES:
         save(name, ROOT / f"docs/{name}.png")
 

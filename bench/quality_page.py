@@ -1,8 +1,4 @@
-"""Write the tables of docs/quality.md from bench/results/quality-*.json.
-
-python bench/quality_page.py --write
-python bench/quality_page.py --check      # exit status 1 if docs/quality.md differs from the result
-"""
+"""Write the tables of docs/quality.md from bench/results/quality-*.json (command line: pages.py)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Write the table of docs/scaling.md: `qlora estimate --gpus` for models that were not run on such cards.
-
-python bench/scaling_page.py --write
-python bench/scaling_page.py --check      # exit status 1 if docs/scaling.md differs from the estimator
-"""
+"""Write the table of docs/scaling.md from `qlora estimate --gpus`, which nobody measured (command line: pages.py)."""
 
 from __future__ import annotations
 

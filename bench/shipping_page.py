@@ -1,8 +1,4 @@
-"""Write the tables of docs/shipping.md from bench/results/shipping-*.json.
-
-python bench/shipping_page.py --write
-python bench/shipping_page.py --check      # exit status 1 if docs/shipping.md differs from the result
-"""
+"""Write the tables of docs/shipping.md from bench/results/shipping-*.json (command line: pages.py)."""
 
 from __future__ import annotations
 

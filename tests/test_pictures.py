@@ -101,7 +101,7 @@ def test_quality(drawn: list[Any], tmp_path: Path) -> None:
             assert not legend.overlaps(artist.get_tightbbox()), artist
     errors = [[one for one in axes.containers if getattr(one, "errorbar", None)] for axes in drawn]
     assert errors[0] and not errors[1]  # of the runs none was measured
-    assert {name.partition(":")[0] for name in names(drawn[0])} == plots.PICTURES["quality"].read()["texts"].keys() - {
+    assert {name.partition(":")[0] for name in names(drawn[0])} == plots.results_for("quality")["texts"].keys() - {
         "calibration"
     }
 
