@@ -1,7 +1,7 @@
 """What the scripts that write pages share: results, sections of a page, and one command line.
 
-To add a table to docs/performance.md, add to readme.py's SECTIONS, at the name of the results, what is said above it and
-its spec, which table_writer.py explains. Births and marks come from births.py, goals from goals.py:
+To add a table to docs/performance.md, add to readme.py's SECTIONS, at the name of its results, what is said above it
+and its spec, which table_writer.py explains. Births and marks come from births.py, goals from goals.py:
 
     "packing": section("Steps of whole rows. {about}", by_class({"": "{case}", "CPU": "{cpu}", "bar": bars})),
 
