@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import births
 from pages import ROOT, Page, command, of
-from table_writer import Columns, Results, by_class, fill, markdown
+from table_writer import Block, Columns, Results, by_class, fill, markdown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,7 @@ SIZES = {
 LAYER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZE_KEYS = (*LAYER_KEYS, "vocab_size", "tie_word_embeddings")
 LENGTHS = (512, 2048)
+WAYS = {"checkpointing": {}, "without": {"checkpointing": False}, "streamed": {"cuda_graph": False}}  # with the first
 MEASURED: Columns = {
     "model": "{model}",
     "tokens": "{rows} x {length}",
@@ -72,11 +73,11 @@ def sizes(device: str) -> str:
             left_out += 2 * model.config.vocab_size * model.config.hidden_size
         totals = []
         for length in LENGTHS:
-            on, off = (model.at(length=length, checkpointing=checkpointing) for checkpointing in (True, False))
-            streaming = model.at(length=length, cuda_graph=False)
-            totals += [on.total + on.reserve, off.total + off.reserve, streaming.total + streaming.reserve - left_out]
+            estimates = [model.at(length=length, **changes) for changes in WAYS.values()]
+            totals += [estimate.total + estimate.reserve for estimate in estimates]
+            totals[-1] -= left_out
         body.append([name, *(f"{total / GIB:.{1 if total < 10 * GIB else 0}f}" for total in totals)])
-    head = [f"{length:,} tokens, {how}" for length in LENGTHS for how in ("checkpointing", "without", "streamed")]
+    head = [f"{length:,} tokens, {how}" for length in LENGTHS for how in WAYS]
     return markdown(["GiB", *head], body)
 
 
@@ -133,7 +134,7 @@ are copied in each direction of a micro-batch.
 """
 
 
-BLOCKS = {
+BLOCKS: dict[str, Block] = {
     "memory_page.py cpu": lambda _: sizes("cpu"),
     "memory_page.py cuda": lambda _: sizes("cuda"),
     "memory_page.py measured": of("estimate", measured),
