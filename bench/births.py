@@ -84,7 +84,7 @@ def is_born(result: Mapping[str, Any]) -> bool:
     return bool(re.fullmatch("[0-9a-f]{40}", str(birth.get("commit"))) and birth.get("date") and birth.get("versions"))
 
 
-def stored(folder: Path) -> dict[str, Mapping[str, Any]]:
+def stored(folder: Path) -> dict[str, dict[str, Any]]:
     """File name without its ending -> every result of a folder."""
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
 

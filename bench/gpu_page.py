@@ -77,6 +77,7 @@ def card_text(result: Result, rows: Rows) -> str:
     hot = max((clock["celsius"][2] for clock in clocks if "celsius" in clock), default=None)
     masks = {clock["throttle"] for clock in clocks if "throttle" in clock}
     rates = [f"{name}: {value:g}" for name, value in next(iter(result["ceilings"].values()), {}).items()]
+    rivals = sorted({name for row in result["rows"] for name in row.get("ours_over", {})} - {"ours_warm"})
     columns: Columns = {
         "": "{row}",
         "ms": "{ms[ours][1]:number}",
@@ -84,9 +85,8 @@ def card_text(result: Result, rows: Rows) -> str:
         "of the floor": "{of_floor:percent}",
         "predicted": "{guess:number}",
         "x predicted": "{over:.2f}",
+        **{f"x {name}": f"{{ours_over[{name}]:times}}" for name in rivals},
     }
-    rivals = sorted({name for row in result["rows"] for name in row.get("ours_over", {})} - {"ours_warm"})
-    columns |= {f"x {name}": f"{{ours_over[{name}]:times}}" for name in rivals}
     guesses = compared(result, rows)
     off = sum(max(ours / guess, guess / ours) > OFF for _, ours, guess in guesses)
     failed = [

@@ -126,7 +126,7 @@ def linear(result: Result) -> Figure:
         axes.set_xticks(ticks, [str(m) for m in ticks])
         axes.minorticks_off()
         in_open_axes(axes)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(fill("{cpu}, {threads} threads, {cpu_isa}; torch {torch}", result["machine"]), fontsize=9)
     return figure
 
@@ -223,9 +223,9 @@ def shipping(result: Result) -> Figure:
         axes.set_yticks(range(len(FORMS)), [shipping_page.NAMES[form].replace("`", "") for form in FORMS])
         axes.set_title(f"{setting} run, peak rate {result['training']['rates'][setting]:g}")
         axes.set_xlabel("retention (1: all that the adapter learned)")
-    panels[0].invert_yaxis()
-    panels[0].set_ylabel("form that ships")
-    handles, labels = panels[0].get_legend_handles_labels()
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylabel("form that ships")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
     return figure
 
