@@ -2,7 +2,7 @@
 
     python bench/bench_linear.py --json
     QLORA_NATIVE_ISA=avx2 python bench/bench_linear.py --json
-    python bench/plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png
+    python bench/plots.py linear
 
 Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forward and backward against the same of
 `linear`. Contenders, which compute in fp32 on a CPU without a dot product for bf16:

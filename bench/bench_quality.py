@@ -1,7 +1,8 @@
 """What 4 bits cost SmolLM2-135M in nats, by each method of quantizing, before and after LoRA.
 
     python bench/bench_quality.py --work FOLDER --json
-    python bench/quality_page.py --write      # writes docs/quality.md's tables and docs/quality.png
+    python bench/quality_page.py --write      # writes docs/quality.md's tables
+    python bench/plots.py quality             # draws docs/quality.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
 (quality_texts.py names them), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores

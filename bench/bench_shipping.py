@@ -1,7 +1,8 @@
 """What is kept of an adapter by models without one: merged to 16 bits, to 4 bits by each method, at the end of a run.
 
     python bench/bench_shipping.py --work FOLDER --json
-    python bench/shipping_page.py --write      # writes docs/shipping.md's tables and docs/shipping.png
+    python bench/shipping_page.py --write      # writes docs/shipping.md's tables
+    python bench/plots.py shipping             # draws docs/shipping.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: shipping_runs.py makes what is missing. `--no-runs` takes
 what is there, and of it the seeds that have all forms. Some 75 minutes on two cores that do nothing else. Retention is

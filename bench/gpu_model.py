@@ -33,7 +33,7 @@ import gpu_passes
 import gpu_products
 from common import birth
 from gpu_timing import Case
-from pages import RESULTS, write_or_check
+from pages import RESULTS, Page, command
 
 from qlora_native import _C
 
@@ -261,7 +261,7 @@ def text(old: str) -> str:
 
 
 def main() -> None:
-    write_or_check(__doc__, MODEL, text, Path(__file__).name)
+    command(__doc__, Page(MODEL, {}, text))
 
 
 if __name__ == "__main__":

@@ -68,10 +68,7 @@ JOBS = (
 PAGES = (
     "readme.py --write",
     *(f"{name}_page.py --write" for name in ("any_file", "memory", "quality", "shipping")),
-    "plot_train.py docs/train.png",
-    "plot_estimate.py bench/results/estimate-amx.json docs/memory.png",
-    "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png",
-    "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png",
+    "plots.py",
 )
 
 

@@ -17,6 +17,7 @@ import common
 import goals
 import isa_env
 import pages
+import plots
 import pytest
 import readme
 import torch
@@ -185,25 +186,13 @@ def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
     with pytest.raises(ValueError, match="once each"):
-        readme.replaced("no markers", ["new"])
+        pages.between("no markers", "readme.py", "new")
 
 
-@pytest.mark.parametrize(
-    ("picture", "result", "script"),
-    [
-        ("train", "train", "plot_train.py docs/train.png"),
-        ("quality", "quality-amx", "quality_page.py --write"),
-        ("memory", "estimate-amx", "plot_estimate.py bench/results/estimate-amx.json docs/memory.png"),
-        ("linear", "linear-avx512_bf16", "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png"),
-        ("paged", "paged-avx512_bf16", "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png"),
-        ("shipping", "shipping-avx512_bf16", "shipping_page.py --write"),
-    ],
-)
-def test_a_picture_is_of_the_committed_results(picture: str, result: str, script: str) -> None:
-    name, _, cpu = result.partition("-")
-    results: Any = pages.results_of(name)
-    digest = pages.source(results[cpu] if cpu else results)["Source"]
-    assert digest and digest.encode() in (ROOT / "docs" / f"{picture}.png").read_bytes(), f"run: python bench/{script}"
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_picture_is_of_the_committed_results(name: str) -> None:
+    digest = plots.source(plots.results_for(name))
+    assert digest.encode() in (ROOT / "docs" / f"{name}.png").read_bytes(), f"run: python bench/plots.py {name}"
 
 
 def test_a_missed_bar_is_listed_as_missed(sentence: Check) -> None:

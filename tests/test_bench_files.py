@@ -50,7 +50,7 @@ def run_of(limit: float | None, seconds: float, sha256: str = "a", **more: Any) 
     return {**row, "read_bytes": [0, 18, 20], "streamed": 10 if limit else 0, "sha256": sha256, "peak_rss": 1, **more}
 
 
-def test_bars_of_runs() -> None:
+def test_bars_of_runs(tmp_path: Path) -> None:
     estimates = [{"tokens_per_second": 50.0}, {"tokens_per_second": 40.0}]
     rows = [run_of(None, 2.0), run_of(4.0, 2.5, estimates=estimates), run_of(2.0, 2.1, "b"), {"limit_gib": 1.0}]
     result: dict[str, Any] = {"rows": rows}
@@ -72,8 +72,12 @@ def test_bars_of_runs() -> None:
 
     result |= {"machine": {"cpu_isa": "avx2"}, "file_bytes": 5e9, "disk_bytes_per_second": 1e8}
     result["rows"].pop()
-    assert any_file_page.trained("8B", result)[1][3] == "4 GiB"
-    assert any_file_page.compared("mapped", result)[0] == "1.010 x"
+    for file in ("residency", "residency_70b"):
+        (tmp_path / f"{file}-avx2.json").write_text(json.dumps(result), encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in any_file_page.residency(tmp_path).splitlines()]
+    assert [line[3] for line in lines if line[0] == "8B, 5.0 GB"] == ["no limit", "4 GiB", "2 GiB"]
+    (mapped,) = (line for line in lines if line[:2] == ["70B", "mapped"])
+    assert mapped[5] == "1.010 x" and mapped[6].count(", met") == 3 and mapped[6].count(", missed") == 1
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,6 @@ def test_every_gguf_format_has_a_row_for_each_product(tmp_path: Path, monkeypatc
         expected = [("nf4", 1.15)] if m == 64 else [("ggml", 0.8)] if name in bench_gguf.STREAMED else []
         assert [(bar["rival"], bar["bar"]) for bar in row["bars"]] == expected
     rows["q4_0", 1, "forward"]["ours_over"]["ggml"] = [0.5, 0.8, 1.0]
-    lines = list(any_file_page.formats(result["rows"], [64]))
-    assert len(lines) == len(bench_gguf.GGUF_TYPES) and {len(line) for line in lines} == {5}
-    assert next(line for line in lines if line[0] == "Q4_0")[2] == "1.25 (1-2)"
+    _, _, *lines = (line.strip("| ").split(" | ") for line in any_file_page.formats({"avx2": result}).splitlines())
+    assert len(lines) == len(bench_gguf.GGUF_TYPES) and {len(line) for line in lines} == {6}
+    assert next(line for line in lines if line[0] == "Q4_0")[3] == "1.25 (1-2)"

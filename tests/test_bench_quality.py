@@ -63,7 +63,7 @@ def test_shares_closed_are_those_of_the_losses(tmp_path: Path) -> None:
     setting |= {"evaluated_rows": 2, "rates": [1e-3], "seeds": [0]}
     texts = {name: {"about": f"text {name}", "rows": 2, "length": 20} for name in "AB"}
     result = {"texts": texts, "lora": setting, "machine": {"cpu": "c", "torch": "t", "cpu_isa": "i"}}
-    page = quality_page.block({**result, "rows": [*rows.values(), *bench_quality.learning_rows(tmp_path)]})
+    page = quality_page.losses({"i": {**result, "rows": [*rows.values(), *bench_quality.learning_rows(tmp_path)]}})
     assert "| `wmse` |" in page and "60 ± " in page and "at least 50 %: met" in page and "0.080" in page
 
 

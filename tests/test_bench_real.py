@@ -9,7 +9,7 @@ from typing import Any
 
 import bench_real as bench
 import pytest
-import real_page
+import readme
 
 from qlora_native.tool.cli import standard_library
 
@@ -53,15 +53,15 @@ def test_the_pages_have_a_row_for_each_model() -> None:
     speeds["ours+adapter"] = [7.0, 7.1, 7.2]
     rows.append(row("1.5b", "generate", tokens_per_second=speeds, new_tokens=64))
     results = {"amx": {"bench": "real", "machine": machine, "rows": rows}}
-    tables = [line for line in real_page.headline(results) if line.startswith("| ")]
+    tables = [line for line in readme.models(results).splitlines() if line.startswith("| ")]
     assert tables[1:] == [
         "| Gemma 3 270M (NF4) | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 |  |  |",
         "| Qwen2.5-Coder-1.5B-Instruct | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 | 2.001 / 2.002 | 8.1 / 4.1 / 10.1 |",
     ]
-    tables = [line for line in real_page.section(results) if line.startswith("| ")]
+    tables = [line for line in readme.SECTIONS["real"](results).splitlines() if line.startswith("| ")]
     assert len(tables) == 3 + 4 + 1 + 2
     assert "| Qwen2.5-Coder-1.5B-Instruct | with | amx | 7.1 |  |  |" in tables
-    assert real_page.headline({}) == []
+    assert readme.models({}) == ""
 
 
 def measured(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, Any]]:

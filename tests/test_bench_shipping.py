@@ -55,7 +55,7 @@ def test_rows_are_of_the_seeds_that_have_all_forms(tmp_path: Path) -> None:
 
     training = {"steps": 100, "rates": {"usual": 5e-4, "light": 1e-5}, "calibration_rows": 120}
     machine = {"cpu": "c", "torch": "t", "cpu_isa": "i"}
-    page = shipping_page.block({"rows": list(rows.values()), "training": training, "machine": machine})
+    page = shipping_page.retention({"i": {"rows": list(rows.values()), "training": training, "machine": machine}})
     assert "4-bit base | 3.1000 | 0.900 ± 0.000 (0.90 to 0.90) |" in page
     assert "at least 0.97 missed" in page and "**light**" not in page
 

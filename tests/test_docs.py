@@ -171,10 +171,10 @@ def test_the_tutorial_has_every_step() -> None:
 
 @pytest.mark.parametrize("module", [scaling_page, memory_page, any_file_page], ids=lambda module: module.__name__)
 def test_the_figures_of_the_page_are_those_that_its_script_writes(module: Any) -> None:
-    text = without_marks(module.PAGE.read_text(encoding="utf-8"))
-    assert without_marks(module.page(text)) == text, f"run: python bench/{module.__name__}.py --write"
+    text = without_marks(module.PAGE.path.read_text(encoding="utf-8"))
+    assert without_marks(module.PAGE.make(text)) == text, f"run: python bench/{module.__name__}.py --write"
     for shown, other in (("| yes |", "| no |"), ("+0.5 %", "+0.4 %"), ("met |", "missed |")):
-        assert without_marks(module.page(text.replace(shown, other))) == text  # it would be seen
+        assert without_marks(module.PAGE.make(text.replace(shown, other))) == text  # it would be seen
 
 
 def test_the_page_of_trl_has_the_memory_that_was_measured() -> None:

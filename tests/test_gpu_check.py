@@ -311,16 +311,16 @@ def test_the_page_shows_measured_over_predicted(tmp_path: Path) -> None:
     assert guess is not None
     result = result_of("NVIDIA H100 80GB HBM3", {"few": 2 * guess})
     (tmp_path / "card.json").write_text(json.dumps(result), encoding="utf-8")
-    text = "\n".join(gpu_page.lines(tmp_path))
+    text = gpu_page.lines(tmp_path)
     assert "| forward m=1 n=4096 k=4096 |" in text and "| 2.00 |" in text
     assert "more than 1.3 in 1 of 1 rows" in text and "Measured 2026-12-02, commit abababa, torch 2.11" in text
-    page = gpu_page.PAGE.read_text(encoding="utf-8")
-    assert gpu_page.page(page, tmp_path).startswith("# What a GPU measured\n")
+    page = gpu_page.PAGE.path.read_text(encoding="utf-8")
+    assert gpu_page.PAGE.make(page, tmp_path).startswith("# What a GPU measured\n")
 
 
 def test_what_no_card_has_measured_is_called_predicted_and_rivals_are_not(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_bytes(gpu_model.MODEL.read_bytes())
-    page = gpu_page.page(gpu_page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    page = gpu_page.PAGE.make(gpu_page.PAGE.path.read_text(encoding="utf-8"), tmp_path)
     assert page.startswith("# Predicted, not measured\n")
     assert not [
         row for row in gpu_page.predictions() if row.startswith(tuple(f"{rival} step" for rival in gpu_models.RIVALS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,7 @@ import pytest
 from laws import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-import pages
-import plot_estimate
-import plot_linear
-import plot_paged
-import plot_train
-import quality_page
-import shipping_page
+import plots
 
 from qlora_native.tool.train.progress import plot_losses
 
@@ -59,25 +52,11 @@ def assert_values_apart(axes: Any) -> None:
     assert len(boxes) > 1 and all(low.y1 <= high.y0 for low, high in pairwise(boxes))
 
 
-def result_of(name: str) -> Any:
-    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-PICTURES: dict[str, Callable[[Path], None]] = {  # all of docs/
-    "memory": lambda path: plot_estimate.draw(result_of("estimate-amx"), str(path)),
-    "linear": lambda path: plot_linear.draw(result_of("linear-avx512_bf16"), str(path)),
-    "paged": lambda path: plot_paged.draw(result_of("paged-avx512_bf16"), str(path)),
-    "train": lambda path: plot_train.draw(pages.results_of("train"), path),
-    "quality": lambda path: quality_page.plot(result_of("quality-amx"), path),
-    "shipping": lambda path: shipping_page.plot(result_of("shipping-avx512_bf16"), path),
-}
-
-
 def test_every_picture_of_the_pages_is_drawn_here() -> None:
-    assert {file.stem for file in (ROOT / "docs").glob("*.png")} == PICTURES.keys()
+    assert {file.stem for file in (ROOT / "docs").glob("*.png")} == plots.PICTURES.keys()
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", plots.PICTURES)
 def test_no_two_texts_overlap_and_every_axis_has_a_label(
     name: str, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +71,7 @@ def test_no_two_texts_overlap_and_every_axis_has_a_label(
             sizes.append(renderer.get_canvas_width_height())
 
     monkeypatch.setattr(text_class.Text, "draw", kept)
-    PICTURES[name](tmp_path / f"{name}.png")
+    plots.save(name, tmp_path / f"{name}.png")
     boxes, (width, height) = list(shown.values()), sizes[-1]
     assert len(boxes) > 10
     for (one, left), (other, right) in combinations(boxes, 2):
@@ -107,13 +86,12 @@ def test_no_two_texts_overlap_and_every_axis_has_a_label(
 
 
 def test_memory(drawn: list[Any], tmp_path: Path) -> None:
-    plot_estimate.draw(result_of("estimate-amx"), str(tmp_path / "memory.png"))
+    plots.save("memory", tmp_path / "memory.png")
     assert_labels_apart(*drawn)
 
 
 def test_quality(drawn: list[Any], tmp_path: Path) -> None:
-    result = result_of("quality-amx")
-    quality_page.plot(result, tmp_path / "quality.png")
+    plots.save("quality", tmp_path / "quality.png")
     for axes in drawn:
         assert_labels_apart(axes)
         assert all(len(name.split()) > 1 for name in names(axes))
@@ -123,7 +101,9 @@ def test_quality(drawn: list[Any], tmp_path: Path) -> None:
             assert not legend.overlaps(artist.get_tightbbox()), artist
     errors = [[one for one in axes.containers if getattr(one, "errorbar", None)] for axes in drawn]
     assert errors[0] and not errors[1]  # of the runs none was measured
-    assert {name.partition(":")[0] for name in names(drawn[0])} == result["texts"].keys() - {"calibration"}
+    assert {name.partition(":")[0] for name in names(drawn[0])} == plots.results_for("quality")["texts"].keys() - {
+        "calibration"
+    }
 
 
 def test_losses(drawn: list[Any], tmp_path: Path) -> None:
