@@ -72,19 +72,14 @@ GROUPS = (
 BY_NAME = {group.name: group for group in GROUPS}
 
 
-def run_here(run: str, needs: str, context: Context) -> None:
-    """A group in this process. unsloth wants to be imported before what it patches."""
-    module, function, *arguments = run.split()
-    if all(context.importable(name) for name in needs.split()):
-        getattr(importlib.import_module(module), function)(context, *arguments)
-
-
 def child(run: str, needs: str, record: str, seconds: str) -> None:
     """The process of a group, whose record is appended to a file."""
     torch.manual_seed(0)
     context = Context(Path(record), float(seconds))
     context.record(card=card())
-    run_here(run, needs, context)
+    module, function, *arguments = run.split()
+    if all(context.importable(name) for name in needs.split()):  # unsloth first: it changes transformers
+        getattr(importlib.import_module(module), function)(context, *arguments)
 
 
 def run_once(command: Sequence[str], seconds: float) -> tuple[str, str]:

@@ -1,14 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can show:
+# Builds for the card that is there, unless that was done since the sources changed, then runs bench/gpu_check.py with the
+# same arguments; the first minute is the word on whether the basics hold. OUT=folder bash bench/gpu_check.sh [GROUP...]
 #
-#   OUT=folder bash bench/gpu_check.sh            what has no result yet, as far as GPU_CHECK_SECONDS (540) allow; the
-#                                                 first minute is the word on whether the basics hold
-#   bash bench/gpu_check.sh basics step_8b        these groups, anew
-#
-# Builds for the card that is there, unless that was done since the sources changed, then runs bench/gpu_check.py, which
-# says what the groups are. Needs nvcc, a C++ compiler and a Python with torch, numpy, safetensors, cmake, ninja,
-# scikit-build-core and pybind11; training steps need the extra `train` too. Uses no network, sets no clocks, resets
-# nothing. Writes $OUT/gpu_check.json and $OUT/gpu_check.log; works in build/gpu_check.
+# Needs nvcc, a C++ compiler and a Python with torch, numpy, safetensors, cmake, ninja, scikit-build-core and pybind11;
+# training steps need the extra `train` too. Uses no network, sets no clocks, resets nothing. Writes
+# $OUT/gpu_check.json and $OUT/gpu_check.log; works in build/gpu_check.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 started=$SECONDS

@@ -10,7 +10,7 @@ Assumptions:
   the panel fits half of it. A GEMM of M rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands
   once more.
 - A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
-  the loss and the optimizer; or the host's time if that is longer. Clocks are the boost clocks, without throttling.
+  and the loss; or the host's time if that is longer.
 - Rivals are measured, not predicted.
 
 Uncertainty: about 12 %. The first run shows where it errs.
@@ -34,7 +34,8 @@ HOST_S = (230 + 700) * 1e-6  # of an adapted layer's forward, and of its step, o
 
 
 class Card(NamedTuple):
-    """NVIDIA's figures: data sheets, and the whitepapers of Turing, Ampere, Hopper, Ada and Blackwell."""
+    """NVIDIA's figures: data sheets, and the whitepapers of Turing, Ampere, Hopper, Ada and Blackwell. The methods give
+    seconds."""
 
     arch: str
     sms: int
@@ -45,36 +46,33 @@ class Card(NamedTuple):
     memory_gib: float  # usable
 
     def moving(self, num_bytes: float) -> float:
-        """Seconds."""
         return num_bytes / (MEMORY_SHARE * 1e9 * self.gb_per_s)
 
     def computing(self, flops: float) -> float:
-        """Seconds."""
         return flops / (self.share * 1e12 * self.tflops)
 
     def gemm(self, m: int, n: int, k: int) -> float:
-        """Seconds."""
         return max(self.computing(2 * n * k * (m + 128)), self.moving(2 * (m * k + m * n + n * k)))
 
     def product(self, m: int, n: int, k: int) -> float:
-        """Seconds of x [m, k] times a 4-bit weight [n, k], in two steps."""
+        """x [m, k] times a 4-bit weight [n, k], in two steps."""
         in_cache = min(2 * n * k, 24 << 20) < self.l2_mib * (1 << 20) / 2
         return self.moving((PACKED + (0 if in_cache else 2)) * n * k) + START_S + self.gemm(m, n, k)
 
     def adapted(self, m: int, n: int, k: int, r: int) -> float:
-        """Seconds of a layer with an adapter: forward, forward again, backward."""
+        """A layer with an adapter: forward, forward again, backward."""
         forward = self.product(m, n, k) + self.moving(2 * m * (k + 2 * n)) + self.computing(2 * m * r * (n + k))
         backward = self.product(m, k, n) + self.moving(2 * m * (3 * k + 2 * n)) + self.computing(4 * m * r * (n + k))
         return 2 * (forward + 2 * START_S) + backward + 4 * START_S
 
     def loss(self, m: int, n: int, k: int) -> float:
-        """Seconds of logits and the gradient of h, in chunks of 512 tokens that each read the head twice; three passes
+        """Logits and the gradient of h, in chunks of 512 tokens that each read the head twice; three passes
         over logits of 16 bits."""
         chunks = -(-m // 512)
         return chunks * (2 * self.gemm(min(m, 512), n, k) + 4 * START_S) + self.moving(6 * m * n)
 
     def step(self, case: Case) -> float | None:
-        """Seconds of our training step; None where the memory is too small."""
+        """Our training step; None where the memory is too small."""
         shape, m, (_, length) = LLAMA[case.form], case.m, BATCHES[case.form]
         width, layers = shape["hidden_size"], shape["num_hidden_layers"]
         weights = layers * sum(n * k for n, k in linears(case.form))

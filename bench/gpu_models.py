@@ -14,14 +14,12 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 from common import quartiles, rounded, timings
@@ -84,28 +82,15 @@ def dense(n: int, k: int) -> Tensor:
     return (torch.randn(n, k, device=device()) / k**0.5).to(half())
 
 
-@contextmanager
-def memory_limit(gib: float) -> Iterator[dict[str, Any]]:
-    """No more than so much device memory through torch; what was taken at most stands in the dict afterwards."""
-    if not on_gpu():
-        yield {"limit_gib": gib}
-        return
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    found = {"limit_gib": min(gib, total)}
-    torch.cuda.set_per_process_memory_fraction(found["limit_gib"] / total)
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        yield found
-    finally:
-        found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-        found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+def total_gib() -> float:
+    """Of the card's memory."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu() else math.inf
 
 
 def run(context: Context, model: str) -> None:
     """Our step of a model, under the memory of a card of its class."""
-    total = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu() else USABLE[model]
-    if total < 0.95 * USABLE[model]:
-        context.record(left_out=f"{model}: it needs {USABLE[model]} GiB, this card has {total:.1f}")
+    if total_gib() < 0.95 * USABLE[model]:
+        context.record(left_out=f"{model}: it needs {USABLE[model]} GiB, this card has {total_gib():.1f}")
     else:
         context.rows([STEPS[model]], lambda case: train_row(model))
 
@@ -115,13 +100,16 @@ def run_rival(context: Context, rival: str) -> None:
     context.rows([STEPS["8B"]._replace(op=f"{rival} step")], lambda case: rival_row(rival))
 
 
-def _row(seconds: list[float], losses: list[float], found: dict[str, Any]) -> Row:
+def _row(seconds: list[float], losses: list[float], tokens: int, **found: Any) -> Row:
     counted = seconds[1:]  # the first makes tables, workspaces, compiled code
     return {
         "match": bool(torch.tensor(losses).isfinite().all()) and losses[-1] < losses[0],
         "first_step_ms": rounded(seconds[:1], 1e3)[0],
-        "tokens_per_second": rounded(quartiles([found["tokens"] / value for value in counted])),
+        "tokens": tokens,
+        "tokens_per_second": rounded(quartiles([tokens / value for value in counted])),
         "losses": rounded(losses),
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         **found,
     } | timings({"ours": counted})
 
@@ -130,8 +118,11 @@ def train_row(model: str) -> Row:
     """Steps of `qlora train` on one row of text, repeated, with 8-bit AdamW and clipping."""
     name = model if on_gpu() else "tiny"
     batch, length = BATCHES[name]
+    limit = min(USABLE[model], total_gib())
+    if on_gpu():
+        torch.cuda.set_per_process_memory_fraction(limit / total_gib())
     records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as made_in, memory_limit(USABLE[model]) as found:
+    with tempfile.TemporaryDirectory() as made_in:
         folder = Path(made_in)
         tiny.write_tokenizer(folder / "model")
         row = json.dumps({"text": "what is green? pear " * length}) + "\n"
@@ -139,12 +130,11 @@ def train_row(model: str) -> Row:
         data, lora = {"max_length": length, "train_on": "all"}, {"r": RANK}
         options = {"batch_size": batch, "grad_accum": 1, "optimizer": "adamw8bit", "warmup": 0, "scheduler": "constant"}
         settings = runs.settings(folder, folder / "out", data, lora, steps=NUM_STEPS, lr=1e-3, **options)
-        model_there = build(name, made_up)
-        found |= {"weights_gib": torch.cuda.memory_allocated() / GIB if on_gpu() else None, "tokens": batch * length}
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
-        options = {"model": model_there, "tokenizer": tokenizer, "on_step": records.append, "quiet": True}
-        Trainer(TrainConfig.from_values(settings), **options).train()
-    return _row([r["seconds"] for r in records], [r["loss"] for r in records], found)
+        sides = {"model": build(name, made_up), "tokenizer": PreTrainedTokenizerFast.from_pretrained(folder / "model")}
+        weights = torch.cuda.memory_allocated() / GIB
+        Trainer(TrainConfig.from_values(settings), **sides, on_step=records.append, quiet=True).train()
+    seconds, losses = ([record[key] for record in records] for key in ("seconds", "loss"))
+    return _row(seconds, losses, batch * length, limit_gib=limit, weights_gib=weights)
 
 
 def rival_row(rival: str) -> Row:
@@ -152,24 +142,23 @@ def rival_row(rival: str) -> Row:
     name = "8B" if on_gpu() else "tiny"
     batch, length = BATCHES[name]
     seconds, losses = [], []
-    with memory_limit(math.inf) as found:
-        model = _unsloth(name, length) if rival == "unsloth" else _peft(name, rival)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=on_gpu())
-        tokens = torch.randint(0, 300, (1, length), device=device()).repeat(batch, 1)
-        forward = torch.compile(model) if rival == "dense_compiled" else model
-        for _ in range(NUM_STEPS):
-            wait()
-            started = time.perf_counter()
-            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            wait()
-            seconds.append(time.perf_counter() - started)
-            losses.append(float(loss.detach()))
-    return _row(seconds, losses, found | {"tokens": tokens.numel()})
+    model = _unsloth(name, length) if rival == "unsloth" else _peft(name, rival)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=on_gpu())
+    tokens = torch.randint(0, 300, (1, length), device=device()).repeat(batch, 1)
+    forward = torch.compile(model) if rival == "dense_compiled" else model
+    for _ in range(NUM_STEPS):
+        wait()
+        started = time.perf_counter()
+        loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss.detach()))
+    return _row(seconds, losses, tokens.numel())
 
 
 def _peft(name: str, rival: str) -> Any:
@@ -214,16 +203,14 @@ def _unsloth(name: str, length: int) -> Any:
     return model_of.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing="unsloth")
 
 
-def model_of() -> Any:
-    """Of the shape 8B, with adapters that are not zero; the same every time."""
+def _adapted() -> Any:
+    """A model of the shape 8B with adapters that are not zero; the same every time."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        with mock.patch.dict(LLAMA["tiny"], num_hidden_layers=6):
-            model = build("8B" if on_gpu() else "tiny", made_up)
-        qn.add_lora(model, qn.LoraConfig(r=RANK, seed=0))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
+    model = build("8B" if on_gpu() else "tiny", made_up)
+    qn.add_lora(model, qn.LoraConfig(r=RANK, seed=0))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01)
     check_loss(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -231,13 +218,10 @@ def model_of() -> Any:
 
 def run_streamed(context: Context) -> None:
     """Passes against those of the same model all there, a row for each number of tokens."""
-    streams = dict.fromkeys(("Stream", "current_stream", "stream"), mock.MagicMock())
-    no_streams = mock.patch.multiple(torch.cuda, **streams)
-    with nullcontext() if on_gpu() else no_streams:
-        resident, streamed = model_of(), model_of()
-        units = layer_units(streamed.model.layers)
-        stream_layers(streamed, device(), math.ceil(sum(unit.num_bytes for unit in units) / 2))
-        context.rows(STREAMED, partial(streamed_row, context, resident, streamed))
+    resident, streamed = _adapted(), _adapted()
+    units = layer_units(streamed.model.layers)
+    stream_layers(streamed, device(), math.ceil(sum(unit.num_bytes for unit in units) / 2))
+    context.rows(STREAMED, partial(streamed_row, context, resident, streamed))
 
 
 def streamed_row(context: Context, resident: Any, streamed: Any, case: Case) -> Row:

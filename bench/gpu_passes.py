@@ -25,7 +25,6 @@ TINY_PARAMETERS = ((16, 40), (24, 16), (1, 7))
 SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
 COUNT, TINY_COUNT = (sum(r * c for r, c in shapes) for shapes in (LORA_PARAMETERS, TINY_PARAMETERS))
 STATE_BYTES, BUDGET = 192 << 20, 48 << 20  # of paged states; of them, on the device at a time
-TENSORS = 16
 
 CASES = {
     "passes": (  # k of the optimizers and of the norm is the number of parameters
@@ -99,54 +98,50 @@ def adamw_row(context: Context, case: Case) -> Row:
 def gradient_norm_row(context: Context, case: Case) -> Row:
     """Over the gradients of all adapters, beside torch's foreach norms. It makes a table, so no graph can hold it."""
     grads = [torch.randn(shape, device=device()) for shape in (LORA_PARAMETERS if on_gpu() else TINY_PARAMETERS)]
-    seconds = context.calls(
-        {
-            "ours": lambda: OPS.gradient_norm(grads),
-            "torch_foreach": lambda: torch.stack(torch._foreach_norm(grads)).norm(),
-        }
-    )
+    ours = partial(OPS.gradient_norm, grads)
+    seconds = context.calls({"ours": ours, "torch_foreach": lambda: torch.stack(torch._foreach_norm(grads)).norm()})
     exact = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
-    match = abs(float(OPS.gradient_norm(grads)) - exact) < 1e-9 * exact
+    match = abs(float(ours()) - exact) < 1e-9 * exact
     return {"match": match} | timings(seconds, (), context.floor(4 * case.k))
 
 
 def norm_row(context: Context, case: Case) -> Row:
     """An op beside what transformers' modules do for it; a backward op is checked by autograd and has no rival."""
-    shape = case.m, case.n or case.k
-    x, other = (torch.randn(shape, device=device(), dtype=half(), requires_grad=True) for _ in range(2))
-    grad = torch.randn(shape, device=device(), dtype=half())
-    inputs, num_arrays = [x], 2.0
-    calls: dict[str, Call]
-    if case.op == "rotary":
-        heads = x.view(1, case.m, -1, 128).transpose(1, 2)
-        angles = torch.randn(2, 1, case.m, 128, device=device(), dtype=half())
-        num_arrays += 2 * 128 / case.k
-        calls = {"ours": lambda: OPS.rotary(heads, *angles, False), "torch": lambda: _eager_rotary(heads, *angles)}
-    elif case.op.startswith("swiglu"):
-        inputs, num_arrays = [x, other], 3.0
-        calls = {"ours": lambda: OPS.swiglu(x, other), "torch": lambda: F.silu(x) * other}
-
-        def backward() -> Tensor:
-            return OPS.swiglu_backward(grad, x, other)[0]  # type: ignore[no-any-return]
-
-    else:
-        weight = torch.randn(case.k, device=device(), dtype=half())
-        rstd = OPS.rms_norm(x, weight, 1e-6)[1].detach()
-        calls = {"ours": lambda: OPS.rms_norm(x, weight, 1e-6)[0], "torch": lambda: _eager_rms_norm(x, weight)}
-
-        def backward() -> Tensor:
-            return OPS.rms_norm_backward(grad, x, weight, rstd, 1e-6)  # type: ignore[no-any-return]
-
-    exact = calls["torch"]()
-    if case.op.endswith("backward"):
+    columns = case.n or case.k
+    x, other, grad, weight = (
+        torch.randn(shape, device=device(), dtype=half(), requires_grad=number < 2)
+        for number, shape in enumerate([(case.m, columns)] * 3 + [(columns,)])
+    )
+    angles = torch.randn(2, 1, case.m, 128, device=device(), dtype=half())
+    rstd = OPS.rms_norm(x, weight, 1e-6)[1].detach()
+    ours: dict[str, Call] = {
+        "rms_norm": lambda: OPS.rms_norm(x, weight, 1e-6)[0],
+        "rms_norm_backward": lambda: OPS.rms_norm_backward(grad, x, weight, rstd, 1e-6),
+        "rotary": lambda: OPS.rotary(_heads(x), *angles, False),
+        "swiglu": lambda: OPS.swiglu(x, other),
+        "swiglu_backward": lambda: OPS.swiglu_backward(grad, x, other)[0],
+    }
+    theirs: dict[str, Call] = {
+        "rms_norm": lambda: _eager_rms_norm(x, weight),
+        "rotary": lambda: _eager_rotary(_heads(x), *angles),
+        "swiglu": lambda: F.silu(x) * other,
+    }
+    inputs = [x, other] if case.op.startswith("swiglu") else [x]
+    is_backward = case.op.endswith("_backward")
+    exact = theirs[case.op.removesuffix("_backward")]()
+    if is_backward:
         exact = torch.autograd.grad(exact, inputs, grad)[0]
-        num_arrays += len(inputs)
-        calls = {"ours": backward}
     with torch.no_grad():
-        error = relative_error(calls["ours"](), exact)
-        seconds = context.replays({name: [call] for name, call in calls.items()})
+        error = relative_error(ours[case.op](), exact)
+        rivals = {} if is_backward else {"torch": [theirs[case.op]]}
+        seconds = context.replays({"ours": [ours[case.op]], **rivals})
+    num_arrays = 1 + len(inputs) * (1 + is_backward) + (2 * 128 / columns if case.op == "rotary" else 0)
     least = context.floor(num_arrays * x.nbytes)
     return {"match": error < 1e-2, "relative_error": {"ours": float(f"{error:.2g}")}} | timings(seconds, (), least)
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.view(1, len(x), -1, 128).transpose(1, 2)
 
 
 def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:  # LlamaRMSNorm
@@ -240,26 +235,22 @@ def host_row(context: Context, case: Case) -> Row:
     return {"match": True, "launches": {name: launches(call) for name, call in calls.items()}} | timings(seconds)
 
 
-def _optimizer(state_bytes: int, **options: Any) -> tuple[list[torch.nn.Parameter], qn.optim.AdamW]:
-    torch.manual_seed(0)
-    numel = state_bytes // 8 // TENSORS
-    params = [torch.nn.Parameter(torch.randn(numel).to(device())) for _ in range(TENSORS)]
-    for param in params:
-        param.grad = torch.full_like(param, 0.01)
-    return params, qn.optim.AdamW(params, lr=1e-3, max_norm=1.0, **options)
-
-
 def paging_row(context: Context, case: Case) -> Row:
     """Steps in turns: three quarters of the states are paged out, or none. The same bytes; which store was taken, and
     whether torch's view of managed memory is that memory."""
     state_bytes, budget = (size // (1 if on_gpu() else 48) for size in (STATE_BYTES, BUDGET))
-    params, paged = _optimizer(state_bytes, paged=True, page_budget=budget)
-    others, plain = _optimizer(state_bytes, paged=False)
+
+    def started(**options: Any) -> qn.optim.AdamW:
+        torch.manual_seed(0)
+        return qn.optim.AdamW(_parameters([(state_bytes // 8 // 16, 1)] * 16), lr=1e-3, max_norm=1.0, **options)
+
+    paged, plain = started(paged=True, page_budget=budget), started(paged=False)
     seconds = context.calls({"ours": paged.step, "unpaged": plain.step})
     before = paged.paging_statistics()["bytes_in"]
     paged.step(), plain.step()
     statistics = paged.paging_statistics()
     moved = statistics["bytes_in"] - before
+    params, others = (each.param_groups[0]["params"] for each in (paged, plain))
     match = all(map(torch.equal, params, others))
     pages = next(iter(paged._pages.values()))
     managed = getattr(pages, "managed", False)

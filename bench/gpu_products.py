@@ -7,9 +7,10 @@ multiplies with a weight of its own (Marlin, FLUTE) no error is recorded. All ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,19 +36,10 @@ Adapter = tuple[Tensor, Tensor, Tensor, Tensor]  # A [r, K] and B [N, r] in fp32
 
 
 def _cases(
-    shapes: Shapes,
-    tokens: tuple[int, ...],
-    r: int = 16,
-    forms: tuple[str, ...] = ("",),
-    directions: tuple[str, ...] = DIRECTIONS,
+    shapes: Shapes, tokens: Sequence[int], r: int = 16, forms: Sequence[str] = ("",), ops: Sequence[str] = DIRECTIONS
 ) -> list[Case]:
-    return [
-        Case(direction, m, n, k, r if direction.startswith("lora") else 0, form)
-        for n, k in shapes
-        for form in forms
-        for m in tokens
-        for direction in directions
-    ]
+    sizes = product(shapes, forms, tokens, ops)
+    return [Case(op, m, n, k, r if op.startswith("lora") else 0, form) for (n, k), form, m, op in sizes]
 
 
 SHAPES_8B, SHAPES_70B = (list(dict.fromkeys(linears(name))) for name in ("8B", "70B"))
@@ -56,10 +48,10 @@ CASES = {
     "few": _cases(SHAPES_8B, (1, 4, 16, 64, 256)),
     "many": _cases(SHAPES_8B, (1024, 4096)),
     "variants": [
-        *_cases(VARIED, (16, 4096), r=64, directions=DIRECTIONS[2:]),
+        *_cases(VARIED, (16, 4096), r=64, ops=DIRECTIONS[2:]),
         *_cases(VARIED, (16, 4096), forms=("fp16", "plain scales")),
-        *_cases(VARIED, (16, 4096), forms=("bias",), directions=DIRECTIONS[:1]),
-        *_cases(VARIED[1:], (1, 16), forms=GGUF_TYPES, directions=DIRECTIONS[:1]),
+        *_cases(VARIED, (16, 4096), forms=("bias",), ops=DIRECTIONS[:1]),
+        *_cases(VARIED[1:], (1, 16), forms=GGUF_TYPES, ops=DIRECTIONS[:1]),
     ],
     "long": _cases(SHAPES_8B[:2], (2048, 8192, 16384)),
     "70b": _cases(SHAPES_70B, (1, 16, 256, 4096)),
