@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from cases import GGUF_TYPES
 from common import Bar, relative_error, timings
-from gpu_timing import Case, Context, Row, device, half, linears, made_up, on_gpu, peak_bytes
+from gpu_timing import Case, Context, Row, brief, device, half, linears, made_up, on_gpu, peak_bytes
 from replay import Call, copies
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class Weights:
                 quantized = self.module.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
                 self.bnb = [(quantized[0].clone(), quantized[1]) for _ in self.ours]
             except Exception as error:
-                context.drop("bitsandbytes", error)
+                context.drop("bitsandbytes", brief(error))
 
 
 def _adapter(case: Case, dtype: torch.dtype) -> Adapter:
@@ -154,7 +154,7 @@ def _decoders(context: Context, case: Case, x: Tensor) -> dict[str, list[Call]]:
                 layers = [_decoder(module, case) for _ in range(8)]
                 found[name.partition(".")[0]] = [partial(layer, x.to(torch.float16)) for layer in layers]
             except Exception as error:
-                context.drop(name, error)
+                context.drop(name, brief(error))
     return found
 
 
@@ -195,13 +195,13 @@ def row(context: Context, w: Weights, case: Case) -> Row:
             if name == "ours":
                 raise
             del functions[name]
-            context.drop(name, error)
+            context.drop(name, brief(error))
     del exact
     peak = peak_bytes(functions["ours"][0])
     functions["ours_warm"] = functions["ours"][:1] * len(functions["ours"])
     num_bytes = w.ours[0].nbytes + 2 * case.m * (case.n + case.k)
     least = context.floor(num_bytes, 2 * case.m * case.n * case.k)
-    made = {"match": errors["ours"] < TOLERANCE, "relative_error": errors}
+    made: Row = {"match": errors["ours"] < TOLERANCE, "relative_error": errors}
     made["peak_mib"] = None if peak is None else peak / 2**20
     return made | timings(context.replays(functions), bars(case), least)
 

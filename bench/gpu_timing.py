@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ceilings import Ceilings
-from common import Seconds, interleaved, line, rounded
+from common import Seconds, interleaved, line
 from replay import Call, Replay, in_turns, l2_bytes
 
 import qlora_native as qn
@@ -108,30 +108,6 @@ def made_up(n: int, k: int, quant_type: str = "nf4") -> qn.QuantizedWeight:
     return w
 
 
-def ceilings(rounds: int) -> Ceilings:
-    """Rates by medians: a copy, bytes read plus bytes written, and a read-only pass (the better of a
-    sum and a product with a vector), in GB/s; a large 16-bit product in TFLOP/s."""
-    count, size = (1 << 30, 8192) if on_gpu() else (1 << 20, 256)
-    source, target = (torch.zeros(count // 4, device=device()) for _ in range(2))
-    matrix, vector = source.view(-1, 1 << 12), torch.ones(1 << 12, device=device())
-    a, b = (torch.randn(size, size, device=device(), dtype=half()) for _ in range(2))
-    product = torch.empty_like(a)
-    calls: dict[str, Call] = {
-        "copy": lambda: target.copy_(source),
-        "sum": source.sum,
-        "mv": lambda: torch.mv(matrix, vector),
-        "mm": lambda: torch.mm(a, b.t(), out=product),
-    }
-    seconds = in_turns({name: Replay([call], device()) for name, call in calls.items()}, rounds)
-    least = {name: median(samples) for name, samples in seconds.items()}
-    found = {
-        "copy_gb_per_s": 2e-9 * count / least["copy"],
-        "read_gb_per_s": 1e-9 * count / min(least["sum"], least["mv"]),
-        "mm_tflop_per_s": 2e-12 * size**3 / least["mm"],
-    }
-    return {name: rounded([value])[0] for name, value in found.items()}
-
-
 def peak_bytes(call: Call) -> int | None:
     """What one call takes at most beyond what stands already; None in a dry run."""
     if not on_gpu():
@@ -209,8 +185,27 @@ class Context:
 
     @cached_property
     def measured(self) -> Ceilings:
-        """The ceilings, measured when they are first asked for: they change with the card's temperature."""
-        found = ceilings(self.rounds)
+        """Rates by medians, measured when they are first asked for, as they change with the card's temperature: of a
+        copy, bytes read plus bytes written, and of a read-only pass (the better of a sum and a product with a vector),
+        in GB/s; of a large 16-bit product in TFLOP/s."""
+        count, size = (1 << 30, 8192) if on_gpu() else (1 << 20, 256)
+        source, target = (torch.zeros(count // 4, device=device()) for _ in range(2))
+        matrix, vector = source.view(-1, 1 << 12), torch.ones(1 << 12, device=device())
+        a, b = (torch.randn(size, size, device=device(), dtype=half()) for _ in range(2))
+        product = torch.empty_like(a)
+        calls: dict[str, Sequence[Call]] = {
+            "copy": [lambda: target.copy_(source)],
+            "sum": [source.sum],
+            "mv": [lambda: torch.mv(matrix, vector)],
+            "mm": [lambda: torch.mm(a, b.t(), out=product)],
+        }
+        samples = in_turns({name: Replay(call, device()) for name, call in calls.items()}, self.rounds)
+        seconds = {name: median(values) for name, values in samples.items()}
+        found = {
+            "copy_gb_per_s": 2e-9 * count / seconds["copy"],
+            "read_gb_per_s": 1e-9 * count / min(seconds["sum"], seconds["mv"]),
+            "mm_tflop_per_s": 2e-12 * size**3 / seconds["mm"],
+        }
         self.record(ceilings=found)
         return found
 
@@ -224,11 +219,10 @@ class Context:
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(made) + "\n")
 
-    def drop(self, name: str, reason: str | Exception) -> None:
+    def drop(self, name: str, reason: str) -> None:
         """Does without a rival, or graphs, from here on."""
         self.without.add(name)
-        said = reason if isinstance(reason, str) else brief(reason)
-        self.record(without=name, left_out=f"{name}, from here on: {said}")
+        self.record(without=name, left_out=f"{name}, from here on: {reason}")
 
     def importable(self, name: str) -> Any | None:
         """The module; None, and a record, where it cannot be imported, whatever the reason."""
