@@ -37,39 +37,37 @@ GONE_ON = ("ok", "unfinished")  # states of a process that did not fail
 class Group(NamedTuple):
     """``run`` is "module function argument"; ``needs`` are packages that are imported before."""
 
-    name: str
     seconds: int  # at most
     run: str
     needs: str = ""
 
 
-GROUPS = (
-    Group("basics", 90, "gpu_basics run"),
-    Group("primitives", 60, "gpu_basics run_primitives"),
-    Group("tests", 180, "gpu_basics run_tests"),
-    Group("passes", 60, "gpu_passes run passes"),
-    Group("paging", 40, "gpu_passes run paging"),
-    Group("step_8b", 100, "gpu_models run 8B", "transformers"),
-    Group("products_few", 180, "gpu_products run few"),
-    Group("products_many", 150, "gpu_products run many"),
-    Group("norms", 40, "gpu_passes run norms"),
-    Group("loss", 40, "gpu_passes run loss"),
-    Group("host", 40, "gpu_passes run host"),
-    Group("streamed", 100, "gpu_models run_streamed", "transformers"),
-    Group("memcheck", 90, "gpu_basics run_sanitizer memcheck"),
-    Group("racecheck", 90, "gpu_basics run_sanitizer racecheck"),
-    Group("synccheck", 60, "gpu_basics run_sanitizer synccheck"),
-    Group("step_dense", 90, "gpu_models run_rival dense", "peft"),
-    Group("step_bitsandbytes", 90, "gpu_models run_rival bitsandbytes", "bitsandbytes peft"),
-    Group("step_unsloth", 120, "gpu_models run_rival unsloth", "unsloth peft"),
-    Group("step_dense_compiled", 150, "gpu_models run_rival dense_compiled", "peft"),
-    Group("step_torchao", 90, "gpu_models run_rival torchao", "torchao peft"),
-    Group("step_70b", 150, "gpu_models run 70B", "transformers"),
-    Group("products_variants", 120, "gpu_products run variants"),
-    Group("products_long", 150, "gpu_products run long"),
-    Group("products_70b", 240, "gpu_products run 70b"),
-)
-BY_NAME = {group.name: group for group in GROUPS}
+GROUPS = {
+    "basics": Group(90, "gpu_basics run"),
+    "primitives": Group(60, "gpu_basics run_primitives"),
+    "tests": Group(180, "gpu_basics run_tests"),
+    "passes": Group(60, "gpu_passes run passes"),
+    "paging": Group(40, "gpu_passes run paging"),
+    "step_8b": Group(100, "gpu_models run 8B", "transformers"),
+    "products_few": Group(180, "gpu_products run few"),
+    "products_many": Group(150, "gpu_products run many"),
+    "norms": Group(40, "gpu_passes run norms"),
+    "loss": Group(40, "gpu_passes run loss"),
+    "host": Group(40, "gpu_passes run host"),
+    "streamed": Group(100, "gpu_models run_streamed", "transformers"),
+    "memcheck": Group(90, "gpu_basics run_sanitizer memcheck"),
+    "racecheck": Group(90, "gpu_basics run_sanitizer racecheck"),
+    "synccheck": Group(60, "gpu_basics run_sanitizer synccheck"),
+    "step_dense": Group(90, "gpu_models run_rival dense", "peft"),
+    "step_bitsandbytes": Group(90, "gpu_models run_rival bitsandbytes", "bitsandbytes peft"),
+    "step_unsloth": Group(120, "gpu_models run_rival unsloth", "unsloth peft"),
+    "step_dense_compiled": Group(150, "gpu_models run_rival dense_compiled", "peft"),
+    "step_torchao": Group(90, "gpu_models run_rival torchao", "torchao peft"),
+    "step_70b": Group(150, "gpu_models run 70B", "transformers"),
+    "products_variants": Group(120, "gpu_products run variants"),
+    "products_long": Group(150, "gpu_products run long"),
+    "products_70b": Group(240, "gpu_products run 70b"),
+}
 
 
 def child(run: str, needs: str, record: str, seconds: str) -> None:
@@ -143,7 +141,7 @@ def result(work: Path) -> dict[str, Any]:
     """All records that are there, as one result."""
     found: dict[str, Any] = {"bench": "gpu_check", "birth": birth(), "dry_run": not on_gpu()}
     found |= {"card": {}, "ceilings": {}, "groups": {}, "rows": []}
-    for name in BY_NAME:
+    for name in GROUPS:
         file = work / f"{name}.jsonl"
         said = {key: list(dict.fromkeys(of(key, file))) for key in ("left_out", "absent") if of(key, file)}
         for end in of("end", file):
@@ -168,19 +166,19 @@ def problems(found: dict[str, Any], names: Sequence[str]) -> list[str]:
 def check(work: Path, folder: Path, names: Sequence[str], end: float) -> list[str]:
     """Runs groups until a time, and writes the result to a folder; the problems."""
     out = folder / "gpu_check.json"
-    for name in (name for name in BY_NAME if name in (names or BY_NAME)):
+    for name in (name for name in GROUPS if name in (names or GROUPS)):
         file = work / f"{name}.jsonl"
         if names:
             file.unlink(missing_ok=True)
         print(f"\n===== {name} =====", flush=True)
-        left = min(BY_NAME[name].seconds, end - time.monotonic())
+        left = min(GROUPS[name].seconds, end - time.monotonic())
         if has_result(file) or left < 2 * RESERVE:
             print("there" if has_result(file) else "left out: no time left, run this again")
         else:
-            ended = run_group(BY_NAME[name], file, left)
+            ended = run_group(GROUPS[name], file, left)
             print(f"----- {name}: {ended['state']} after {ended['seconds']} s", flush=True)
         out.write_text(json.dumps(result(work), indent=1) + "\n", encoding="utf-8")
-    said = problems(result(work), names or list(BY_NAME))
+    said = problems(result(work), names or list(GROUPS))
     print("", *said, f"{len(said)} problems; see {out}", sep="\n")
     return said
 
@@ -193,9 +191,9 @@ def main() -> None:
     if arguments.child:
         child(*arguments.child)
         return
-    unknown = [name for name in arguments.groups if name not in BY_NAME]
+    unknown = [name for name in arguments.groups if name not in GROUPS]
     if unknown:
-        raise SystemExit(f"gpu_check: no group is named {' '.join(unknown)}: expected one of {', '.join(BY_NAME)}")
+        raise SystemExit(f"gpu_check: no group is named {' '.join(unknown)}: expected one of {', '.join(GROUPS)}")
     if not on_gpu():
         raise SystemExit("gpu_check: there is no NVIDIA GPU here; tests/test_gpu_check.py rehearses it without one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))

@@ -48,9 +48,9 @@ def context(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.
 
 
 @no_gpu
-@pytest.mark.parametrize("name", gpu_check.BY_NAME)
+@pytest.mark.parametrize("name", gpu_check.GROUPS)
 def test_every_row_of_a_group_has_a_match(name: str, context: gpu_timing.Context, one_thread: None) -> None:
-    group = gpu_check.BY_NAME[name]
+    group = gpu_check.GROUPS[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda model, **options: model)
         gpu_check.child(group.run, group.needs, str(context.file), "inf")
@@ -113,9 +113,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu_check.Group]:
     monkeypatch.setattr(gpu_check, "RESERVE", 2)
     names = [name for failure in FAILURES for name in (failure, f"after {failure}")]
     runs = {name: name if name in FAILURES else "first_row" for name in names}
-    made = {name: gpu_check.Group(name, 20, f"test_gpu_check {run}") for name, run in runs.items()}
-    made["absent"] = gpu_check.Group("absent", 20, "test_gpu_check without_a_package", "no_such_package")
-    monkeypatch.setattr(gpu_check, "BY_NAME", made)
+    made = {name: gpu_check.Group(20, f"test_gpu_check {run}") for name, run in runs.items()}
+    made["absent"] = gpu_check.Group(20, "test_gpu_check without_a_package", "no_such_package")
+    monkeypatch.setattr(gpu_check, "GROUPS", made)
     return made
 
 
@@ -154,7 +154,7 @@ def test_a_group_without_time_goes_on_in_the_next_run(tmp_path: Path, monkeypatc
         return "unfinished" if len(known) < 3 else "ok", ""
 
     monkeypatch.setattr(gpu_check, "run_once", run_once)
-    monkeypatch.setattr(gpu_check, "BY_NAME", {"slow": gpu_check.Group("slow", 100, "")})
+    monkeypatch.setattr(gpu_check, "GROUPS", {"slow": gpu_check.Group(100, "")})
 
     def check(*names: str) -> str:
         assert gpu_check.check(tmp_path, tmp_path, names, time.monotonic() + 3000) == []
@@ -170,8 +170,8 @@ def test_a_group_without_time_goes_on_in_the_next_run(tmp_path: Path, monkeypatc
 def test_groups_run_in_order_of_worth() -> None:
     """Correctness, CUDA graphs, managed memory, a step of an 8B model, crossovers, long timings."""
     order = ["basics", "passes", "paging", "step_8b", "products_few", "step_70b", "products_70b"]
-    assert [name for name in gpu_check.BY_NAME if name in order] == order
-    assert max(group.seconds for group in gpu_check.GROUPS) + gpu_check.RESERVE < 540  # of one run
+    assert [name for name in gpu_check.GROUPS if name in order] == order
+    assert max(group.seconds for group in gpu_check.GROUPS.values()) + gpu_check.RESERVE < 540  # of one run
 
 
 @no_gpu
