@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from common import quartiles, rounded, timings
-from gpu_timing import LLAMA, VOCABULARY, Case, Context, Row, device, half, made_up, on_gpu, wait
+from four_bit_folder import llama_config, write_folder
+from gpu_timing import LLAMA, Case, Context, Row, device, half, made_up, on_gpu, wait
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import qlora_native as qn
 from qlora_native.models.build import MetaModel
@@ -33,7 +34,6 @@ from qlora_native.models.device_layers import layer_units, stream_layers
 from qlora_native.models.loss import causal_lm_loss, check_loss
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.loop import Trainer
-from qlora_native.weights.config import bitsandbytes_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -51,13 +51,6 @@ STEPS = {
 }
 STREAMED = tuple(STEPS["8B"]._replace(op="streamed_passes", m=m) for m in (256, 1024, 4096))
 RIVALS = ("dense", "dense_compiled", "bitsandbytes", "torchao", "unsloth")
-
-
-def llama_config(name: str) -> Any:
-    """Llama 3's config of that size."""
-    words = {"vocab_size": 320, "num_key_value_heads": 2} if name == "tiny" else {"vocab_size": VOCABULARY}
-    sizes = {"num_key_value_heads": 8, "max_position_embeddings": 8192, **LLAMA[name], **words}
-    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=False)
 
 
 @torch.no_grad()
@@ -190,17 +183,12 @@ def _bitsandbytes(module: nn.Linear) -> Any:
 
 
 def _unsloth(name: str, length: int) -> Any:
-    """unsloth loads folders alone: ours in bitsandbytes' format is written for it."""
-    model_of: Any = import_module("unsloth").FastLanguageModel
-    with tempfile.TemporaryDirectory() as folder:
-        model = build(name, made_up)
-        options = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
-        model.config.quantization_config = bitsandbytes_config(half(), options, ["lm_head"])
-        model.save_pretrained(folder)
-        tiny.write_tokenizer(Path(folder))
-        del model
-        model, _ = model_of.from_pretrained(folder, max_seq_length=length, load_in_4bit=True, dtype=half())
-    return model_of.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing="unsloth")
+    """unsloth loads folders alone."""
+    language_model: Any = import_module("unsloth").FastLanguageModel
+    with tempfile.TemporaryDirectory() as made_in:
+        folder = str(write_folder(name, Path(made_in, name)))
+        model, _ = language_model.from_pretrained(folder, max_seq_length=length, load_in_4bit=True, dtype=half())
+    return language_model.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing="unsloth")
 
 
 def _adapted() -> Any:

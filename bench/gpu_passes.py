@@ -55,10 +55,7 @@ def run(context: Context, which: str) -> None:
 def dequantize_row(context: Context, case: Case) -> Row:
     """A whole weight to a dense buffer; the goal is 85 % of the bandwidth of a copy."""
     dtype = torch.float32 if case.form == "fp32" else half()
-    if case.form in GGUF_TYPES:
-        first = made_up(case.n, case.k, case.form)
-    else:
-        first = qn.quantize(torch.randn(case.n, case.k, device=device()))
+    first = made_up(case.n, case.k, case.form if case.form in GGUF_TYPES else "nf4")
     num_bytes = first.nbytes + case.n * case.k * dtype.itemsize
     outs = [torch.empty(case.n, case.k, dtype=dtype, device=device()) for _ in range(copies(num_bytes, device()))]
     calls: list[Call] = [partial(first.dequantize, out=out) for out in outs]

@@ -147,8 +147,7 @@ def clocks(lines: Sequence[str]) -> dict[str, Any]:
     mask. A line that is not whole is left out."""
     whole = [cells for cells in csv.reader(lines, skipinitialspace=True) if len(cells) == len(SENSORS)]
     found: dict[str, Any] = {}
-    for number, name in enumerate(SENSORS):
-        texts = [cells[number] for cells in whole]
+    for name, *texts in zip(SENSORS, *whole, strict=True):
         masks = [int(text, 16) for text in texts if text.startswith("0x")]
         numbers = [float(text) for text in texts if text.replace(".", "", 1).isdigit()]
         if masks:
