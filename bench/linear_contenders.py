@@ -137,13 +137,13 @@ def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions
     onednn = rotation(lambda: prepacked(transposed, m), dense_bytes, m)
     dy = grad.to(DTYPE)
     functions: Functions = {
-        "ours": lambda: op(grad, False, *ours()),
+        "ours": lambda: op(grad, *ours()),
         PLAIN: lambda: dy @ dense(),
         "onednn_prepacked": lambda: onednn()(dy),
         "dequantize_into_buffer_linear": lambda: dy @ decoded().dequantize(out=weights.buffer),
     }
     if dy.dtype != grad.dtype:
-        functions["ours_fp32"] = lambda: op(dy, False, *ours())
+        functions["ours_fp32"] = lambda: op(dy, *ours())
     if weights.bitsandbytes is not None:
 
         def graph() -> tuple[torch.Tensor, torch.Tensor]:

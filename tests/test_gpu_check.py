@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import emulated
 import gpu_basics
@@ -20,7 +23,6 @@ import gpu_check
 import gpu_model
 import gpu_models
 import gpu_page
-import gpu_primitives
 import gpu_products
 import gpu_timing
 import pytest
@@ -29,99 +31,147 @@ from laws import ROOT
 from sentences import Check
 
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_products
 
-GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
-PYTHON_GROUPS = [group.name for group in gpu_check.GROUPS if not group.is_bash]
-# How a group can end, and what is recorded of it.
-KINDS = {"segv": "ended by SIGSEGV", "exit": "ended with status 3", "raise": "ended with status 1", "hang": "cut off"}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu_check.sh measures on it")
-
-
-def folder_of_emulator(config: pytest.Config) -> list[str]:
-    """Options for the emulated kernels, if they are built; else the CPU's ops are run."""
-    folder = config.getoption("--emulated") or str(ROOT / "build" / "emulated")
-    return ["--emulated", folder] if emulated.load(folder) else []
-
-
-def checked(out: Path, words: list[str], fail: str = "") -> tuple[int, dict[str, Any], str]:
-    """A dry run of some groups: its exit status, its result, and what it printed."""
-    env = {
-        **os.environ,
-        "OUT": str(out),
-        "GPU_CHECK_WORK": str(out / "work"),
-        "PYTHON": sys.executable,
-        "GPU_CHECK_FAIL": fail,
-    }
-    done = subprocess.run(
-        ["bash", "bench/gpu_check.sh", "--dry-run", *words],
-        cwd=ROOT,
-        env=env | {"GPU_CHECK_SECONDS": "3000"},
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, json.loads((out / "gpu_check.json").read_text(encoding="utf-8")), done.stdout
 
 
 @pytest.fixture
 def context(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """What a group gets in a dry run, with the emulated kernels if they are built."""
-    monkeypatch.setenv("GPU_CHECK_GROUP", "none")
-    with ExitStack() as stack:
-        options = folder_of_emulator(request.config)
-        if options:
-            stack.enter_context(emulated.kernels(emulated.module_or_skip(request.config), monkeypatch))
-        yield gpu_timing.Context(tmp_path / "group.jsonl", 1000.0, dry=True)
+    folder = request.config.getoption("--emulated") or str(ROOT / "build" / "emulated")
+    module = emulated.load(folder)
+    for name in () if torch.cuda.is_available() else ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    with nullcontext() if module is None else emulated.kernels(module, monkeypatch):
+        yield gpu_timing.Context(tmp_path / "group.jsonl")
 
 
 @no_gpu
-@pytest.mark.parametrize("name", PYTHON_GROUPS)
+@pytest.mark.parametrize("name", gpu_check.GROUPS)
 def test_every_row_of_a_group_has_a_match(name: str, context: gpu_timing.Context, one_thread: None) -> None:
+    group = gpu_check.GROUPS[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda model, **options: model)
-        gpu_check.run_python(gpu_check.BY_NAME[name], context)
-    records = gpu_check.read(context.file)
-    rows = [record for record in records if "row" in record]
-    assert [row for row in rows if "error" in row or not row["match"]] == []
-    absent = [record["value"] for record in records if record.get("note") == "absent"]
-    assert rows or absent
-    assert [record["begun"] for record in records if "begun" in record] == [row["row"] for row in rows]
+        gpu_check.child(group.run, group.needs, str(context.file), "inf")
+    rows = gpu_timing.rows_of(gpu_timing.read(context.file))
+    assert [row for row in rows.values() if not row.get("match")] == []
+    assert rows or gpu_check.of("absent", context.file)
+    assert gpu_check.of("row", context.file) == [name for name in rows for _ in range(2)]  # begun, and ended
+
+
+# Groups that end early: each after its first of two rows, or in its second of three.
+
+
+def first_row(context: gpu_timing.Context) -> None:
+    context.row(gpu_timing.Case("first"), lambda: {"match": True})
+
+
+def segv(context: gpu_timing.Context) -> None:
+    first_row(context)
+    ctypes.string_at(0)
+
+
+def leave(context: gpu_timing.Context) -> None:
+    first_row(context)
+    os._exit(3)
+
+
+def fail(context: gpu_timing.Context) -> None:
+    first_row(context)
+    raise RuntimeError("a failure that was asked for")
+
+
+def hang(context: gpu_timing.Context) -> None:
+    first_row(context)
+    time.sleep(3600)
+
+
+def leave_in_a_row(context: gpu_timing.Context) -> None:
+    first_row(context)
+    context.row(gpu_timing.Case("second"), lambda: os._exit(3))
+    context.row(gpu_timing.Case("third"), lambda: {"match": True})
+
+
+def without_a_package(context: gpu_timing.Context) -> None:
+    raise AssertionError("a group is not run without what it needs")
+
+
+FAILURES = {
+    "segv": "ended by SIGSEGV",
+    "leave": "ended with status 3",
+    "fail": "ended with status 1",
+    "hang": "cut off",
+    "leave_in_a_row": "ended with status 3",
+}
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu_check.Group]:
+    """The groups above, each before one that ends well."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_check, "RESERVE", 2)
+    names = [name for failure in FAILURES for name in (failure, f"after {failure}")]
+    runs = {name: name if name in FAILURES else "first_row" for name in names}
+    made = {name: gpu_check.Group(20, f"test_gpu_check {run}") for name, run in runs.items()}
+    made["absent"] = gpu_check.Group(20, "test_gpu_check without_a_package", "no_such_package")
+    monkeypatch.setattr(gpu_check, "GROUPS", made)
+    return made
 
 
 @no_gpu
 @pytest.mark.long
-def test_a_failure_costs_its_own_group_alone(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    fail = {"norms": "segv", "host": "raise", "paging": "exit", "loss": "hang"}
-    words = ["host", "norms", "loss", "paging", "passes", "--limit", "loss=12", *folder_of_emulator(request.config)]
-    status, found, printed = checked(tmp_path, words, ",".join(f"{name}:{kind}" for name, kind in fail.items()))
-    assert status == 1 and "5 groups" in printed
+def test_a_failure_costs_its_own_group_alone(
+    tmp_path: Path, groups: dict[str, gpu_check.Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu_check.json"
+    said = gpu_check.check(tmp_path, tmp_path, [], time.monotonic() + 3000)
+    found = json.loads(out.read_text(encoding="utf-8"))
     states = {name: entry["state"] for name, entry in found["groups"].items()}
-    assert states.pop("passes") == "ok"
-    assert states.keys() == fail.keys()
-    for name, kind in fail.items():
-        assert states[name].startswith(KINDS[kind]), (name, states[name])
-        rows = [row for row in found["rows"] if row["group"] == name]
-        # Each process records a row before it fails; all but a group that hangs are started twice again.
-        assert kind == "hang" or sum("error" not in row for row in rows) == min(3, len(rows))
-    assert "Segmentation fault" in found["groups"]["norms"]["words"]
-    assert "failure that was asked for" in found["groups"]["host"]["words"]
-
-
-@no_gpu
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_other_group_fails(kind: str, first: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--gpu-check-failures"):
-        pytest.skip("--gpu-check-failures was not given; .ci/full gives it")
-    failing = PYTHON_GROUPS[first::2]
-    limits = ["--limit", ",".join(f"{name}=30" for name in failing)] if kind == "hang" else []
-    words = [*PYTHON_GROUPS, *limits, *folder_of_emulator(request.config)]
-    _, found, printed = checked(tmp_path, words, ",".join(f"{name}:{kind}" for name in failing))
-    states = {name: entry["state"] for name, entry in found["groups"].items()}
-    assert list(states) == PYTHON_GROUPS
+    assert list(states) == list(groups)
     for name, state in states.items():
-        missing = "absent" in found["groups"][name]
-        wanted = KINDS[kind] if name in failing and not missing else "ok"
-        assert state.startswith(wanted), (name, state, printed[-3000:])
+        assert state.startswith(FAILURES.get(name, "ok")), (name, state)
+        rows = [row["row"] for row in found["rows"] if row["group"] == name and row.get("match")]
+        assert rows == {"leave_in_a_row": ["first", "third"], "absent": []}.get(name, ["first"])
+    assert "Segmentation fault" in found["groups"]["segv"]["words"]
+    assert "failure that was asked for" in found["groups"]["fail"]["words"]
+    assert found["groups"]["absent"]["absent"] == ["no_such_package"]
+    assert len(said) == len(FAILURES) + 1  # of the groups, and the row in which one was left
+
+    monkeypatch.setattr(gpu_check, "run_once", None)
+    gpu_check.check(tmp_path, tmp_path, [], time.monotonic() + 3000)  # no group is run again
+    assert json.loads(out.read_text(encoding="utf-8")) == found
+
+
+def test_a_group_without_time_goes_on_in_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[list[str]] = []
+
+    def run_once(command: list[str], seconds: float) -> tuple[str, str]:
+        context = gpu_timing.Context(Path(command[-2]))
+        known.append(list(context.begun))
+        if len(known) > 1:
+            context.record(row=f"row {len(known)}", match=True)
+        return "unfinished" if len(known) < 3 else "ok", ""
+
+    monkeypatch.setattr(gpu_check, "run_once", run_once)
+    monkeypatch.setattr(gpu_check, "GROUPS", {"slow": gpu_check.Group(100, "")})
+
+    def check(*names: str) -> str:
+        assert gpu_check.check(tmp_path, tmp_path, names, time.monotonic() + 3000) == []
+        found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
+        return str(found["groups"]["slow"]["state"])
+
+    assert check() == "unfinished" and known == [[]]
+    assert check() == "ok" and known == [[], [], ["row 2"]]  # in a second process, as it got further
+    assert check() == "ok" and len(known) == 3
+    assert check("slow") == "ok" and known[3:] == [[]]  # anew
+
+
+def test_groups_run_in_order_of_worth() -> None:
+    """Correctness, CUDA graphs, managed memory, a step of an 8B model, crossovers, long timings."""
+    order = ["basics", "passes", "paging", "step_8b", "products_few", "step_70b", "products_70b"]
+    assert [name for name in gpu_check.GROUPS if name in order] == order
+    assert max(group.seconds for group in gpu_check.GROUPS.values()) + gpu_check.RESERVE < 540  # of one run
 
 
 @no_gpu
@@ -134,14 +184,10 @@ def test_without_a_gpu_the_script_says_so() -> None:
         text=True,
     )
     assert done.returncode == 1 and "no NVIDIA GPU" in done.stdout
-    done = subprocess.run([sys.executable, "bench/gpu_check.py", "part", "9"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "group or part is named 9" in done.stderr
-
-
-def test_parts_fit_nine_minutes_with_a_build() -> None:
-    for part, groups in itertools.groupby(gpu_check.GROUPS, key=lambda group: group.part):
-        seconds = sum(group.seconds for group in groups)
-        assert seconds <= gpu_check.PART_SECONDS, part
+    for words, said in (([], "no NVIDIA GPU"), (["step_9b"], "no group is named step_9b")):
+        command = [sys.executable, "bench/gpu_check.py", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and said in done.stderr
 
 
 def test_the_basics_reach_every_tile(request: pytest.FixtureRequest) -> None:
@@ -156,21 +202,21 @@ def test_the_basics_reach_every_tile(request: pytest.FixtureRequest) -> None:
 
 
 def test_rows_that_were_begun_are_not_begun_again(tmp_path: Path) -> None:
-    file = tmp_path / "group.jsonl"
-    first = gpu_timing.Context(file, 100.0, dry=True)
-    first.record({"begun": "op m=1"})
-    first.note("without", "a rival")
-    with pytest.raises(gpu_timing.Restart):
-        first.row(gpu_timing.Case("op", 2), lambda: refuse("another"))
-    second = gpu_timing.Context(file, 100.0, dry=True)
+    """But the row in which something was refused."""
+    first = gpu_timing.Context(tmp_path / "group.jsonl")
+    first.record(row="op m=1", error="the process ended in this row")
+    first.drop("a rival", "it synchronizes")
+    with pytest.raises(SystemExit):
+        first.row(gpu_timing.Case("op", 2), lambda: sys.exit(gpu_timing.AGAIN))
+    second = gpu_timing.Context(first.file)
     assert second.without == {"a rival"}
     for m in (1, 2):
         second.row(gpu_timing.Case("op", m), lambda: {"match": True})
-    assert [record["row"] for record in gpu_check.read(file) if "row" in record] == ["op m=2"]
-
-
-def refuse(name: str) -> dict[str, Any]:
-    raise gpu_timing.Restart(name)
+    rows = gpu_timing.rows_of(gpu_timing.read(first.file))
+    assert {name: "match" in row for name, row in rows.items()} == {"op m=1": False, "op m=2": True}
+    with pytest.raises(SystemExit) as ended:
+        gpu_timing.Context(first.file, -1.0).row(gpu_timing.Case("op", 3), lambda: {"match": True})
+    assert ended.value.code == gpu_timing.AGAIN
 
 
 def test_a_rival_that_no_graph_takes_is_left_out_from_then_on(
@@ -182,14 +228,12 @@ def test_a_rival_that_no_graph_takes_is_left_out_from_then_on(
             self.refused = str(calls[0]()) if capture else ""
 
     monkeypatch.setattr(gpu_timing, "Replay", Refusing)
-    calls = {"ours": [lambda: ""], "rival": [lambda: "it synchronizes"]}
-    with pytest.raises(gpu_timing.Restart, match="rival"):
-        gpu_timing.interleaved_replays(calls, context)
-    with pytest.raises(gpu_timing.Restart, match="graphs"):
-        gpu_timing.interleaved_replays({"ours": [lambda: "it allocates"]}, context)
-    again = gpu_timing.Context(context.file, 100.0, dry=True)
-    assert again.without == {"rival", "graphs"}
-    assert list(gpu_timing.interleaved_replays({"ours": [lambda: "it allocates"]}, again)) == ["ours"]
+    both, alone = {"ours": [lambda: ""], "rival": [lambda: "it synchronizes"]}, {"ours": [lambda: "it allocates"]}
+    for calls in (both, alone):
+        with pytest.raises(SystemExit):
+            context.replays(calls)
+        assert list(context.replays(calls)) == ["ours"]
+    assert gpu_timing.Context(context.file).without == {"rival", "graphs"}
 
 
 @no_gpu
@@ -198,16 +242,13 @@ def test_other_libraries_are_rivals_or_left_out(context: gpu_timing.Context, mon
     pytest.importorskip("bitsandbytes")
     monkeypatch.setitem(sys.modules, "marlin", ModuleType("marlin"))
     monkeypatch.setattr(gpu_products, "on_gpu", lambda: True)
-    monkeypatch.setattr(gpu_products, "TINY", ((128, 128),))
     gpu_products.run(context, "few")
-    records = gpu_check.read(context.file)
-    rows = {row["row"]: row for row in records if "row" in row}
+    rows = gpu_timing.rows_of(gpu_timing.read(context.file))
     assert all(row["match"] for row in rows.values())
-    assert rows["forward m=16 n=128 k=128"]["relative_error"]["bitsandbytes"] < 1e-2
-    assert "bitsandbytes" in rows["grad_input m=1 n=128 k=128"]["ours_over"]
+    assert rows["forward m=16 n=96 k=256"]["relative_error"]["bitsandbytes"] < 1e-2
+    assert "bitsandbytes" in rows["grad_input m=1 n=96 k=256"]["ours_over"]
     assert "marlin" in context.without
-    absent = {record["value"] for record in records if record.get("note") == "absent"}
-    assert absent == {"flute.integrations.base", "unsloth.kernels.utils"}
+    assert set(gpu_check.of("absent", context.file)) == {"flute.integrations.base", "unsloth.kernels.utils"}
 
 
 @no_gpu
@@ -233,60 +274,54 @@ def test_a_card_without_a_compiler_is_said_to_need_one(tmp_path: Path) -> None:
 
 
 def test_readings_of_a_card() -> None:
-    text = "2026/11/27 10:00:00.500, 1980, 2619, 350.25, 61, 0x0000000000000001\n"
-    text += "2026/11/27 10:00:01.000, 1755, 2619, [N/A], 64, 0x4\n2026"
-    samples = gpu_check.readings(text)
-    assert [round(moment - samples[0][0], 3) for moment, _ in samples] == [0.0, 0.5]
-    found = gpu_check.summary(samples, samples[0][0], samples[1][0])
+    lines = ["1980, 2619, 350.25, 61, 0x0000000000000001", "1755, 2619, [N/A], 64, 0x4", "17"]
+    found = gpu_timing.clocks(lines)
     assert found["sm_mhz"] == [1867.5, 1755.0, 1980.0] and found["watts"] == [350.25] * 3
     assert found["celsius"][2] == 64 and found["throttle"] == "0x5"
-    assert gpu_check.summary(samples, 0, 1) == {}
+    assert gpu_timing.clocks([]) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model and the page
 
 
-def test_the_model_has_every_row_and_is_written() -> None:
+def test_the_model_has_every_step_and_is_written() -> None:
     stored = gpu_model.MODEL.read_text(encoding="utf-8")
     assert gpu_model.text(stored) == stored, "run: python bench/gpu_model.py --write"
+    assert list(gpu_page.predictions()) == [case.name for case in gpu_models.STEPS.values()]
     for name, times in gpu_page.predictions().items():
         assert all(value is None or value > 0 for value in times.values()), name
-        assert name.endswith(gpu_page.MODELS) or None not in times.values()
 
 
 @pytest.mark.parametrize("name", gpu_model.CARDS)
 def test_the_model_takes_the_kernels_that_are_planned(name: str, request: pytest.FixtureRequest) -> None:
+    """Two steps, for every product of a step that fits into the card."""
     module, card = emulated.module_or_skip(request.config), gpu_model.CARDS[name]
-    model = gpu_model.Model(card, {})
-    ways = ["small", "tile", "tile", "two_step"]  # of MatmulKind
-    for case in gpu_model.every_case():
-        if case.op in gpu_products.DIRECTIONS:
-            is_forward = case.op.endswith("forward")
-            number = DTYPE_NUMBER[torch.float16]
-            question = (case.m, case.n, case.k, case.r, 64, number, is_forward, False, int(card.arch), card.sms, 0)
-            way: Any = model.way(case.m, is_forward)
-            assert getattr(way, "func", way).__name__ == ways[module.plan_matmul(question)[0]], case.name
+    number = DTYPE_NUMBER[torch.float16]
+    for case in (case for case in gpu_models.STEPS.values() if card.step(case)):
+        for (n, k), is_forward in itertools.product(gpu_timing.linears(case.form), (True, False)):
+            question = (case.m, n, k, case.r, 64, number, is_forward, False, int(card.arch), card.sms, 0)
+            assert module.plan_matmul(question)[0] == _cuda_products.TWO_STEP, (case.name, n, k)
 
 
 def test_predictions_respect_the_floors() -> None:
-    """No product is faster than its bytes or its operations at the card's full rates."""
-    for case in gpu_model.every_case():
-        if case.op not in ("forward", "grad_input"):
-            continue
-        times = gpu_page.predictions()[case.name]
-        for name, card in gpu_model.CARDS.items():
-            least = max(0.5 * case.n * case.k / card.gb_per_s / 1e6, 2e-9 * case.m * case.n * case.k / card.tflops)
-            assert (times[name] or 0) >= least, (case.name, name)
+    """No step is faster than the operations of its products at the card's full rate, or than their bytes."""
+    for case in gpu_models.STEPS.values():
+        layers = gpu_timing.LLAMA[case.form]["num_hidden_layers"]
+        weights = layers * sum(n * k for n, k in gpu_timing.linears(case.form))
+        for name, milliseconds in gpu_page.predictions()[case.name].items():
+            card = gpu_model.CARDS[name]
+            least = max(3 * 0.5 * weights / card.gb_per_s / 1e6, 3 * 2e-9 * case.m * weights / card.tflops)
+            assert milliseconds is None or milliseconds >= least, (case.name, name)
+
+
+ROW = gpu_models.STEPS["8B"].name
 
 
 def result_of(name: str, groups: dict[str, float], **more: Any) -> dict[str, Any]:
     """A result in which each group has one row of so many ms."""
     card = {"name": name, "torch": "2.11", "torch_cuda": "13.0"}
-    rows = [
-        {"group": group, "row": "forward m=1 n=4096 k=4096", "match": True, "ms": {"ours": [ms, ms, ms]}}
-        for group, ms in groups.items()
-    ]
+    rows = [{"group": group, "row": ROW, "match": True, "ms": {"ours": [ms, ms, ms]}} for group, ms in groups.items()]
     entries = {group: {"state": "ok", "words": ""} for group in groups}
     birth = {"commit": "ab" * 20, "changed": False, "date": "2026-12-02", "versions": {"torch": "2.11"}}
     return {"bench": "gpu_check", "birth": birth, "card": card, "ceilings": {}, "groups": entries, "rows": rows, **more}
@@ -307,12 +342,12 @@ def test_results_are_merged_by_group(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_measured_over_predicted(tmp_path: Path) -> None:
-    guess = gpu_page.predictions()["forward m=1 n=4096 k=4096"]["H100"]
+    guess = gpu_page.predictions()[ROW]["H100"]
     assert guess is not None
     result = result_of("NVIDIA H100 80GB HBM3", {"few": 2 * guess})
     (tmp_path / "card.json").write_text(json.dumps(result), encoding="utf-8")
     text = gpu_page.lines(tmp_path)
-    assert "| forward m=1 n=4096 k=4096 |" in text and "| 2.00 |" in text
+    assert f"| {ROW} |" in text and "| 2.00 |" in text
     assert "more than 1.3 in 1 of 1 rows" in text and "Measured 2026-12-02, commit abababa, torch 2.11" in text
     page = gpu_page.PAGE.path.read_text(encoding="utf-8")
     assert gpu_page.PAGE.make(page, tmp_path).startswith("# What a GPU measured\n")
@@ -332,26 +367,26 @@ def test_the_page_is_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
-    measured = {"copy_gb_per_s": 1000.0, "mm_tflop_per_s": 100.0}
-    assert gpu_timing.floor(measured, 1e9) == pytest.approx(1e-3)
-    assert gpu_timing.floor(measured, 1e9, 1e12) == pytest.approx(1e-2)
+def test_the_floor_is_the_longer_of_bytes_and_operations(context: gpu_timing.Context) -> None:
+    context.measured = {"copy_gb_per_s": 1000.0, "mm_tflop_per_s": 100.0}
+    assert context.floor(1e9) == pytest.approx(1e-3)
+    assert context.floor(1e9, 1e12) == pytest.approx(1e-2)
 
 
 def test_a_primitive_that_differs_is_named(sentence: Check) -> None:
     golden = {"mma": ["00000000"] * 128, "bf16": ["1"] * 32}
-    assert gpu_primitives.differences(golden, golden) == []
+    assert gpu_basics.differences(golden, golden) == []
     other = {"mma": [*golden["mma"][:70], "00000001", *golden["mma"][71:]]}
-    sentence("\n".join(gpu_primitives.differences(golden, other)))
+    sentence("\n".join(gpu_basics.differences(golden, other)))
 
 
 def test_a_nan_of_another_processor_is_no_difference() -> None:
     golden = {"arithmetic": ["ffc00000"] * 32, "rounding": ["ffc00000"] * 32}
     other = {"arithmetic": ["7fffffff"] * 32, "rounding": ["7fffffff"] * 32}
-    (line,) = gpu_primitives.differences(golden, other)
+    (line,) = gpu_basics.differences(golden, other)
     assert line.startswith("rounding DIFFERS")
     infinite = {"arithmetic": ["ff800000"] * 32}
-    assert len(gpu_primitives.differences({"arithmetic": golden["arithmetic"]}, infinite)) == 1
+    assert len(gpu_basics.differences({"arithmetic": golden["arithmetic"]}, infinite)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +395,7 @@ def test_a_nan_of_another_processor_is_no_difference() -> None:
 
 def words(name: str) -> list[list[int]]:
     """By lane."""
-    flat = [int(word, 16) for word in gpu_primitives.read(str(GOLDEN))[name]]
+    flat = [int(word, 16) for word in gpu_basics.words_of(gpu_basics.GOLDEN.read_text(encoding="ascii"))[name]]
     return [flat[i : i + len(flat) // 32] for i in range(0, len(flat), len(flat) // 32)]
 
 
