@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+Answer = dict[str, Any]
+
+
+def calling(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """A command for :class:`Child`, which calls a function of a script of this folder; paths become texts."""
+    return [__file__, Path(inspect.getfile(function)).stem, function.__name__, json.dumps(arguments, default=str)]
 
 
 class Child:
-    """One such process: a script of this folder with its arguments and its environment."""
+    """One such process: a script with its arguments and its environment."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self.name = name
@@ -26,8 +37,8 @@ class Child:
             env={**os.environ, **(env or {})},
         )
 
-    def ask(self, command: str) -> dict[str, Any]:
-        """Sends a line and waits for the answer.
+    def ask(self, command: str, meanwhile: Callable[[], object] | None = None) -> Answer:
+        """Send a line and wait for the answer; ``meanwhile`` is called all the time until it comes.
 
         Raises:
             SystemExit: the process ended; with the last line that it wrote to stderr.
@@ -37,6 +48,8 @@ class Child:
         try:
             self.process.stdin.write(command + "\n")
             self.process.stdin.flush()
+            while meanwhile is not None and not select.select([self.process.stdout], [], [], 0.0005)[0]:
+                meanwhile()
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -53,9 +66,31 @@ class Child:
         self.process.communicate()
 
 
-def serve(answer: Callable[[list[str]], dict[str, Any]]) -> None:
+def asked_once(name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Answer:
+    """The answer of a process that is asked once."""
+    child = Child(name, command, env)
+    answer = child.ask("run")
+    child.end()
+    return answer
+
+
+def in_turns(sides: Mapping[str, Child], commands: Iterable[str]) -> dict[str, list[Answer]]:
+    """What each side answers to each of the commands; the order changes with every command."""
+    answers: dict[str, list[Answer]] = {name: [] for name in sides}
+    for number, command in enumerate(commands):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            answers[name].append(sides[name].ask(command))
+    return answers
+
+
+def serve(answer: Callable[[list[str]], Answer]) -> None:
     """The child's side: what libraries print goes to stderr; the pipe carries answers only."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         print(json.dumps(answer(line.split())), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    module, name, arguments = sys.argv[1:]
+    getattr(importlib.import_module(module), name)(*json.loads(arguments))
