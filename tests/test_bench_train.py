@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_peers_are_set_up_as_somebody_who_knows_them_would(folder: Path, monkeyp
     found: dict[str, dict[str, str]] = {}
 
     def started(name: str, command: list[str], env: dict[str, str] | None = None) -> None:
-        found.setdefault(command[command.index("--peers") + 1], {})[name] = "tuned" if env else "plain"
+        found.setdefault(json.loads(command[-1])[1], {})[name] = "tuned" if env else "plain"
 
     monkeypatch.setattr(bench_train, "Child", started)
     for peer in ("plain-tuned", "fp32-both", "bitsandbytes-tuned", "bitsandbytes"):
