@@ -12,20 +12,17 @@ row by row, so that its error has rows as the sample. `match`: every form of a r
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from common import add_json, birth_in, machine, rounded, write_json
-from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS
+from children import all_calls
+from common import Bench, birth_in, rounded, verdict
+from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS, make_runs, prepare
 
 TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that `lora.ship` wrote
 BARS = {"gptq-original": (1.0, 0.9), "gptq-base": (0.85, 0.6), "shipped": (0.97, 0.9)}  # usual, light
@@ -46,81 +43,72 @@ def read_runs(work: Path, text: str, setting: str) -> dict[int, dict[str, Any]]:
 
 def rows_of(work: Path) -> list[dict[str, Any]]:
     """A row of the result for each setting and form."""
-    from qlora_native.tool.evaluate.measure import Scores
-    from qlora_native.tool.evaluate.retention import retention
-
-    def scores(*found: dict[str, Any]) -> Scores:
-        tokens, nats = (torch.tensor([one[key] for one in found]).double().sum(0) for key in ("tokens", "nats"))
-        return Scores(tokens, nats)
-
     rows = []
-    for setting, number in ((setting, number) for number, setting in enumerate(SETTINGS)):
+    for number, setting in enumerate(SETTINGS):
+        found = {text: read_runs(work, text, setting) for text in TEXTS}
         for form in (*TRAINED, *MERGES):
             row: dict[str, Any] = {"setting": setting, "form": form, "match": True, "bars": [], "texts": {}}
-            for text in TEXTS:
-                runs = read_runs(work, text, setting)
-                if not runs:
-                    continue
+            for text in (text for text, runs in found.items() if runs):
                 base = json.loads((work / "runs" / f"{text}.json").read_text(encoding="utf-8"))
-
-                def kept(*seeds: int, form: str = form, base: Any = base, runs: Any = runs) -> dict[str, Any]:
-                    sides = ([base] * len(seeds), [runs[s]["plain"] for s in seeds], [runs[s][form] for s in seeds])
-                    return retention(*(scores(*side) for side in sides))
-
-                whole = kept(*runs)
-                row["texts"][text] = {
-                    "retention": rounded([whole["retention"], whole["retention_error"]]),
-                    "seeds": {seed: rounded([kept(seed)["retention"]])[0] for seed in runs},
-                    "losses": [round(whole[f"{side}_loss"], 4) for side in ("base", "adapted", "shipped")],
-                }
-                row["match"] &= all(run[form]["tokens"] == base["tokens"] for run in runs.values())
-                if form in BARS:
-                    row["bars"].append(_bar(f"retention on {text}", BARS[form][number], whole["retention"], True))
-                if form == "shipped":
-                    apart = max(abs(run["shipped"]["loss_after"] - run["ship"]["loss_after"]) for run in runs.values())
-                    raw = mean(scores(run["ship"]).excess(scores(run["plain"]))[0] for run in runs.values())
-                    row["bars"].append(_bar(f"nats from the last evaluation on {text}", APART_BAR, apart, False))
-                    row["bars"].append(_bar(f"nats of the raw adapter on {text}", RAW_BAR, raw, False))
+                add_text(row, text, found[text], base, BARS[form][number] if form in BARS else None)
             if row["texts"]:
                 rows.append(row)
     return rows
 
 
-def _bar(measure: str, limit: float, value: float, at_least: bool) -> dict[str, Any]:
-    met = value >= limit if at_least else value <= limit
-    return {"measure": measure, "bar": limit, "at_least": at_least, "value": rounded([value])[0], "met": met}
+def add_text(
+    row: dict[str, Any], text: str, runs: dict[int, dict[str, Any]], base: dict[str, Any], limit: float | None
+) -> None:
+    """What the row's form keeps on a text."""
+    from qlora_native.tool.evaluate.measure import Scores
+    from qlora_native.tool.evaluate.retention import retention
+
+    form = row["form"]
+
+    def scores(*found: dict[str, Any]) -> Scores:
+        tokens, nats = (torch.tensor([one[key] for one in found]).double().sum(0) for key in ("tokens", "nats"))
+        return Scores(tokens, nats)
+
+    def kept(*seeds: int) -> dict[str, Any]:
+        sides = ([base] * len(seeds), [runs[s]["plain"] for s in seeds], [runs[s][form] for s in seeds])
+        return retention(*(scores(*side) for side in sides))
+
+    whole = kept(*runs)
+    row["texts"][text] = {
+        "retention": rounded([whole["retention"], whole["retention_error"]]),
+        "seeds": {seed: rounded([kept(seed)["retention"]])[0] for seed in runs},
+        "losses": [round(whole[f"{side}_loss"], 4) for side in ("base", "adapted", "shipped")],
+    }
+    row["match"] &= all(run[form]["tokens"] == base["tokens"] for run in runs.values())
+    bars = []
+    if limit is not None:
+        bars.append(verdict("", f"retention on {text}", limit, whole["retention"], at_least=True))
+    if form == "shipped":
+        apart = max(abs(run["shipped"]["loss_after"] - run["ship"]["loss_after"]) for run in runs.values())
+        raw = mean(scores(run["ship"]).excess(scores(run["plain"]))[0] for run in runs.values())
+        bars.append(verdict("", f"nats from the last evaluation on {text}", APART_BAR, apart))
+        bars.append(verdict("", f"nats of the raw adapter on {text}", RAW_BAR, raw))
+    row["bars"] += bars
 
 
 def main() -> None:
-    """Make what is missing, then put it together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="what is done is kept here")
-    parser.add_argument("--no-runs", action="store_true", help="take the runs that are there")
-    add_json(parser)
-    arguments = parser.parse_args()
-    work: Path = arguments.work
+    folder = {"type": Path, "required": True, "metavar": "FOLDER", "help": "what is done is kept here"}
+    bench = Bench("shipping", __doc__, work=folder, no_runs=False)
+    work: Path = bench.options.work
     born = birth_in(work)
-    if not arguments.no_runs:
-        command = [sys.executable, str(Path(__file__).with_name("shipping_runs.py")), "--work", str(work)]
-        subprocess.run([*command, "--prepare"], check=True)
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        workers = [subprocess.Popen([*command, text], env=one_thread) for text in TEXTS]
-        failed = [worker.wait() for worker in workers]
-        if any(failed):
-            raise SystemExit("a run failed; what is done is kept")
-    result: dict[str, Any] = {"bench": "shipping", "birth": born, "machine": machine(), "texts": {}}
-    for text in TEXTS:
-        file = work / text / "heldout.jsonl"
-        lines = file.read_bytes().splitlines()
-        result["texts"][text] = {"rows": len(lines), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    result["training"] = {"steps": STEPS, "rates": SETTINGS, "length": LENGTH}
-    result["training"]["calibration_rows"] = CALIBRATION_ROWS
-    result["rows"] = rows_of(work)
-    for row in result["rows"]:
-        print(row["setting"], row["form"], {text: found["retention"] for text, found in row["texts"].items()})
-        for bar in row["bars"]:
-            print("   ", bar["measure"], bar["value"], "met" if bar["met"] else "MISSED")
-    write_json(arguments.json, result)
+    if not bench.options.no_runs:
+        prepare(work)
+        all_calls(*((make_runs, work, text) for text in TEXTS))
+    files = {text: (work / text / "heldout.jsonl").read_bytes() for text in TEXTS}
+    texts = {
+        text: {"rows": len(held_out.splitlines()), "sha256": hashlib.sha256(held_out).hexdigest()}
+        for text, held_out in files.items()
+    }
+    training = {"steps": STEPS, "rates": SETTINGS, "length": LENGTH, "calibration_rows": CALIBRATION_ROWS}
+    bench.begin(birth=born, texts=texts, training=training)
+    for row in rows_of(work):
+        bench.add(row, "setting", "form", "texts")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,19 @@ def asked_once(name: str, command: Sequence[str], env: Mapping[str, str] | None 
     return answer
 
 
+def all_calls(*calls: tuple[Any, ...]) -> None:
+    """Functions with their arguments, each in a process with one thread: the fastest way to make many runs.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, *calling(*call)], env=env) for call in calls]
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise SystemExit("a run failed; what is done is kept")
+
+
 def in_turns(sides: Mapping[str, Child], commands: Iterable[str]) -> dict[str, list[Answer]]:
     """What each side answers to each of the commands; the order changes with every command."""
     answers: dict[str, list[Answer]] = {name: [] for name in sides}

@@ -1,24 +1,21 @@
 """Fine-tuning runs of bench_quality: the same batches on each base, and the held-out losses of their adapters.
 
-    python bench/quality_runs.py --work FOLDER bf16 rtn wmse gptq
-
-A run is named BASE-LR-SEED; its result is a file of that name in FOLDER/runs, and a run that has one is not made again,
-so that this can be stopped, continued, and started twice to use two processors. The bases are the model folders
-FOLDER/BASE, which bench_quality makes.
+A run is named BASE-LR-SEED; its result is a file of that name in FOLDER/runs, and a run that has one is not made again.
+The bases are the model folders FOLDER/BASE, which bench_quality makes.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import kept
+from peer_models import tokenizer
 from quality_texts import batches, held_out
 
 SEEDS = (0, 1, 2)
@@ -70,42 +67,14 @@ def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def main() -> None:
-    """Make the runs that are missing."""
+def make_part(work: str, bases: list[str], part: int, parts: int) -> None:
+    """Makes those of the runs that are missing which fall to one of several processes."""
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.tool.cli.demo import model_file
-    from qlora_native.weights.open import load_tokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bases", nargs="+", metavar="BASE")
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
-    arguments = parser.parse_args()
     keep_freed_memory()
-    tokenizer = load_tokenizer(str(model_file()))
-    runs = arguments.work / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    for seed, rate, base in itertools.product(SEEDS, RATES, arguments.bases):
+    encode = tokenizer()
+    runs = itertools.product(SEEDS, RATES, bases)
+    for seed, rate, base in itertools.islice(runs, part, None, parts):
         name = f"{base}-{rate:g}-{seed}"
-        claim = runs / f"{name}.{os.getpid()}"
-        if (runs / f"{name}.json").exists() or any(_alive(other) for other in runs.glob(f"{name}.[0-9]*")):
-            continue
-        claim.touch()
-        try:
-            result = run(arguments.work / base, rate, seed, tokenizer)
-            claim.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            claim.rename(runs / f"{name}.json")
-        finally:
-            claim.unlink(missing_ok=True)
-        print(name, {text: round(result[text]["loss"], 4) for text in EVALUATED}, result["seconds"], "s", flush=True)
-
-
-def _alive(claim: Path) -> bool:
-    try:
-        os.kill(int(claim.suffix[1:]), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    main()
+        found = kept(Path(work, "runs", f"{name}.json"), partial(run, Path(work, base), rate, seed, encode))
+        print(name, {text: round(found[text]["loss"], 4) for text in EVALUATED}, found["seconds"], "s", flush=True)

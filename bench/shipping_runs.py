@@ -1,24 +1,22 @@
 """The runs of bench_shipping: adapters trained with and without ``lora.ship`` over one 4-bit base, and their merges.
 
-    python bench/shipping_runs.py --work FOLDER TEXT...
-
 A run is named TEXT-SETTING-SEED; its scores are files in FOLDER/runs, one for what was trained and one for each merge,
-and what has one is not made again. A process for each text, with one thread each, is the fastest. The run with
-``lora.ship`` continues the one without it from its last step, where it begins to differ.
+and what has one is not made again. The run with ``lora.ship`` continues the one without it from its last step, where it
+begins to differ.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
+from common import kept
+from peer_models import tokenizer
 from quality_texts import topics
 
 TEXTS, SEEDS = ("docstrings", "reference"), (0, 1, 2)
@@ -27,10 +25,7 @@ STEPS, LENGTH = 100, 256
 HELD_OUT_ROWS, CHARACTERS = 48, 450
 ORIGINAL, BASE = "original", "base-4bit"
 CALIBRATION_ROWS = 120
-EVALUATED = {
-    "docstrings": 0.015,
-    "reference": 0.05,
-}  # of the training rows, 46 each: for the loss that training reports
+EVALUATED = {"docstrings": 0.015, "reference": 0.05}  # of the training rows, 46 each: for the loss of a run's report
 FROM_BASE, TO_NF4 = ["--base", "dequantized"], ["--to", "nf4", "--method"]
 MERGES: dict[str, tuple[str, list[str]]] = {  # the model that the adapter is merged into, and options of `qlora merge`
     "gptq-base": (BASE, [*FROM_BASE, *TO_NF4, "gptq", "--calibration"]),
@@ -68,15 +63,14 @@ def write_bases(work: Path) -> None:
     import qlora_native as qn
     from qlora_native.models.load import load_dense
     from qlora_native.tool.cli.demo import model_file
-    from qlora_native.weights.open import load_tokenizer
 
     for name, load in ((ORIGINAL, lambda: load_dense(model_file())), (BASE, lambda: qn.load_model(work / ORIGINAL))):
         if not (work / name).exists():
             model: Any = load()
-            partial = work / f"{name}.partial"
-            model.save_pretrained(partial)
-            load_tokenizer(str(model_file())).save_pretrained(partial)
-            partial.rename(work / name)
+            unfinished = work / f"{name}.partial"
+            model.save_pretrained(unfinished)
+            tokenizer().save_pretrained(unfinished)
+            unfinished.rename(work / name)
 
 
 def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
@@ -120,9 +114,9 @@ def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships:
     return settings, {"loss_after": loss, **scores(model, work, text, tokenizer)}
 
 
-def make_plain(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
+def make_plain(work: Path, text: str, *run: Any) -> dict[str, Any]:
     """Train as usual."""
-    return train(work, text, setting, seed, tokenizer, ships=False)[1]
+    return train(work, text, *run, ships=False)[1]
 
 
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
@@ -158,45 +152,27 @@ def make_merge(work: Path, name: str, form: str, tokenizer: Any) -> dict[str, li
     return found
 
 
-def write_scores(file: Path, make: Callable[[], dict[str, Any]]) -> None:
-    """Write a result, if it is not there."""
-    if not file.exists():
-        unfinished = file.with_suffix(".partial")
-        unfinished.write_text(json.dumps(make()) + "\n", encoding="utf-8")
-        unfinished.rename(file)
-        print(file.stem, flush=True)
+def prepare(work: Path) -> None:
+    """Write the texts and the bases, where they are missing."""
+    if not (work / "reference/heldout.jsonl").exists():
+        write_texts(work)
+    write_bases(work)
 
 
-def main() -> None:
-    """Make the runs that are missing."""
+def make_runs(folder: str, text: str) -> None:
+    """Make the runs of a text that are missing."""
     import qlora_native as qn
     from qlora_native._memory import keep_freed_memory
     from qlora_native.weights.open import load_tokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("texts", nargs="*", default=TEXTS, metavar="TEXT")
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--form", action="append", help="make this alone: plain, trained, a merge; may be repeated")
-    parser.add_argument("--prepare", action="store_true", help="write the texts and the bases alone")
-    arguments = parser.parse_args()
-    work: Path = arguments.work
-    (work / "runs").mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    if not (work / "reference/heldout.jsonl").exists():
-        write_texts(work)
-    write_bases(work)
-    tokenizer = load_tokenizer(str(work / BASE))
-    texts = () if arguments.prepare else arguments.texts
-    for seed, setting, text in itertools.product(SEEDS, SETTINGS, texts):
-        name = f"{text}-{setting}-{seed}"
-        base = work / "runs" / f"{text}.json"
-        write_scores(base, lambda text=text: scores(qn.load_model(work / BASE), work, text, tokenizer))  # type: ignore[misc]
-        run = work, text, setting, seed, tokenizer
+    work = Path(folder)
+    encode = load_tokenizer(str(work / BASE))
+    kept(work / "runs" / f"{text}.json", lambda: scores(qn.load_model(work / BASE), work, text, encode))
+    for seed, setting in itertools.product(SEEDS, SETTINGS):
+        name, run = f"{text}-{setting}-{seed}", (work, text, setting, seed, encode)
         makers = {"plain": partial(make_plain, *run), "trained": partial(make_shipped, *run)}
-        makers |= {form: partial(make_merge, work, name, form, tokenizer) for form in MERGES}
-        for form in arguments.form or makers:
-            write_scores(work / "runs" / f"{name}-{form}.json", makers[form])
-
-
-if __name__ == "__main__":
-    main()
+        makers |= {form: partial(make_merge, work, name, form, encode) for form in MERGES}
+        for form, make in makers.items():
+            kept(work / "runs" / f"{name}-{form}.json", make)
+            print(name, form, flush=True)
