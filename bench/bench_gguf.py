@@ -21,7 +21,7 @@ import torch
 from cases import GGUF_TYPES, TOLERANCE
 from ceilings import ceilings
 from common import Bar, Bench, interleaved, relative_error, timings
-from linear_contenders import copied, copies, rotation
+from linear_contenders import copied, copies, product_of, rotation
 
 import qlora_native as qn
 
@@ -47,11 +47,10 @@ def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, r
     """One product by each."""
     n, k = w.shape
     t = torch.randn(m, k if forward else n, dtype=torch.bfloat16)
-    op = torch.ops.qlora_native.linear_4bit_grad_input
 
     def product(weight: qn.QuantizedWeight) -> Any:
-        turn = rotation(lambda: copied(weight), weight.nbytes, m)
-        return (lambda: qn.linear(t, turn())) if forward else (lambda: op(t, *turn().op_args()))
+        turn = rotation(lambda: product_of(copied(weight), forward), weight.nbytes, m)
+        return lambda: turn()(t)
 
     functions = {"ours": product(w), "nf4": product(nf4)}
     ggml = ggml_peer.library() if forward and m == 1 else None

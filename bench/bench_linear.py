@@ -33,8 +33,8 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 from cases import BENCH_PRODUCTS, TOLERANCE, Product
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
-from common import Bar, Bench, Functions, interleaved, interleaved_sparing, multiplies_bf16, relative_error, timings
-from linear_contenders import PLAIN, Lora, Weights, forward, grad_input
+from common import Bar, Bench, interleaved, interleaved_sparing, multiplies_bf16, relative_error, timings
+from linear_contenders import PLAIN, Lora, Weights, products
 
 DIRECTIONS = ("forward", "grad_input", "lora_forward_backward")
 LORA_M = 1024
@@ -75,11 +75,11 @@ def result(function: Callable[[], Any]) -> torch.Tensor:
 
 def product_row(direction: str, weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
     """The forward, or the gradient to the input."""
-    width = case.k if direction == "forward" else case.n
-    t = torch.randn(case.m, width, dtype=torch.bfloat16)
-    functions: Functions = (forward if direction == "forward" else grad_input)(weights, case, t)
+    is_forward = direction == "forward"
+    t = torch.randn(case.m, case.k if is_forward else case.n, dtype=torch.bfloat16)
+    functions = products(weights, case, t, is_forward)
     dense = weights.values.double()
-    truth = t.double() @ (dense.t() if direction == "forward" else dense)
+    truth = t.double() @ (dense.t() if is_forward else dense)
     errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
     probes = MemoryProbes()
     bars = BARS[direction].get(case.m, ())

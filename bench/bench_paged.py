@@ -29,6 +29,10 @@ from paged_loop import PlainLoop, disk_rates, largest_resident
 
 import qlora_native as qn
 from qlora_native.optim.paging import CHUNK_BYTES
+from qlora_native.tool.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, demo_config, model_file
+from qlora_native.tool.cli.standard_library import write_split
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 
 Row = dict[str, Any]
 LR, DECAY = 1e-4, 0.01
@@ -195,11 +199,6 @@ def idle(folder: str, repeats: int) -> list[Row]:
 
 def learn(folder: str, steps: int) -> list[Row]:
     """Held-out loss after a run of the demo, with both forms of the states."""
-    from qlora_native.tool.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, demo_config, model_file
-    from qlora_native.tool.cli.standard_library import write_split
-    from qlora_native.tool.config import TrainConfig
-    from qlora_native.tool.train.loop import Trainer
-
     for name in ("transformers", "qlora_native"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rows: list[Row] = []

@@ -21,6 +21,10 @@ from children import asked_once, calling, serve
 from common import Bench, verdict
 from peer_models import private_megabytes, reset_peak, tokenizer
 
+import qlora_native as qn
+from qlora_native.tool.cli.demo import MAX_CHARACTERS, model_file
+from qlora_native.tool.cli.standard_library import examples
+
 SEQUENCES, LENGTH, STEPS = 8, 256, 2
 BAR, TOLERANCE = 1.15, 0.02
 KINDS = ("sft", "dpo", "kto")
@@ -30,9 +34,6 @@ RUNS = [*((kind, "ours", kept) for kept in (True, False) for kind in KINDS), *((
 
 def rows(kind: str) -> list[dict[str, Any]]:
     """Texts that are longer than LENGTH tokens, in the columns of a trainer."""
-    from qlora_native.tool.cli.demo import MAX_CHARACTERS
-    from qlora_native.tool.cli.standard_library import examples
-
     text = "".join(example.source for example in examples(MAX_CHARACTERS))
     size, found = 8 * LENGTH, []
     for first in range(0, 2 * SEQUENCES * STEPS * size, 2 * size):
@@ -56,9 +57,6 @@ def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float
     """Trains; MiB, and the gradient's norm of the first step."""
     import trl
     from datasets import Dataset
-
-    import qlora_native as qn
-    from qlora_native.tool.cli.demo import model_file
 
     imported = private_megabytes("VmRSS")
     if head != "trl":

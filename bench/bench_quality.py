@@ -45,6 +45,11 @@ from quality_runs import (
 )
 from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
 
+import qlora_native as qn
+from qlora_native.models.load import load_dense
+from qlora_native.tool.cli.demo import model_file
+from qlora_native.tool.evaluate.measure import Reference, Scores, measure
+
 REFERENCE, BASELINE = "bf16", "rtn"
 METHODS = {"rtn": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
 LEARNING = ("bf16", "rtn", "wmse", "gptq")
@@ -55,10 +60,6 @@ CHECKED_ROWS, TOLERANCE = 2, 5e-3
 
 def make_base(folder: Path, ids: torch.Tensor) -> None:
     """Write one base."""
-    import qlora_native as qn
-    from qlora_native.models.load import load_dense
-    from qlora_native.tool.cli.demo import model_file
-
     if folder.name == REFERENCE:
         model = load_dense(model_file())
     else:
@@ -73,8 +74,6 @@ def matches(model: Any, base: Path, ids: torch.Tensor) -> bool:
     """Whether transformers' own code with the same weights, decoded and in fp32, has the same loss."""
     from transformers import AutoModelForCausalLM
 
-    from qlora_native.tool.evaluate.measure import measure
-
     twin: Any = AutoModelForCausalLM.from_pretrained(base.with_name(REFERENCE), dtype=torch.float32)
     decode_into(twin, model)
     with torch.no_grad():
@@ -85,8 +84,6 @@ def matches(model: Any, base: Path, ids: torch.Tensor) -> bool:
 
 def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, dict[str, Any]]:
     """What each base makes of each text, from FOLDER/scores or measured now; row by row."""
-    from qlora_native.tool.evaluate.measure import Reference, measure
-
     against: dict[str, Reference] = {}
 
     def scored(name: str, scratch: Path) -> dict[str, Any]:
@@ -113,7 +110,6 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
 
 def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) -> list[dict[str, Any]]:
     """A row of the result for each base: figures with standard errors, and the bars on the share of the gap closed."""
-    from qlora_native.tool.evaluate.measure import Scores
 
     def scores(name: str, text: str) -> Scores:
         return Scores(**{key: torch.tensor(value, dtype=torch.float64) for key, value in scored[name][text].items()})
@@ -140,8 +136,6 @@ def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) ->
 
 def learning_rows(work: Path) -> list[dict[str, Any]]:
     """A row for each base that learned: end losses and gaps to the 16-bit base's run of the same seed and rate."""
-    from qlora_native.tool.evaluate.measure import Scores
-
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for path in sorted((work / "runs").glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,9 @@ from children import all_calls
 from common import Bench, birth_in, rounded, verdict
 from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS, make_runs, prepare
 
+from qlora_native.tool.evaluate.measure import Scores
+from qlora_native.tool.evaluate.retention import retention
+
 TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that `lora.ship` wrote
 BARS = {"gptq-original": (1.0, 0.9), "gptq-base": (0.85, 0.6), "shipped": (0.97, 0.9)}  # usual, light
 APART_BAR, RAW_BAR = 1e-4, 0.02  # nats a token
@@ -60,9 +63,6 @@ def add_text(
     row: dict[str, Any], text: str, runs: dict[int, dict[str, Any]], base: dict[str, Any], limit: float | None
 ) -> None:
     """What the row's form keeps on a text."""
-    from qlora_native.tool.evaluate.measure import Scores
-    from qlora_native.tool.evaluate.retention import retention
-
     form = row["form"]
 
     def scores(*found: dict[str, Any]) -> Scores:

@@ -26,6 +26,8 @@ from children import asked_once, calling, serve
 from common import Bench, kept
 from peer_models import dense_model, nf4_config, tokenizer
 
+import qlora_native as qn
+
 ROWS, LENGTH = 2, 32  # tokens a step: their product
 TOLERANCE = 1e-3  # of the loss, in fp32
 SPREADS = 2.0
@@ -79,8 +81,6 @@ def losses(side: str, name: str, folder: Path) -> list[float]:
     """The script: the loss of every step."""
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
-
-    import qlora_native as qn
 
     if side == NO_BF16_DOT:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product

@@ -9,13 +9,13 @@ import torch
 
 from qlora_native import reference
 from qlora_native.nn import QuantizedLinear
+from qlora_native.tool.cli.demo_model import model_file
+from qlora_native.weights.open import load_tokenizer
 
 
 def dense_model() -> Any:
     """The 16-bit one, by transformers' own code."""
     from transformers import AutoModelForCausalLM, GgufConfig
-
-    from qlora_native.tool.cli.demo_model import model_file
 
     source = model_file()
     options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
@@ -26,9 +26,6 @@ def dense_model() -> Any:
 
 def tokenizer() -> Any:
     """Its tokenizer."""
-    from qlora_native.tool.cli.demo_model import model_file
-    from qlora_native.weights.open import load_tokenizer
-
     return load_tokenizer(str(model_file()))
 
 

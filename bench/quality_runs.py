@@ -18,6 +18,13 @@ from common import kept
 from peer_models import tokenizer
 from quality_texts import batches, held_out
 
+import qlora_native as qn
+from qlora_native._memory import keep_freed_memory
+from qlora_native.models.load import load_dense
+from qlora_native.models.loss import causal_lm_loss
+from qlora_native.tool.evaluate.measure import measure
+from qlora_native.tool.train.setup import learning_rate
+
 SEEDS = (0, 1, 2)
 RATES = (2e-4, 1e-3)
 STEPS, ROWS, LENGTH = 100, 2, 128
@@ -33,19 +40,11 @@ def as_rows(ids: torch.Tensor) -> list[dict[str, np.ndarray]]:
 
 def load(folder: Path) -> Any:
     """A base of the comparison, 16-bit or 4-bit."""
-    import qlora_native as qn
-    from qlora_native.models.load import load_dense
-
     return load_dense(folder) if folder.name == "bf16" else qn.load_model(folder)
 
 
 def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
     """One adapter of rank 16 on every linear layer, as `qlora train` makes it: AdamW, clipping, warm-up, cosine."""
-    import qlora_native as qn
-    from qlora_native.models.loss import causal_lm_loss
-    from qlora_native.tool.evaluate.measure import measure
-    from qlora_native.tool.train.setup import learning_rate
-
     began = time.monotonic()
     model = qn.add_lora(load(base), qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed)).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -69,8 +68,6 @@ def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
 
 def make_part(work: str, bases: list[str], part: int, parts: int) -> None:
     """Makes those of the runs that are missing which fall to one of several processes."""
-    from qlora_native._memory import keep_freed_memory
-
     keep_freed_memory()
     encode = tokenizer()
     runs = itertools.product(SEEDS, RATES, bases)

@@ -13,6 +13,7 @@ import importlib.metadata
 import platform
 import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from qlora_native.data.batching import permutation
 from qlora_native.tool.cli.standard_library import SKIPPED_FOLDERS, is_held_out
 
-PACKAGES = (
+PACKAGES = [
     "accelerate",
     "huggingface-hub",
     "numpy",
@@ -32,7 +33,7 @@ PACKAGES = (
     "torch",
     "tqdm",
     "transformers",
-)
+]
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 128, 512
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 64, 256
 
@@ -61,12 +62,10 @@ def modules(held_out: bool) -> list[str]:
     texts = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if SKIPPED_FOLDERS.intersection(parts) or parts[0] == "pydoc_data" or is_held_out(".".join(parts)) != held_out:
-            continue
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            continue
+        is_skipped = bool(SKIPPED_FOLDERS.intersection(parts)) or parts[0] == "pydoc_data"
+        if not is_skipped and is_held_out(".".join(parts)) == held_out:
+            with suppress(UnicodeDecodeError):
+                texts.append(path.read_text(encoding="utf-8"))
     return texts
 
 
@@ -81,11 +80,9 @@ def descriptions() -> list[str]:
     """The long descriptions of PACKAGES, of those that are installed."""
     texts = []
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             metadata = importlib.metadata.metadata(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        texts.append(str(metadata.get_payload() or metadata.get("Description") or ""))  # type: ignore[attr-defined]
+            texts.append(str(metadata.get_payload() or metadata.get("Description") or ""))  # type: ignore[attr-defined]
     return texts
 
 

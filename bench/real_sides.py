@@ -19,6 +19,8 @@ from common import peer_dtype
 from peer_models import decode_into, private_megabytes, reset_peak
 from train_sides import cast_adapter, our_model, serve_training, their_model, write_adapter, write_batches
 
+import qlora_native as qn
+
 PARTS = {"train": True, "learn": False}  # whether rows are cut to full length, all of it trained
 CONTEXT = 1024  # tokens that llama.cpp has room for
 
@@ -31,7 +33,6 @@ def prepare(folder: Path, source: Path, steps: dict[str, int], seed: int) -> dic
         loss: of each part, that of its first batch by transformers' code in fp32 on the decoded weights. kept: whether
         ours has the file's own weights. prompt: token ids.
     """
-    import qlora_native as qn
     from qlora_native.data.template import ChatEncoder
     from qlora_native.models.load import load_dense
     from qlora_native.tool.cli.main import main

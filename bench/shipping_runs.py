@@ -19,6 +19,21 @@ from common import kept
 from peer_models import tokenizer
 from quality_texts import topics
 
+import qlora_native as qn
+from qlora_native._memory import keep_freed_memory
+from qlora_native.data.template import padding_id
+from qlora_native.lora import load_adapter
+from qlora_native.models.load import load_dense
+from qlora_native.tool.cli.demo import MAX_CHARACTERS, model_file
+from qlora_native.tool.cli.main import main as qlora
+from qlora_native.tool.cli.standard_library import is_held_out, write_split
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.evaluate.measure import measure
+from qlora_native.tool.evaluate.texts import load_text
+from qlora_native.tool.rows import load_rows
+from qlora_native.tool.train.loop import Trainer
+from qlora_native.weights.open import load_tokenizer
+
 TEXTS, SEEDS = ("docstrings", "reference"), (0, 1, 2)
 SETTINGS = {"usual": 5e-4, "light": 1e-5}  # peak learning rates
 STEPS, LENGTH = 100, 256
@@ -39,9 +54,6 @@ MERGES: dict[str, tuple[str, list[str]]] = {  # the model that the adapter is me
 
 def write_texts(work: Path) -> None:
     """``train.jsonl`` and ``heldout.jsonl`` of each text: the demo's task, and pages of the language reference."""
-    from qlora_native.tool.cli.demo import MAX_CHARACTERS
-    from qlora_native.tool.cli.standard_library import is_held_out, write_split
-
     write_split(work / "docstrings", MAX_CHARACTERS, HELD_OUT_ROWS)
     (work / "reference").mkdir(exist_ok=True)
     parts: dict[bool, list[str]] = {False: [], True: []}
@@ -60,10 +72,6 @@ def write_texts(work: Path) -> None:
 
 def write_bases(work: Path) -> None:
     """The model in bf16, and rounded to NF4."""
-    import qlora_native as qn
-    from qlora_native.models.load import load_dense
-    from qlora_native.tool.cli.demo import model_file
-
     for name, load in ((ORIGINAL, lambda: load_dense(model_file())), (BASE, lambda: qn.load_model(work / ORIGINAL))):
         if not (work / name).exists():
             model: Any = load()
@@ -75,8 +83,6 @@ def write_bases(work: Path) -> None:
 
 def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
     """A run of `qlora train`, with the settings of the demo."""
-    from qlora_native.tool.config import TrainConfig
-
     out = work / "trained" / f"{text}-{setting}-{seed}" / ("ship" if ships else "plain")
     data = {"train": f"{work / text}/train.jsonl", "max_length": LENGTH, "eval_fraction": EVALUATED[text]}
     train = {"steps": STEPS, "lr": SETTINGS[setting], "seed": seed, "batch_size": 4, "grad_accum": 1}
@@ -88,10 +94,6 @@ def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
 
 def scores(model: Any, work: Path, text: str, tokenizer: Any) -> dict[str, list[float]]:
     """Sums over the tokens of each held-out row."""
-    from qlora_native.data.template import padding_id
-    from qlora_native.tool.evaluate.measure import measure
-    from qlora_native.tool.evaluate.texts import load_text
-
     rows = load_text(work / text / "heldout.jsonl", tokenizer, max_length=LENGTH).rows
     found = measure(model, rows, padding_id(tokenizer))[0]
     return {"tokens": found.tokens.tolist(), "nats": found.nats.tolist()}
@@ -99,10 +101,6 @@ def scores(model: Any, work: Path, text: str, tokenizer: Any) -> dict[str, list[
 
 def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships: bool) -> tuple[Any, dict[str, Any]]:
     """Train an adapter: the settings, and the adapter's scores with the loss that training reports."""
-    import qlora_native as qn
-    from qlora_native.lora import load_adapter
-    from qlora_native.tool.train.loop import Trainer
-
     settings = config(work, text, setting, seed, ships)
     out = Path(settings.output_dir)
     checkpoint = out / f"step-{STEPS:06}"
@@ -121,10 +119,6 @@ def make_plain(work: Path, text: str, *run: Any) -> dict[str, Any]:
 
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
     """Train to the end with ``lora.ship``: the scores of the adapter, and of the file that ships."""
-    import qlora_native as qn
-    from qlora_native.tool.rows import load_rows
-    from qlora_native.tool.train.loop import Trainer
-
     settings, trained = train(work, text, setting, seed, tokenizer, ships=True)
     model: Any = qn.load_model(Path(settings.output_dir) / "shipped")
     shipped: dict[str, Any] = scores(model, work, text, tokenizer)
@@ -135,10 +129,6 @@ def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any)
 
 def make_merge(work: Path, name: str, form: str, tokenizer: Any) -> dict[str, list[float]]:
     """Merge the adapter of a run, and score what comes out."""
-    import qlora_native as qn
-    from qlora_native.models.load import load_dense
-    from qlora_native.tool.cli.main import main as qlora
-
     text, (into, options) = name.split("-")[0], MERGES[form]
     out = work / "merged" / f"{name}-{form}"
     shutil.rmtree(out, ignore_errors=True)
@@ -161,10 +151,6 @@ def prepare(work: Path) -> None:
 
 def make_runs(folder: str, text: str) -> None:
     """Make the runs of a text that are missing."""
-    import qlora_native as qn
-    from qlora_native._memory import keep_freed_memory
-    from qlora_native.weights.open import load_tokenizer
-
     keep_freed_memory()
     work = Path(folder)
     encode = load_tokenizer(str(work / BASE))

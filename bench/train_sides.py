@@ -12,6 +12,8 @@ from children import serve
 from common import peer_dtype
 from peer_models import decode_into, dense_model, nf4_config, private_megabytes, tokenizer
 
+import qlora_native as qn
+
 ROWS, LENGTH = 4, 256
 RANK, ALPHA = 16, 32
 
@@ -45,8 +47,6 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     Returns:
         loss: that of the first batch in fp32 with the decoded weights, in transformers' own code; counts.
     """
-    import qlora_native as qn
-
     dense = dense_model()
     dense.save_pretrained(folder / "model")
     model: Any = qn.load_model(folder / "model")
@@ -62,8 +62,6 @@ def write_adapter(folder: Path, model: Any, dense: Any, seed: int) -> dict[str, 
     Returns:
         frozen, head, adapters: numbers of weights in the adapted layers, in the output embedding, in the adapters.
     """
-    import qlora_native as qn
-
     qn.add_lora(model, qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed))
     qn.save_adapter(model, folder / "adapter")
     head = dense.get_output_embeddings().weight
@@ -119,7 +117,6 @@ def our_model(
     adapted: bool = True,
 ) -> Any:
     """As `qlora train` has it, and without an adapter as `qlora chat`."""
-    import qlora_native as qn
     from qlora_native._memory import keep_freed_memory
     from qlora_native.models.fuse import fuse
 
