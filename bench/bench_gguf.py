@@ -44,7 +44,6 @@ def weight_of(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
 
 
 def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, repeats: int) -> dict[str, Any]:
-    """One product by each."""
     n, k = w.shape
     t = torch.randn(m, k if forward else n, dtype=torch.bfloat16)
 

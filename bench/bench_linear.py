@@ -74,7 +74,6 @@ def result(function: Callable[[], Any]) -> torch.Tensor:
 
 
 def product_row(direction: str, weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
-    """The forward, or the gradient to the input."""
     is_forward = direction == "forward"
     t = torch.randn(case.m, case.k if is_forward else case.n, dtype=torch.bfloat16)
     functions = products(weights, case, t, is_forward)
@@ -93,7 +92,6 @@ def product_row(direction: str, weights: Weights, case: Product, repeats: int, m
 
 
 def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
-    """Both directions of a layer with adapters."""
     lora = Lora(weights, case)
     functions = lora.functions()
     error = lora.error(functions["ours"]())

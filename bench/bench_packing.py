@@ -38,7 +38,6 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 5e-2  # of bf16 activations
 
 
 def random_rows(count: int, vocabulary: int) -> list[dict[str, np.ndarray]]:
-    """``count`` rows of random tokens, all of them trained."""
     draw = np.random.RandomState(0)
     rows = []
     for length in np.geomspace(SHORTEST, PACKED_LENGTH, count).round().astype(int):

@@ -107,7 +107,6 @@ def peers(notes: list[str]) -> dict[str, Callable[[Any], Any]]:
 
 
 def ours(count: int, numel: int, **options: Any) -> Any:
-    """Our AdamW over so many parameters."""
     return qn.optim.AdamW(parameters(count, numel), LR, weight_decay=DECAY, **options)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import ceilings
-from children import asked_once, calling, serve
+from children import Answer, called
 from common import Bench, verdict
 from peer_models import private_megabytes, reset_peak, tokenizer
 
@@ -47,14 +47,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
     return found
 
 
-def worker(kind: str, head: str, checkpointing: bool) -> None:
-    """Serves one run in this process."""
-    with tempfile.TemporaryDirectory() as out:
-        serve(lambda _: peak(kind, head, checkpointing, out))
-
-
-def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float]:
-    """Trains; MiB, and the gradient's norm of the first step."""
+def peak(kind: str, head: str, checkpointing: bool, out: str) -> Answer:
+    """Trains in this process; MiB, and the gradient's norm of the first step."""
     import trl
     from datasets import Dataset
 
@@ -105,7 +99,8 @@ def main() -> None:
     found = []
     for kind, head, checkpointing in RUNS:
         row = {"trainer": kind, "head": head, "checkpointing": checkpointing}
-        found.append(row | asked_once(f"{kind} {head}", calling(worker, kind, head, checkpointing)))
+        with tempfile.TemporaryDirectory() as out:
+            found.append(row | called(peak, kind, head, checkpointing, out))
     for row in judged(found):
         bench.add(row, "trainer", "head", "checkpointing", "peak_mib", "above_sft")
     bench.write()

@@ -59,7 +59,6 @@ CHECKED_ROWS, TOLERANCE = 2, 5e-3
 
 
 def make_base(folder: Path, ids: torch.Tensor) -> None:
-    """Write one base."""
     if folder.name == REFERENCE:
         model = load_dense(model_file())
     else:

@@ -37,7 +37,6 @@ DEQUANTIZE_BARS = (Bar("copy", 1.1),)  # bf16
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bytes."""
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
@@ -104,7 +103,6 @@ def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
 def rows(
     shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
-    """The row of each direction."""
     t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
     w = qn.quantize(t, quant_type=quant_type, double_quant=nested)
     quantize, dequantize = jobs(t, w)

@@ -93,7 +93,6 @@ def trained(
 
 
 def has_llama_cpp() -> bool:
-    """Whether its wheel is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -134,7 +133,6 @@ def cached(work: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) 
 
 
 def measure(bench: Bench, model: str, work: Path) -> None:
-    """The rows of one model."""
     options, isa, born = bench.options, machine()["cpu_isa"], birth()
     folder, source = work / model, model_file(model)
     steps = {"train": options.steps, "learn": options.learn_steps}

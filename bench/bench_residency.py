@@ -29,7 +29,7 @@ from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from children import Child, calling, in_turns, serve
+from children import Child, calling, in_turns, last_line, serve
 from common import Bench
 
 import qlora_native as qn
@@ -78,7 +78,7 @@ def forget(folder: Path) -> None:
         mapped.release(0, mapped.num_bytes)
 
 
-def opened(folder: Path, residency: str) -> dict[str, Any]:
+def opened(folder: Path | str, residency: str) -> dict[str, Any]:
     """Loads the model in this process."""
     from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -116,7 +116,6 @@ def passes(folder: Path | str, residency: str, tokens: int) -> None:
 
 
 def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
-    """The run in this process."""
     from qlora_native._memory import peak_rss_bytes
     from qlora_native.models.mapped import num_bytes, parts_of, streaming_of
     from qlora_native.tool.config import TrainConfig
@@ -162,19 +161,14 @@ def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
     }
 
 
-def print_opened(folder: str, residency: str) -> None:
-    """For :func:`child`."""
-    print(json.dumps(opened(Path(folder), residency)))
-
-
-def print_trained(folder: str, length: int) -> None:
-    """For :func:`child`."""
+def trained(folder: str, length: int) -> dict[str, Any]:
+    """The same beside the model."""
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
-        print(json.dumps(train(Path(folder), Path(out), length)))
+        return train(Path(folder), Path(out), length)
 
 
 def child(*call: Any, limit: float | None = None) -> dict[str, Any]:
-    """The last line that a call prints in a process, under a limit in GiB if one is given."""
+    """What a call returns in a process, under a limit in GiB if one is given."""
     group = None
     if limit is not None:
         group = Path(tempfile.mkdtemp(prefix="qlora-", dir=CGROUPS))
@@ -190,7 +184,7 @@ def child(*call: Any, limit: float | None = None) -> dict[str, Any]:
         group.rmdir()
     if done.returncode:
         return {**found, "exit": done.returncode}
-    return {**json.loads(done.stdout.splitlines()[-1]), **found}
+    return {**last_line(done.stdout), **found}
 
 
 def estimated(folder: Path, limit: float, tokens: int) -> dict[str, Any]:
@@ -209,7 +203,6 @@ def bar(name: str, value: float, met: bool) -> dict[str, Any]:
 
 
 def judge(result: dict[str, Any]) -> None:
-    """Ratios and bars, from the measurements."""
     if "open" in result:
         seconds, private = result["open"]["mapped"]["seconds"], result["open"]["mapped"]["private_mib"] * 2**20
         result["open"]["bars"] = [
@@ -270,10 +263,10 @@ def limited(folder: Path, limit: float | None, tokens: int) -> dict[str, Any]:
     forget(folder)
     row = {"limit_gib": limit, "load_average": os.getloadavg()}
     if limit is None:
-        return row | child(print_trained, folder, tokens)
+        return row | child(trained, folder, tokens)
     estimates = [estimated(folder, limit, tokens)]
     forget(folder)
-    row |= child(print_trained, folder, tokens, limit=limit)
+    row |= child(trained, folder, tokens, limit=limit)
     if "seconds" in row:
         forget(folder)
         row["estimates"] = [*estimates, estimated(folder, limit, tokens)]
@@ -290,8 +283,8 @@ def main() -> None:
     result |= {"load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
     result |= {"swap_bytes": swap_bytes(), "disk_bytes_per_second": disk_rate(file)}
     if "open" not in options.skip:
-        child(print_opened, folder, "memory")  # warms the page cache
-        result["open"] = {name: child(print_opened, folder, name) for name in ("memory", "mapped")}
+        child(opened, folder, "memory")  # warms the page cache
+        result["open"] = {name: child(opened, folder, name) for name in ("memory", "mapped")}
     if "steps" not in options.skip:
         result["steps"] = compared(folder, options.pairs, options.pass_tokens)
     bench.begin()

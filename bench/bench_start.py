@@ -75,7 +75,6 @@ def num_bytes(url: str) -> int:
 
 
 def packages_mb(report: Path) -> int:
-    """Of what a report of pip's lists."""
     listed = json.loads(report.read_text(encoding="utf-8"))["install"]
     return round(sum(num_bytes(package["download_info"]["url"]) for package in listed) / 1e6)
 

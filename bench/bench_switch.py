@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from children import asked_once, calling, serve
+from children import called
 from common import Bench, kept
 from peer_models import dense_model, nf4_config, tokenizer
 
@@ -71,23 +72,18 @@ def prepare(folder: Path, steps: int) -> None:
     torch.save(torch.tensor(ids[:wanted]).view(-1, LENGTH), folder / "rows.pt")
 
 
-def worker(side: str, folder: str, dtype: str, threads: int) -> None:
-    """Serves the losses of one run in this process."""
-    torch.set_num_threads(threads)
-    serve(lambda _: {"losses": losses(side, dtype, Path(folder))})
-
-
-def losses(side: str, name: str, folder: Path) -> list[float]:
+def losses(side: str, name: str, folder: str, threads: int) -> list[float]:
     """The script: the loss of every step."""
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
+    torch.set_num_threads(threads)
     if side == NO_BF16_DOT:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
     parts = 2 if side == HALVES else 1
-    base = load(folder / name, qn.QLoRANativeConfig if side == "ours" else BitsAndBytesConfig, name)
-    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
-    rows = torch.load(folder / "rows.pt")
+    base = load(Path(folder, name), qn.QLoRANativeConfig if side == "ours" else BitsAndBytesConfig, name)
+    model = PeftModel.from_pretrained(base, Path(folder, "adapter"), is_trainable=True)
+    rows = torch.load(Path(folder, "rows.pt"))
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
             model=model,
@@ -159,9 +155,8 @@ def main() -> None:
             prepare(folder, bench.options.steps)
 
         def run(dtype: str, side: str, threads: int = 2) -> list[float]:
-            call = calling(worker, side, folder, dtype, threads)
-            found = kept(folder / f"{dtype}-{side}-{threads}.json", lambda: asked_once(side, call)["losses"])
-            return list(found)
+            make = partial(called, losses, side, dtype, folder, threads)
+            return list(kept(folder / f"{dtype}-{side}-{threads}.json", make))
 
         for dtype in bench.options.dtypes:
             runs = [("ours", 2), ("theirs", 2)]

@@ -54,7 +54,6 @@ FLOOR_BAR = 0.75
 
 
 def side(name: str, peer: str, arguments: argparse.Namespace, folder: Path) -> Child:
-    """The process of one side."""
     command = calling(worker, name, peer, folder, arguments.lr, arguments.threads)
     return Child(name, command, TUNED_MALLOC if name == "theirs" and PEERS[peer].tuned_malloc else None)
 
@@ -115,7 +114,6 @@ def take_steps(
 def compare(
     peer: str, arguments: argparse.Namespace, folder: Path, prepared: dict[str, Any], measured: Ceilings
 ) -> dict[str, Any]:
-    """A row."""
     batches = torch.load(folder / "batches.pt")["train"]
     sides = {name: side(name, peer, arguments, folder) for name in ("ours", "theirs")}
     operations = products(batches[min(WARM_UP, len(batches) - 1) :], prepared)

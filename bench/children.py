@@ -1,4 +1,4 @@
-"""Processes that answer a line of JSON to each line that they are sent, so that two of them can take turns."""
+"""Processes for functions of the benches, and those that answer lines, so that two of them can take turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Answer = dict[str, Any]
 
 
 def calling(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """A command for :class:`Child`, which calls a function of a script of this folder; paths become texts."""
+    """The command that calls a function of a script of this folder and prints what it returns; paths become texts."""
     return [__file__, Path(inspect.getfile(function)).stem, function.__name__, json.dumps(arguments, default=str)]
 
 
@@ -61,17 +61,19 @@ class Child:
         return dict(json.loads(answer))
 
     def end(self) -> None:
-        """Stops it and waits."""
         self.process.terminate()
         self.process.communicate()
 
 
-def asked_once(name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Answer:
-    """The answer of a process that is asked once."""
-    child = Child(name, command, env)
-    answer = child.ask("run")
-    child.end()
-    return answer
+def called(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own."""
+    command = [sys.executable, *calling(function, *arguments)]
+    return last_line(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def last_line(printed: str) -> Any:
+    """What a function returned, after what libraries print."""
+    return json.loads(printed.splitlines()[-1])
 
 
 def all_calls(*calls: tuple[Any, ...]) -> None:
@@ -106,4 +108,5 @@ def serve(answer: Callable[[list[str]], Answer]) -> None:
 
 if __name__ == "__main__":
     module, name, arguments = sys.argv[1:]
-    getattr(importlib.import_module(module), name)(*json.loads(arguments))
+    if (answer := getattr(importlib.import_module(module), name)(*json.loads(arguments))) is not None:
+        print(json.dumps(answer))

@@ -73,7 +73,6 @@ class Weights:
 
 
 def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
-    """Their layer, or None."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:

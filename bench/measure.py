@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import births
+import common
 import isa_env
 from pages import CLASSES, RESULTS, ROOT
+
+import qlora_native as qn
+from qlora_native._memory import free_memory
 
 GIB = 1 << 30
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -74,14 +78,12 @@ PAGES = (
 
 def is_done(job: Job, cpu: str) -> bool:
     """Whether a result of this code, with these versions, is there."""
-    from common import birth
-
     file = RESULTS / f"{job.name}-{cpu}.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     born = result.get("birth", {})
     if not births.is_born(result) or born.get("backfilled") or born["changed"]:
         return False
-    return born["versions"] == birth()["versions"] and not births.is_old(job.name, result)
+    return born["versions"] == common.birth()["versions"] and not births.is_old(job.name, result)
 
 
 def obstacle(job: Job, state: Path, memory: int) -> str:
@@ -122,8 +124,6 @@ def run(job: Job, cpu: str, state: Path, seconds: float) -> str:
 
 def own_class() -> str:
     """Of this CPU, or what QLORA_NATIVE_ISA makes of it."""
-    import qlora_native as qn
-
     return str(qn.build_info()["cpu_isa"])
 
 
@@ -133,8 +133,6 @@ def measure(chosen: list[tuple[Job, str]], state: Path, minutes: float) -> list[
     Args:
         chosen: benches, each with the class to stand for, "" for this CPU's own.
     """
-    from qlora_native._memory import free_memory
-
     end, left_out = time.monotonic() + 60 * minutes, []
     for job, cpu in chosen:
         name = f"{job.name}-{cpu or own_class()}"
@@ -155,7 +153,6 @@ def measure(chosen: list[tuple[Job, str]], state: Path, minutes: float) -> list[
 
 
 def main() -> None:
-    """Measure, rewrite, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit (default: none)")
     parser.add_argument("--classes", action="store_true", help=f"also limited to each of {', '.join(LIMITED)}")

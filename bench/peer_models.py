@@ -25,7 +25,6 @@ def dense_model() -> Any:
 
 
 def tokenizer() -> Any:
-    """Its tokenizer."""
     return load_tokenizer(str(model_file()))
 
 
@@ -37,7 +36,6 @@ def nf4_config(kind: Any, dtype: torch.dtype) -> Any:
 
 
 def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:
-    """The 4-bit layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 

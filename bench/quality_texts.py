@@ -70,7 +70,6 @@ def modules(held_out: bool) -> list[str]:
 
 
 def topics() -> list[str]:
-    """The pages of CPython's language reference."""
     from pydoc_data.topics import topics as pages
 
     return [pages[name] for name in sorted(pages)]
@@ -98,7 +97,6 @@ def windows(tokenizer: Any, texts: Iterable[str], rows: int, length: int, seed: 
 
 
 def held_out(tokenizer: Any) -> dict[str, Windows]:
-    """A, B and C."""
     python = f"CPython {platform.python_version()}"
     made = {
         "A": (f"source of the held-out standard library modules, {python}", modules(held_out=True)),

@@ -71,7 +71,6 @@ def write_texts(work: Path) -> None:
 
 
 def write_bases(work: Path) -> None:
-    """The model in bf16, and rounded to NF4."""
     for name, load in ((ORIGINAL, lambda: load_dense(model_file())), (BASE, lambda: qn.load_model(work / ORIGINAL))):
         if not (work / name).exists():
             model: Any = load()
@@ -113,7 +112,6 @@ def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships:
 
 
 def make_plain(work: Path, text: str, *run: Any) -> dict[str, Any]:
-    """Train as usual."""
     return train(work, text, *run, ships=False)[1]
 
 
@@ -150,7 +148,6 @@ def prepare(work: Path) -> None:
 
 
 def make_runs(folder: str, text: str) -> None:
-    """Make the runs of a text that are missing."""
     keep_freed_memory()
     work = Path(folder)
     encode = load_tokenizer(str(work / BASE))

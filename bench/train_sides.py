@@ -141,14 +141,12 @@ def their_model(folder: Path, dtype: torch.dtype, quantized: bool = False, adapt
 
 
 def cast_adapter(model: Any, dtype: torch.dtype) -> None:
-    """What is trained, in another dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 def worker(side: str, peer: str, folder: str, lr: float, threads: int) -> None:
-    """Serves one side."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
