@@ -5,7 +5,7 @@
     python bench/plots.py quality             # draws docs/quality.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
-(quality_texts.py names them), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
+(quality_texts.py names them), and the fine-tuning runs. In all about an hour and a half on two cores
 that do nothing else. The 16-bit model is the reference, in bf16; the gap is what plain rounding with double
 quantization (`rtn`) loses against it, paired row by row. `wmse` is calibrated on the first 16 windows of 512 tokens,
 `gptq` on all 128; no text that is measured on is calibrated on. `match`: the 4-bit model's loss on the first
@@ -19,36 +19,27 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
+import numpy as np
 import torch
 from children import all_calls
 from common import Bench, birth_in, kept, rounded, verdict
 from peer_models import decode_into, tokenizer
-from quality_runs import (
-    ALPHA,
-    EVALUATED,
-    EVALUATED_ROWS,
-    LENGTH,
-    RANK,
-    RATES,
-    ROWS,
-    SEEDS,
-    STEPS,
-    as_rows,
-    load,
-    make_part,
-)
-from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
+from quality_texts import CALIBRATION_ROWS, Windows, batches, calibration, held_out
 
 import qlora_native as qn
+from qlora_native._memory import keep_freed_memory
 from qlora_native.models.load import load_dense
+from qlora_native.models.loss import causal_lm_loss
 from qlora_native.tool.cli.demo import model_file
 from qlora_native.tool.evaluate.measure import Reference, Scores, measure
+from qlora_native.tool.train.setup import learning_rate
 
 REFERENCE, BASELINE = "bf16", "rtn"
 METHODS = {"rtn": 0, "wmse": 16, "gptq": CALIBRATION_ROWS}  # and rows of calibration text
@@ -56,6 +47,58 @@ LEARNING = ("bf16", "rtn", "wmse", "gptq")
 CLOSED_BARS = {"wmse": {"A": 0.50, "B": 0.45}, "gptq": {"A": 0.75, "B": 0.65}}
 LEARNED_BAR = 0.5  # of plain rounding's end gap, averaged over seeds and rates
 CHECKED_ROWS, TOLERANCE = 2, 5e-3
+
+# The fine-tuning runs
+SEEDS = (0, 1, 2)
+RATES = (2e-4, 1e-3)
+STEPS, ROWS, LENGTH = 100, 2, 128
+RANK, ALPHA = 16, 32
+EVALUATED = ("A", "B")
+EVALUATED_ROWS = 24
+
+
+def as_rows(ids: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Windows [rows, length] as rows in which every token is predicted."""
+    return [{"input_ids": row, "labels": row} for row in ids.numpy().astype(np.int32)]
+
+
+def load(folder: Path) -> Any:
+    """A base of the comparison, 16-bit or 4-bit."""
+    return load_dense(folder) if folder.name == "bf16" else qn.load_model(folder)
+
+
+def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
+    """One adapter of rank 16 on every linear layer, as `qlora train` makes it: AdamW, clipping, warm-up, cosine."""
+    began = time.monotonic()
+    model = qn.add_lora(load(base), qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed)).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = qn.optim.AdamW(parameters, rate, max_norm=1.0)
+    losses = []
+    for step, ids in enumerate(batches(tokenizer, STEPS, ROWS, LENGTH, seed)):
+        loss = causal_lm_loss(model, {"input_ids": ids, "labels": ids})
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, peak=rate, warmup=0.05, scheduler="cosine")
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(round(loss.item(), 5))
+    result: dict[str, Any] = {"base": base.name, "lr": rate, "seed": seed, "train_loss": losses}
+    for name, text in held_out(tokenizer).items():
+        if name in EVALUATED:
+            scores, _ = measure(model, as_rows(text.ids[:EVALUATED_ROWS]), 0)
+            result[name] = {"loss": scores.loss[0], "nats": scores.nats.tolist(), "tokens": scores.tokens.tolist()}
+    return result | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def make_part(work: str, bases: list[str], part: int, parts: int) -> None:
+    """Makes those of the runs that are missing which fall to one of several processes."""
+    keep_freed_memory()
+    encode = tokenizer()
+    runs = itertools.product(SEEDS, RATES, bases)
+    for seed, rate, base in itertools.islice(runs, part, None, parts):
+        name = f"{base}-{rate:g}-{seed}"
+        found = kept(Path(work, "runs", f"{name}.json"), partial(run, Path(work, base), rate, seed, encode))
+        print(name, {text: round(found[text]["loss"], 4) for text in EVALUATED}, found["seconds"], "s", flush=True)
 
 
 def make_base(folder: Path, ids: torch.Tensor) -> None:

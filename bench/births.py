@@ -45,7 +45,7 @@ _QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels/quantize", "kernels/ne
 PATHS: dict[str, tuple[str, ...]] = {
     "train": _TRAIN,
     "train_learn": _TRAIN,
-    "real": (*_STEP, "bench/bench_real.py", "bench/real_sides.py", "bench/train_sides.py"),
+    "real": (*_STEP, "bench/bench_real.py", "bench/train_sides.py"),
     "generate": (*_MODEL, "bench/bench_generate.py"),
     "linear": (*_PRODUCTS, f"{_PACKAGE}/functional.py", "bench/bench_linear.py", "bench/linear_contenders.py"),
     "quantize": (*_KERNELS, *(f"cpp/cpu/{name}*" for name in _QUANTIZE), "bench/bench_quantize.py"),
@@ -61,7 +61,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "residency": _RESIDENCY,
     "residency_70b": _RESIDENCY,
     "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/shipping_runs.py"),
-    "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_runs.py"),
+    "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_texts.py"),
     "start": ("pyproject.toml", "CMakeLists.txt", "cpp", "cuda", "tests", "bench/bench_start.py"),
     "host_cost": (f"{_PACKAGE}/ops", f"{_PACKAGE}/functional.py", "bench/host_cost.py", "bench/gpu_passes.py"),
     "gpu_check": ("cpp/core", "cuda", f"{_PACKAGE}/ops", "bench/gpu_*.py"),
