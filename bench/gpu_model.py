@@ -19,7 +19,6 @@ Uncertainty: about 12 %. The first run shows where it errs.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 from common import birth
