@@ -351,8 +351,6 @@ def test_results_are_merged_by_group() -> None:
     assert gpu_page.slug(H100) == "h100-80gb-hbm3"
     with pytest.raises(ValueError, match="merge one card's"):
         gpu_page.merged([result_of(H100, {"a": 1.0}), result_of("Tesla T4", {"a": 1.0})])
-    with pytest.raises(ValueError, match="dry run"):
-        gpu_page.merged([result_of(H100, {"a": 1.0}, dry_run=True)])
 
 
 def test_the_page_is_called_predicted_until_it_shows_measured_over_predicted(tmp_path: Path) -> None:
