@@ -59,6 +59,11 @@ def lines_with(files: Tree, pattern: str, where: Callable[[str], bool], advice: 
     ]
 
 
+def forbids(pattern: str, advice: str, where: Callable[[str], bool] = lambda path: True) -> Law:
+    """The law that no line of these files matches."""
+    return lambda files: lines_with(files, pattern, where, advice)
+
+
 def is_native(path: str, *others: str) -> bool:
     """Whether it is C++ or CUDA, and none of the others."""
     return path.startswith(("cpp/", "cuda/")) and path.endswith(CODE) and not path.startswith(others)
@@ -101,24 +106,26 @@ def includes_point_one_way(files: Tree) -> list[str]:
     return breaches
 
 
-def no_torch_header(files: Tree) -> list[str]:
-    return lines_with(files, r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/', is_native, "torch header")
-
-
-def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
-    pattern = r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda"
-    return lines_with(files, pattern, lambda p: is_native(p, "cuda/"), "CUDA belongs in cuda/")
-
-
-def inline_assembly_only_in_wp(files: Tree) -> list[str]:
-    pattern = r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\("
-    homes = ("cuda/wp.cuh", "cpp/cpu/isa/isa.")
-    return lines_with(files, pattern, lambda p: is_native(p, *homes), "assembly outside wp.cuh")
-
-
-def openmp_only_in_parallel(files: Tree) -> list[str]:
-    pattern = r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>"
-    return lines_with(files, pattern, lambda p: is_native(p, "cpp/cpu/parallel.h"), "OpenMP outside cpu/parallel.h")
+no_torch_header = forbids(r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/', "torch header", is_native)
+cuda_calls_only_in_cuda = forbids(
+    r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda", "CUDA belongs in cuda/", lambda p: is_native(p, "cuda/")
+)
+inline_assembly_only_in_wp = forbids(
+    r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\(",
+    "assembly outside wp.cuh",
+    lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."),
+)
+openmp_only_in_parallel = forbids(
+    r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>",
+    "OpenMP outside cpu/parallel.h",
+    lambda p: is_native(p, "cpp/cpu/parallel.h"),
+)
+no_abort_on_user_input = forbids(r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", "throw a sentence instead", is_native)
+launchers_never_synchronize = forbids(
+    r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b",
+    "no wait, no allocation here",
+    lambda p: is_native(p, "cpp/", "cuda/python/") and not p.endswith(("_store.h", "_store.cc")),
+)
 
 
 def architecture_branches_only_in_wp(files: Tree) -> list[str]:
@@ -130,17 +137,6 @@ def architecture_branches_only_in_wp(files: Tree) -> list[str]:
         *lines_with(others, rf"{pattern}\s*[<>=]", lambda p: p.startswith("cpp/core/"), "architecture version in core"),
         *lines_with(others, conditional, lambda p: p.endswith(".cuh"), "conditional in a kernel template"),
     ]
-
-
-def no_abort_on_user_input(files: Tree) -> list[str]:
-    return lines_with(files, r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", is_native, "throw a sentence instead")
-
-
-def launchers_never_synchronize(files: Tree) -> list[str]:
-    def where(path: str) -> bool:
-        return is_native(path, "cpp/", "cuda/python/") and not path.endswith(("_store.h", "_store.cc"))
-
-    return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,15 +377,16 @@ def nf4_levels_only_in_core(files: Tree) -> list[str]:
     ]
 
 
-def no_machine_paths(files: Tree) -> list[str]:
-    paths = r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
-    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)"  # the address of torch's own CPU builds
-    return lines_with(files, f"{paths}|{hosts}", lambda p: True, "a path or host of one machine")
-
-
-def no_unfinished_marks(files: Tree) -> list[str]:
-    marks = r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er"
-    return lines_with(files, marks, lambda p: p.endswith((*CODE, ".md", ".pyi")), "unfinished")
+no_machine_paths = forbids(
+    r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
+    r"|(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)",  # but for the address of torch's own CPU builds
+    "a path or host of one machine",
+)
+no_unfinished_marks = forbids(
+    r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er",
+    "unfinished",
+    lambda p: p.endswith((*CODE, ".md", ".pyi")),
+)
 
 
 def plain_words(files: Tree) -> list[str]:

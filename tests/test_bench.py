@@ -227,30 +227,3 @@ def test_the_check_sees_another_figure_and_no_marks(tmp_path: Path) -> None:
 def test_a_picture_is_of_the_committed_results(name: str) -> None:
     digest = plots.source(plots.results_for(name))
     assert digest.encode() in (ROOT / "docs" / f"{name}.png").read_bytes(), f"run: python bench/plots.py {name}"
-
-
-def row(model: str, part: str, **values: Any) -> dict[str, Any]:
-    return {"model": model, "part": part, "kept": model != "gemma-270m", "bars": [], **values}
-
-
-def test_the_pages_have_a_row_for_each_real_model() -> None:
-    """In README.md one with all figures of a model, in docs/performance.md one in each table."""
-    speeds = {"ours": [1.0, 127.0, 140.0], "theirs": [50.0, 54.0, 55.0]}
-    step: dict[str, Any] = {"ours_over": {"theirs": [0.4, 0.425, 0.5]}, "tokens_per_second": speeds}
-    step |= {"peak_rss_mib": {"ours": 2400, "theirs": 6200}, "of_floor": 0.5, "peer_dtype": "bfloat16"}
-    models = ("gemma-270m", "gemma-270m", "1.5b", "1.5b")
-    rows = [row(model, "train", checkpointing=number % 2 == 0, **step) for number, model in enumerate(models)]
-    rows.append(row("1.5b", "learn", steps=100, held_out_loss={"ours": [3.0, 2.001], "theirs": [3.0, 2.002]}))
-    speeds = {"ours": [8.0, 8.1, 8.2], "theirs": [4.0, 4.1, 4.2], "llama.cpp": [9.0, 10.1, 11.0]}
-    rows.append(row("1.5b", "generate", tokens_per_second={**speeds, "ours+adapter": [7.0, 7.1, 7.2]}, new_tokens=64))
-    machine = {"cpu": "A", "threads": 2, "torch": "2", "cpu_isa": "amx"}
-    results = {"amx": {"bench": "real", "machine": machine, "rows": rows}}
-    tables = [line for line in readme.models(results).splitlines() if line.startswith("| ")]
-    assert tables[1:] == [
-        "| Gemma 3 270M (NF4) | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 |  |  |",
-        "| Qwen2.5-Coder-1.5B-Instruct | amx | 2.35 x | 127 / 54 | 2,400 / 6,200 | 2.001 / 2.002 | 8.1 / 4.1 / 10.1 |",
-    ]
-    tables = [line for line in readme.SECTIONS["real"](results).splitlines() if line.startswith("| ")]
-    assert len(tables) == 3 + 4 + 1 + 2
-    assert "| Qwen2.5-Coder-1.5B-Instruct | with | amx | 7.1 |  |  |" in tables
-    assert readme.models({}) == ""

@@ -131,20 +131,6 @@ def test_both_sides_take_steps(peer: str, folder: Path) -> None:
     assert row["bars"][0]["rival"] == "theirs"
 
 
-def test_tuned_peers_have_a_malloc_that_keeps_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned: set[tuple[str, str]] = set()
-
-    def started(name: str, command: list[str], env: dict[str, str] | None = None) -> None:
-        if env:
-            tuned.add((command[command.index("--peers") + 1], name))
-
-    monkeypatch.setattr(bench_train, "Child", started)
-    for peer in ("plain-tuned", "fp32-both", "bitsandbytes-tuned", "bitsandbytes"):
-        for name in ("ours", "theirs"):
-            bench_train.side(name, peer, argparse.Namespace(lr=1e-3, threads=1), tmp_path)
-    assert tuned == {(peer, "theirs") for peer in ("plain-tuned", "fp32-both", "bitsandbytes-tuned")}
-
-
 @pytest.mark.parametrize("kernel", [None, object()], ids=["its wheel's", "a hub's"])
 def test_the_bench_says_which_path_bitsandbytes_took(kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = pytest.importorskip("bitsandbytes.backends.cpu.ops")

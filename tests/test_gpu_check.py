@@ -31,9 +31,6 @@ from gpu_timing import Case
 from laws import ROOT
 from sentences import Check
 
-from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_products
-
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu_check.sh measures on it")
 
 
@@ -303,17 +300,6 @@ def test_the_basics_reach_every_tile(request: pytest.FixtureRequest) -> None:
     ]
     assert {plan[1] for plan in plans if plan[0] in (1, 2)} >= {16, 32, 64, 128}
     assert 0 in {plan[0] for plan in plans}
-
-
-@pytest.mark.parametrize("name", gpu_model.CARDS)
-def test_the_model_takes_the_kernels_that_are_planned(name: str, request: pytest.FixtureRequest) -> None:
-    """Two steps, for every product of a step that fits into the card."""
-    module, card = emulated.module_or_skip(request.config), gpu_model.CARDS[name]
-    number = DTYPE_NUMBER[torch.float16]
-    for case in (case for case in gpu_models.STEPS.values() if card.step(case)):
-        for (n, k), is_forward in itertools.product(gpu_timing.linears(case.form), (True, False)):
-            question = (case.m, n, k, case.r, 64, number, is_forward, False, int(card.arch), card.sms, 0)
-            assert module.plan_matmul(question)[0] == _cuda_products.TWO_STEP, (case.name, n, k)
 
 
 def test_the_written_model_has_every_step_and_respects_the_floors() -> None:
