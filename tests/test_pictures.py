@@ -88,8 +88,9 @@ def draw_losses(folder: Path, *lines: dict[str, float]) -> None:
 
 
 def test_losses(drawn: list[Any], tmp_path: Path) -> None:
-    losses = [{"step": step, "loss": loss} for step, loss in ((1, 8.0), (2, 1.5), (3, 1.4))]
-    draw_losses(tmp_path, *losses, *({"step": at, "eval_loss": loss} for at, loss in ((0, 9.0), (2, 1.25), (3, 1.75))))
+    lines = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 8.0}, {"step": 2, "loss": 1.5}]
+    lines += [{"step": 2, "eval_loss": 1.25}, {"step": 3, "loss": 1.4}, {"step": 3, "eval_loss": 1.75}]
+    draw_losses(tmp_path, *lines)
     (axes,) = drawn
     assert axes.get_yscale() == "log" and names(axes)[-1] == "best: 1.2500 at step 2"
     assert axes.lines[-1].get_xydata().tolist() == [[2.0, 1.25]]
