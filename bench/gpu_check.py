@@ -139,7 +139,7 @@ def has_result(file: Path) -> bool:
 
 def result(work: Path) -> dict[str, Any]:
     """All records that are there, as one result."""
-    found: dict[str, Any] = {"bench": "gpu_check", "birth": birth(), "dry_run": not on_gpu()}
+    found: dict[str, Any] = {"bench": "gpu_check", "birth": birth()}
     found |= {"card": {}, "ceilings": {}, "groups": {}, "rows": []}
     for name in GROUPS:
         file = work / f"{name}.jsonl"
