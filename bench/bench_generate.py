@@ -54,32 +54,17 @@ class FreeLinear(nn.Module):
         return self.outputs[shape]
 
 
-def with_layers(model: Any, replace: Callable[[nn.Linear], nn.Module | None]) -> Any:
-    """A copy of the model in which every linear layer is what ``replace`` returns, or stays where that is None.
+def with_layers(model: Any, kind: type[nn.Linear], replace: Callable[[Any], nn.Module]) -> Any:
+    """A copy of the model in which every layer of a kind is what ``replace`` returns.
 
     Weights that nothing replaces are shared with the model.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for path, layer in list(twin.named_modules()):
-        if isinstance(layer, nn.Linear) and (made := replace(layer)) is not None:
-            twin.set_submodule(path, made)
+        if isinstance(layer, kind):
+            twin.set_submodule(path, replace(layer))
     return twin
-
-
-def dequantized(model: Any) -> Any:
-    """The dense model that a 4-bit one stands for."""
-    return with_layers(model, lambda layer: layer.dequantize() if isinstance(layer, QuantizedLinear) else None)
-
-
-def free(model: Any, head: bool) -> Any:
-    """The model without the work of its 4-bit layers and, with ``head``, of its dense ones."""
-
-    def replace(layer: nn.Linear) -> nn.Module | None:
-        is_free = head or isinstance(layer, QuantizedLinear)
-        return FreeLinear(layer.out_features, model.dtype) if is_free else None
-
-    return with_layers(model, replace)
 
 
 def bitsandbytes_model(folder: Path) -> Any:
@@ -97,12 +82,16 @@ def sides(folder: Path) -> dict[str, Any]:
     """The models that take part, from a folder with a 16-bit one."""
     ours: Any = qn.load_model(folder)
     unfused: Any = qn.load_model(folder, fuse=False)
+
+    def freed(layer: nn.Linear) -> nn.Module:
+        return FreeLinear(layer.out_features, ours.dtype)
+
     models = {
         "ours": ours,
         "unfused": unfused,
-        "dequantized": dequantized(unfused),
-        "free": free(ours, head=True),
-        "layers free": free(ours, head=False),
+        "dequantized": with_layers(unfused, QuantizedLinear, QuantizedLinear.dequantize),
+        "free": with_layers(ours, nn.Linear, freed),
+        "layers free": with_layers(ours, QuantizedLinear, freed),
         "bitsandbytes": bitsandbytes_model(folder),
     }
     return {name: model.eval() for name, model in models.items() if model is not None}

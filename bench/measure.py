@@ -168,14 +168,10 @@ def main() -> None:
     for page in PAGES:
         script, *words = page.split()
         subprocess.run([sys.executable, ROOT / "bench" / script, *words], cwd=ROOT, check=True)
-    taken = {job.name for job in jobs}
-    others = [file.stem for file in sorted(RESULTS.glob("*-*.json")) if file.stem.rpartition("-")[0] in taken]
-    ours = {f"{job.name}-{cpu or own}" for job, cpu in chosen}
-    left_out += [
-        f"{name}: not measured on a CPU of class {own}" + ("" if arguments.classes else "; --classes limits it")
-        for name in others
-        if name not in ours
-    ]
+    stored = {file.stem for job in jobs for cpu in CLASSES for file in RESULTS.glob(f"{job.name}-{cpu}.json")}
+    hint = "" if arguments.classes else "; --classes limits it"
+    others = sorted(stored - {f"{job.name}-{cpu or own}" for job, cpu in chosen})
+    left_out += [f"{name}: not measured on a CPU of class {own}{hint}" for name in others]
     print("", *(f"left out: {reason}" for reason in left_out), f"{len(left_out)} left out", sep="\n")
 
 

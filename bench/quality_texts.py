@@ -14,9 +14,8 @@ import platform
 import sysconfig
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,21 +37,15 @@ CALIBRATION_ROWS, CALIBRATION_LENGTH = 128, 512
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 64, 256
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of one text.
-
-    Attributes:
-        about: where they come from.
-        ids: int64 [rows, length].
-        sha256: of the ids as little-endian int32.
-    """
+class Windows(NamedTuple):
+    """Windows of one text, int64 [rows, length], and where they come from."""
 
     about: str
     ids: torch.Tensor
 
     @property
     def sha256(self) -> str:
+        """Of the ids as little-endian int32."""
         return hashlib.sha256(self.ids.numpy().astype("<i4").tobytes()).hexdigest()
 
 

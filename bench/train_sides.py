@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +92,10 @@ def task_batches(
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
-    pad = padding_id(tokenizer)
-    order = BatchSampler(rows.lengths, ROWS, seed=seed).forever()
+
+    def batch(rows: Any, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        return collate([rows[number] for number in numbers], padding_id(tokenizer))
+
     if full_length:
         text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
         text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]
@@ -101,12 +104,10 @@ def task_batches(
             for ids in text.view(steps, ROWS, LENGTH)
         ]
     else:
-        batches = [collate([rows[i] for i in next(order)], pad) for _ in range(steps)]
-    evaluation = [
-        collate([held_out[i] for i in range(at, min(at + ROWS, len(held_out)))], pad)
-        for at in range(0, len(held_out), ROWS)
-    ]
-    return {"train": batches, "held_out": evaluation}
+        order = BatchSampler(rows.lengths, ROWS, seed=seed).forever()
+        batches = [batch(rows, next(order)) for _ in range(steps)]
+    evaluated = range(len(held_out))
+    return {"train": batches, "held_out": [batch(held_out, evaluated[at : at + ROWS]) for at in evaluated[::ROWS]]}
 
 
 def our_model(
