@@ -107,9 +107,9 @@ def make_base(folder: Path, ids: torch.Tensor) -> None:
     else:
         rows = METHODS[folder.name]
         model = qn.load_model(model_file(), method=folder.name, calibration=ids[:rows] if rows else None)
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(partial)
-    partial.rename(folder)
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def matches(model: Any, base: Path, ids: torch.Tensor) -> bool:
