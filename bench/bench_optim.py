@@ -107,7 +107,7 @@ def ours() -> dict[str, tuple[Callable[[Any], Any], float]]:
 
 def peers() -> dict[str, Callable[[Any], Any]]:
     """torch's fused AdamW, and what else can be imported."""
-    found: dict[str, Callable[[Any], Any]] = {FUSED: partial(torch.optim.AdamW, fused=True)}
+    found: dict[str, Callable[..., Any]] = {FUSED: partial(torch.optim.AdamW, fused=True)}
     for package in ("bitsandbytes", "torchao"):
         with suppress(ImportError):
             module = importlib.import_module(f"{package}.optim")

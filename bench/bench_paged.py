@@ -83,7 +83,7 @@ def moved(optimizer: Any) -> dict[str, int]:
 
 def peers(notes: list[str]) -> dict[str, Callable[[Any], Any]]:
     """torch's fused AdamW and what else can be imported and takes parameters on a CPU; the others go into ``notes``."""
-    fused = {"lr": LR, "weight_decay": DECAY, "fused": True}
+    fused: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "fused": True}
     found: dict[str, Callable[[Any], Any]] = {"torch fused": partial(torch.optim.AdamW, **fused)}
     candidates: dict[str, Callable[[Any, Any], Any]] = {
         "bitsandbytes PagedAdamW": lambda optim, p: optim.PagedAdamW(p, lr=LR, weight_decay=DECAY),

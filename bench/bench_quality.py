@@ -235,7 +235,7 @@ def main() -> None:
         name: {"about": text.about, "rows": len(text.ids), "length": text.ids.shape[1], "sha256": text.sha256}
         for name, text in {**texts, "calibration": learned}.items()
     }
-    setting = {"steps": STEPS, "rows": ROWS, "length": LENGTH, "r": RANK, "alpha": ALPHA}
+    setting: dict[str, Any] = {"steps": STEPS, "rows": ROWS, "length": LENGTH, "r": RANK, "alpha": ALPHA}
     setting |= {"rates": RATES, "seeds": SEEDS, "evaluated_rows": EVALUATED_ROWS}
     bench.begin(birth=born, texts=described, lora=setting)
     for row in method_rows(scored, texts) + learning_rows(work):

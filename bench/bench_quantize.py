@@ -90,7 +90,11 @@ def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
     with suppress(ImportError):
         from bitsandbytes import functional
 
-        options = {"blocksize": BLOCK_SIZE, "compress_statistics": w.double_quant, "quant_type": w.quant_type}
+        options: dict[str, Any] = {
+            "blocksize": BLOCK_SIZE,
+            "compress_statistics": w.double_quant,
+            "quant_type": w.quant_type,
+        }
         quantize["bitsandbytes"] = partial(functional.quantize_4bit, t, **options)
         dequantize["bitsandbytes"] = partial(functional.dequantize_4bit, *quantize["bitsandbytes"]())
     nf4 = torchao_weight(t) if w.quant_type == "nf4" and w.double_quant else None

@@ -261,7 +261,7 @@ def compared(folder: Path, pairs: int, tokens: int) -> dict[str, Any]:
 def limited(folder: Path, limit: float | None, tokens: int) -> dict[str, Any]:
     """A run under a limit, with estimates before and after it, since the machine's own speed drifts in such a time."""
     forget(folder)
-    row = {"limit_gib": limit, "load_average": os.getloadavg()}
+    row: dict[str, Any] = {"limit_gib": limit, "load_average": os.getloadavg()}
     if limit is None:
         return row | child(trained, folder, tokens)
     estimates = [estimated(folder, limit, tokens)]

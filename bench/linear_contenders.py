@@ -153,8 +153,12 @@ def _bitsandbytes_backward(layer: Any, dy: torch.Tensor, rotate: Callable[[Any],
         with torch.enable_grad():
             return _layer_copy(layer, False, layer.in_features)(x), x
 
+    def backward() -> torch.Tensor:
+        y, x = graphs()
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
     graphs = rotate(graph)
-    return {"bitsandbytes": lambda: torch.autograd.grad(*graphs(), dy, retain_graph=True)[0]}
+    return {"bitsandbytes": backward}
 
 
 class Lora:

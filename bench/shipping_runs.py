@@ -111,8 +111,8 @@ def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships:
     return settings, {"loss_after": loss, **scores(model, work, text, tokenizer)}
 
 
-def make_plain(work: Path, text: str, *run: Any) -> dict[str, Any]:
-    return train(work, text, *run, ships=False)[1]
+def make_plain(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
+    return train(work, text, setting, seed, tokenizer, ships=False)[1]
 
 
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:

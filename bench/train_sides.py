@@ -182,7 +182,7 @@ def serve_training(model: Any, file: Path, lr: float, is_ours: bool, imported: f
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return causal_lm_loss(model, batch) if is_ours else model(**batch).loss  # type: ignore[no-any-return]
+        return causal_lm_loss(model, batch) if is_ours else model(**batch).loss
 
     def held_out_loss() -> float:
         # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in evaluation
