@@ -60,7 +60,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "estimate": (*_RUN, f"{_PACKAGE}/tool/estimate", "bench/bench_estimate.py"),
     "residency": _RESIDENCY,
     "residency_70b": _RESIDENCY,
-    "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/shipping_runs.py"),
+    "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/quality_texts.py"),
     "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_texts.py"),
     "start": ("pyproject.toml", "CMakeLists.txt", "cpp", "cuda", "tests", "bench/bench_start.py"),
     "host_cost": (f"{_PACKAGE}/ops", f"{_PACKAGE}/functional.py", "bench/host_cost.py", "bench/gpu_passes.py"),

@@ -10,8 +10,8 @@ import bench_quality
 import bench_residency
 import bench_shipping
 import pytest
+from bench_shipping import MERGES
 from quality_texts import windows
-from shipping_runs import MERGES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality
