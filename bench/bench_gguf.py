@@ -53,7 +53,7 @@ def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, r
 
     def product(weight: qn.QuantizedWeight) -> Any:
         turn = rotation(lambda: copied(weight), weight.nbytes, m)
-        return (lambda: qn.linear(t, turn())) if forward else (lambda: op(t, False, *turn().op_args()))
+        return (lambda: qn.linear(t, turn())) if forward else (lambda: op(t, *turn().op_args()))
 
     functions = {"ours": product(w), "nf4": product(nf4)}
     ggml = ggml_peer.library() if forward and m == 1 else None
