@@ -24,7 +24,7 @@ _PACKAGE = "python/qlora_native"
 _KERNELS = ("cpp/core", "cpp/cpu/isa", "cpp/cpu/kernels/kernels*", "cpp/cpu/parallel.h")
 _PRODUCTS = (
     *_KERNELS,
-    *(f"cpp/cpu/{name}*" for name in ("linear_4bit", "kernels/gemm", "kernels/linear", "kernels/tile")),
+    *(f"cpp/cpu/{name}*" for name in ("linear_4bit", "kernels/gemm", "kernels/rows", "kernels/tile")),
     *(f"{_PACKAGE}/ops/{name}.py" for name in ("linear_4bit", "_engine", "_operands", "_direct")),
 )
 _OPTIMIZER = (

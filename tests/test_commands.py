@@ -205,9 +205,10 @@ def test_output_is_plain_lines_where_there_is_no_terminal(
 
 
 def test_the_demo_from_end_to_end(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model in place of the packaged one, which .ci/full takes: data, calibration, answers, adapter."""
+    model = tiny.write_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=512)
     monkeypatch.setattr(demo, "model_file", lambda name: model)
     out = tmp_path / "out"
     assert main.main(["demo", "--steps", "2", "--out", str(out)]) == 0

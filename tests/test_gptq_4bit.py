@@ -92,6 +92,6 @@ def test_errors() -> None:
     t, factor, order, *rest = arguments((8, 96))
     gptq = torch.ops.qlora_native.gptq_4bit
     refuses(r"torch.float32 \[95, 96\].*expected torch.float32 \[96, 96\]", gptq, t, factor[:95], order, *rest)
-    refuses(r"t is torch.float32 \[96\] .*\[N, K\]", gptq, t[0], factor, order, *rest)
+    refuses(r"t is torch.float32 \[96\] .*\[96, K\]", gptq, t[0], factor, order, *rest)
     if t.device.type == "cpu":
         refuses("no permutation", gptq, t, factor, torch.zeros_like(order), *rest)

@@ -18,6 +18,7 @@ from unittest.mock import ANY, patch
 
 import pytest
 import tiny
+import tokens
 import torch
 from helpers import relative_error
 from runs import events, settings
@@ -338,16 +339,20 @@ def test_a_run_opens_the_model_once(make: Make) -> None:
     assert fuse(trainer.model) == {}  # once was enough
 
 
-def test_one_process_imports_few_files() -> None:
-    """A reader of the training loop has at most 70 files of ours to read."""
+def test_one_process_imports_little() -> None:
+    """A reader of the training loop has at most 105,000 tokens to read, and of no needless room."""
     code = "import sys, qlora_native.tool.train.loop\n"
-    code += "print(*(name for name, module in sys.modules.items() if getattr(module, '__file__', None)))"
+    code += (
+        "print(*(f'{name}={module.__file__}' for name, module in sys.modules.items() if hasattr(module, '__file__')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours = [name for name in done.stdout.split() if name.startswith("qlora_native")]
-    units = {name.split(".")[1] for name in ours if "." in name}
-    assert not units & {"calibration", "cli", "estimate", "evaluate", "export"}
+    found = (word.split("=", 1) for word in done.stdout.split() if word.startswith("qlora_native"))
+    ours = {name: Path(file) for name, file in found if file.endswith(".py")}
+    units = {name.removeprefix("qlora_native.").removeprefix("tool.").split(".")[0] for name in ours}
+    assert not units & {"calibration", "cli", "estimate", "export"}
+    assert {name for name in ours if ".evaluate." in name} == {"qlora_native.tool.evaluate.page"}
     assert "qlora_native.distributed.ranks" not in ours
-    assert len(ours) <= 70, ours
+    assert sum(tokens.size(file.read_text())[0] for file in ours.values()) <= 105_000
 
 
 def test_the_loop_is_short_and_knows_no_observer_by_name() -> None:

@@ -289,6 +289,12 @@ def reason(error: Exception) -> str:
     return known or " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
+def shorten(text: str, most: int = 600) -> str:
+    """The text, of a longer one its ends and how many characters lie between them."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
+
+
 def fsync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

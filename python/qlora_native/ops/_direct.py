@@ -18,11 +18,12 @@ from torch.compiler import is_dynamo_compiling as is_compiling  # all else that 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native._pages import buffer, gather_pages
-from qlora_native.ops._library import FROZEN, KERNELS, NODES, TENSORS, Values, recording
+from qlora_native.ops._library import FROZEN, KERNELS, NODES, RECOMPUTED, TENSORS, Values, recording
 from qlora_native.ops._operands import Weight
 
 _CPU = torch.device("cpu")
 _is_grad_enabled = torch.is_grad_enabled
+_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 may_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # whether for any device
 _matrix_forward = _C.matrix_forward
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -126,7 +127,9 @@ def kernel_of(name: str, arguments: Values, looked_at: Sequence[int] | None = No
         for part in arguments[-1][:6]:
             if type(part) not in _PLAIN_OR_NONE:
                 return None
-    return (NODES if needs_grad and _is_grad_enabled() else KERNELS).get((name, device))
+    if not (needs_grad and _is_grad_enabled()):
+        return KERNELS.get((name, device))
+    return (NODES if _graph_task() < 0 else RECOMPUTED).get((name, device))
 
 
 class Prepared:

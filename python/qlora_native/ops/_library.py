@@ -110,6 +110,7 @@ TENSORS = {
 FUNCTIONS: dict[tuple[str, str], Function] = {}  # what :func:`implement` was given, which trusts its operands
 KERNELS: dict[tuple[str, str], Function] = {}  # the same behind the check of the operands
 NODES: dict[tuple[str, str], Function] = {}  # and with the derivative
+RECOMPUTED: dict[tuple[str, str], Function] = {}  # of those, what a forward within a backward pass takes
 IMPLEMENTATIONS: dict[tuple[str, str], Function] = {}  # kernels as the dispatcher calls them, by the schema
 CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCHEMAS}
 
@@ -117,8 +118,6 @@ CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCH
 class _Recording(threading.local):
     on = False
 
-
-_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
@@ -198,10 +197,9 @@ def autograd(name: str, backward: Function, setup_context: Function, before: Fun
     )
     for device in ("CPU", "CUDA"):
         if (name, device) in FUNCTIONS:  # else the same for all devices, of other ops
-            node = _node(name, device, backward, setup_context)
+            NODES[name, device] = RECOMPUTED[name, device] = _node(name, device, backward, setup_context)
             if before is not None:
-                node = _saved_first(name, device, node, backward, setup_context, before)
-            NODES[name, device] = node
+                RECOMPUTED[name, device] = _saved_first(name, device, backward, setup_context, before)
 
 
 def _node(name: str, device: str, backward: Function, setup_context: Function) -> Function:
@@ -237,10 +235,8 @@ def _applied(name: str, forward: Function, backward: Function) -> Function:
     return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
-def _saved_first(
-    name: str, device: str, node: Function, backward: Function, setup_context: Function, before: Function
-) -> Function:
-    """``node``; but while a checkpoint is recomputed, what it saves is saved before the product is computed.
+def _saved_first(name: str, device: str, backward: Function, setup_context: Function, before: Function) -> Function:
+    """:func:`_node`, which saves before it computes the product.
 
     ``torch.utils.checkpoint`` ends a recomputation by an exception when its last tensor is saved. A node saves after
     its forward: the last product of a layer, a quarter of the recomputation, would be computed for nothing.
@@ -273,8 +269,6 @@ def _saved_first(
     apply_compute = _applied(f"{name}_computed", compute, derivative)
 
     def apply(*inputs: Any) -> Any:
-        if _graph_task() < 0:
-            return node(*inputs)
         contexts: list[Any] = []
         found = apply_save(contexts, *inputs)
         return apply_compute(contexts[0], [one.detach() for one in found], *inputs)

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_native._io import as_write_error, read_json, reading, write_whole
-from qlora_native.tool.evaluate.texts import shorten
+from qlora_native._io import as_write_error, read_json, reading, shorten, write_whole
 
 try:
     from matplotlib import rc_context

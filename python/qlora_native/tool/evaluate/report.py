@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_native._io import atomic_file, write_whole
+from qlora_native._io import atomic_file, shorten, write_whole
 from qlora_native.tool.evaluate.comparison import Comparison, VariantResult
-from qlora_native.tool.evaluate.texts import shorten
 from qlora_native.tool.evaluate.variants import BASELINE, REFERENCE, SHIPPED
 
 COLUMNS = (

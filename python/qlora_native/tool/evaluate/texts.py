@@ -16,7 +16,6 @@ from qlora_native.errors import UserError
 from qlora_native.tool.evaluate.measure import Rows
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
-MOST_TEXT = 600  # characters of a text in a report
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,3 @@ def load_text(
     about = f"{file}: plain text; {len(windows):,} windows of at most {max_length:,} tokens, {tokens:,} tokens"
     rows = [{"input_ids": window, "labels": window} for window in windows]
     return Text(file.name, rows, about, sha256(file))
-
-
-def shorten(text: str, most: int = MOST_TEXT) -> str:
-    """The text, of a longer one its ends and how many characters lie between them."""
-    left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"

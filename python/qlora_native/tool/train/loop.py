@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_native._io import as_write_error, locked, recover, user_path
 from qlora_native._memory import peak_rss_bytes, without_old_objects
@@ -30,9 +30,6 @@ from qlora_native.tool.train.passes import Learner
 from qlora_native.tool.train.prepare import Run, prepare
 from qlora_native.tool.train.progress import Observer, Record, TrainSummary, describe, plot_losses
 from qlora_native.tool.train.setup import learning_rate
-
-if TYPE_CHECKING:
-    pass
 
 MAX_SKIPPED = 5
 
