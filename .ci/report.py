@@ -32,7 +32,6 @@ CODE = {
     "CUDA kernels on the CPU": "cuda cpp/core tests/cuda_on_cpu",
     "GPU code": "cuda cpp/core tests/cuda_static.py tests/test_cuda_static.py",
     "mends of GPU code": "cuda tests/revert.py tests/cuda_on_cpu",
-    "gpu_check": "bench/gpu_check.py bench/gpu_check.sh python cuda tests/test_gpu_check.py",
     "build": "cpp cuda cmake CMakeLists.txt pyproject.toml",
     "walked": f"README.md docs/tutorial.md {LIBRARY}",
     "documentation": "docs mkdocs.yml python",

@@ -1,142 +1,124 @@
-"""Write the tables of docs/any-file.md from bench/results/residency*.json and gguf-*.json.
-
-python bench/any_file_page.py --write
-python bench/any_file_page.py --check      # exit status 1 if docs/any-file.md differs from the results
-"""
+"""Write the tables of docs/any-file.md from results/residency*.json and gguf-*.json (command line: pages.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import births
 from goals import met_bars
-from pages import RESIDENCY, Result, results_of, rewritten, side_by_side, table, write_or_check
-from readme import about, number, spread
+from pages import RESIDENCY, ROOT, Page, about, command, of, results_of
+from table_writer import Columns, Result, Results, Row, bars_as, by_class, every, fill, only, table, times
 
-PAGE = Path(__file__).parents[1] / "docs/any-file.md"
-HEAD = ["shape, file", "CPU", "disk reads", "memory", "tokens a step", "peak RSS", "tokens/s", "bars"]
+VERDICTS = bars_as("{bar}: {value:g}, {met:met}")
+TRAINED: Columns = {
+    "shape, file": "{shape}, {file_bytes:GB}",
+    "CPU": "{cpu}",
+    "disk reads": "{disk_bytes_per_second:MB}/s",
+    "memory": lambda row: "no limit" if row["limit_gib"] is None else f"{row['limit_gib']:g} GiB",
+    "tokens a step": "{tokens:,}",
+    "peak RSS": "{peak_rss:GB}",
+    "tokens/s": "{tokens_per_second:number}",
+    "bars": VERDICTS,
+}
+OPENED: Columns = {
+    "shape": "{shape}",
+    "weights": "{weights}",
+    "CPU": "{cpu}",
+    "opens in": "{seconds:.2f} s",
+    "private memory": lambda row: f"{row['private_mib'] * 1.048576:,.0f} MB",
+    "a step": "{median_ratio:.3f} x",
+    "bars": VERDICTS,
+}
+ESTIMATED = """\
+For {shape} `qlora estimate` said {estimates[0][tokens_per_second]:number} tokens/s before the run and \
+{estimates[1][tokens_per_second]:number} after it; the run made {tokens_per_second:number}.
+The speed of that machine, its disk's too, drifts within minutes."""
+WAYS = {"forward": "forward", "grad_input": "gradient"}
 
 
-def residency() -> list[str]:
+def opened(result: Row) -> Iterator[Row]:
+    """Opening a folder in memory and mapped, if that was measured; of the latter a step's time against the other."""
+    found = result.get("open", {})
+    steps = {"bars": [], **result.get("steps", {})}
+    if "memory" in found:
+        yield {**result, **found["memory"], "weights": "memory", "bars": []}
+    if "mapped" in found:
+        yield {**result, **steps, **found["mapped"], "weights": "mapped", "bars": [*found["bars"], *steps["bars"]]}
+
+
+def residency(folder: Path) -> str:
     """Training under memory limits; opening a mapped folder and computing with it, where that was measured."""
-    results = [(shape, result) for shape, name in RESIDENCY.items() for result in results_of(name).values()]
-    lines = table(HEAD, [cells for shape, result in results for cells in trained(shape, result)])
-    lines += [f"{shape}: {line}" for shape, name in RESIDENCY.items() for line in births.lines(results_of(name))]
-    lines += [births.FOOTNOTE, ""]
-    for shape, result in results:
+    of_shape = {shape: results_of(name, folder) for shape, name in RESIDENCY.items()}
+    found = [
+        {"shape": shape, "cpu": cpu, **result} for shape, results in of_shape.items() for cpu, result in results.items()
+    ]
+    rows = [{**result, **row} for result in found for row in result["rows"]]
+    openings = [row for result in found for row in opened(result)]
+    born = [f"{shape}: {line}" for shape in of_shape for line in births.text_of(of_shape[shape]).splitlines()]
+    parts = [table(TRAINED, rows), "\n".join([*born, births.FOOTNOTE])]
+    parts += [fill(ESTIMATED, row) for row in rows if "estimates" in row]
+    text = "\n\n".join([*parts, table(OPENED, openings)] if openings else parts)
+    for shape, name in RESIDENCY.items():
+        text = births.marked(name, text, of_shape[shape])
+    return text
+
+
+def formats(results: Results) -> str:
+    """A line for each format, with one token and with more."""
+    many = sorted({row["m"] for row in every(results)} - {1})
+    columns: Columns = {
+        "": lambda row: row["type"].upper(),
+        "CPU": "{cpu}",
+        "one token, GB/s": "{forward1[gb_per_s]:g}",
+        "x ggml's speed": "{forward1[ours_over][ggml]:speed}",
+        **{f"{m}, {WAYS[way]}": f"{{{way}{m}[ours_over][nf4]:spread}}" for m in many for way in WAYS},
+    }
+
+    def by_type(result: Result) -> Iterable[Row]:
+        found: dict[str, dict[str, Any]] = {}
         for row in result["rows"]:
-            if "estimates" in row:
-                before, after = (number(one["tokens_per_second"]) for one in row["estimates"])
-                lines += [
-                    f"For {shape} `qlora estimate` said {before} tokens/s before the run and {after} after it; "
-                    f"the run made {number(row['tokens_per_second'])}.",
-                    "The speed of that machine, its disk's too, drifts within minutes.",
-                    "",
-                ]
-    body = [
-        [
-            shape,
-            side,
-            result["machine"]["cpu_isa"],
-            f"{found['seconds']:.2f} s",
-            f"{found['private_mib'] * 1.048576:,.0f} MB",
-            *compared(side, result),
-        ]
-        for shape, result in results
-        if "open" in result
-        for side, found in result["open"].items()
-        if side != "bars"
-    ]
-    head = ["shape", "weights", "CPU", "opens in", "private memory", "a step", "bars"]
-    lines += table(head, body) if body else []
-    for name in RESIDENCY.values():
-        lines = births.marked(name, lines, results_of(name))
-    return lines
+            found.setdefault(row["type"], {"type": row["type"]})[f"{row['direction']}{row['m']}"] = row
+        return found.values()
+
+    return by_class(columns, by_type)(results)
 
 
-def trained(shape: str, result: Result) -> list[list[str]]:
-    """A line for each run of a result."""
-    cells = [f"{shape}, {result['file_bytes'] / 1e9:.1f} GB", result["machine"]["cpu_isa"]]
-    disk, lines = f"{result['disk_bytes_per_second'] / 1e6:,.0f} MB/s", []
-    for row in result["rows"]:
-        limit = "no limit" if row["limit_gib"] is None else f"{row['limit_gib']:g} GiB"
-        words = [disk, limit, f"{row['tokens']:,}", f"{row['peak_rss'] / 1e9:.1f} GB"]
-        lines.append([*cells, *words, number(row["tokens_per_second"]), verdicts(row)])
-    return lines
-
-
-def compared(side: str, result: Result) -> list[str]:
-    """Of the mapped weights: the time of a step against those in memory, and the bars."""
-    if side != "mapped":
-        return ["", ""]
-    steps: dict[str, Any] = result.get("steps", {"bars": []})
-    ratio = f"{steps['median_ratio']:.3f} x" if "median_ratio" in steps else ""
-    return [ratio, verdicts({"bars": [*result["open"]["bars"], *steps["bars"]]})]
-
-
-def verdicts(row: Result) -> str:
-    """Each bar with its value and whether it was met."""
-    return "; ".join(f"{bar['bar']}: {bar['value']:g}, {'met' if bar['met'] else 'missed'}" for bar in row["bars"])
-
-
-def gguf() -> list[str]:
-    """Products with GGUF's formats: one token against ggml, more against NF4."""
-    results = results_of("gguf")
-    if not results:
-        return ["No result is stored yet; `python bench/bench_gguf.py --json` makes one.", ""]
-    many = sorted({row["m"] for result in results.values() for row in result["rows"] if row["m"] > 1})
-    bodies = {cpu: list(formats(result["rows"], many)) for cpu, result in results.items()}
-    head = ["", "one token, GB/s", "x ggml's speed", *(f"{m}, {way}" for m in many for way in ("forward", "gradient"))]
-    rows = [row for result in results.values() for row in result["rows"]]
-    met = [one for row in rows for one in met_bars(row)]
-    unknown = any(bar["met"] is None for row in rows for bar in row["bars"])
-    page = [
-        "At one token: the rate at which the weight's bytes are read, and the speed relative to ggml's own product.",
-        "With more tokens: the time relative to a product with NF4 of the same shape.",
-        "Medians with quartiles, of runs that take turns.",
-        about(results),
-        "",
-        *side_by_side(head, bodies),
-        "Goals: from 64 tokens on at most 1.15 times NF4's time, forward and gradient.",
-        "At one token at least 0.8 times ggml's speed with Q4_0, Q4_1 and Q8_0.",
-        f"Of these {len(met)} goals {sum(met)} are met."
-        + (" Where ggml was not installed, its goals are not counted." if unknown else ""),
-        *without_goal(results),
-        births.FOOTNOTE,
-        "",
-    ]
-    return births.marked("gguf", page, results)
-
-
-def without_goal(results: Mapping[str, Result]) -> Iterable[str]:
+def without_goal(results: Results) -> Iterator[str]:
     """The speeds at one token, relative to ggml's, of the formats that have no goal there."""
     for cpu, result in results.items():
-        rows = [row for row in result["rows"] if row["m"] == 1 and not row["bars"] and "ggml" in row["ours_over"]]
-        speeds = ", ".join(f"{row['type'].upper()} {1 / row['ours_over']['ggml'][1]:.2f}" for row in rows)
-        if speeds:
+        rows = [row for row in only(m=1)(result) if not row["bars"] and "ggml" in row["ours_over"]]
+        if rows:
             yield f"The other formats have no goal at one token; relative to ggml's their speed is ({cpu}):"
-            yield f"{speeds}."
+            yield ", ".join(f"{row['type'].upper()} {times(row['ours_over']['ggml'])}" for row in rows) + "."
 
 
-def formats(rows: Iterable[Result], many: list[int]) -> Iterable[list[str]]:
-    """A line for each format."""
-    found = {(row["type"], row["m"], row["direction"]): row for row in rows}
-    for name in dict.fromkeys(name for name, *_ in found):
-        cells = [name.upper()]
-        one = found.get((name, 1, "forward"))
-        low, middle, high = one["ours_over"].get("ggml", (0, 0, 0)) if one else (0, 0, 0)
-        cells += [f"{one['gb_per_s']:g}" if one else "", spread((1 / high, 1 / middle, 1 / low)) if low else ""]
-        for m in many:
-            for direction in ("forward", "grad_input"):
-                row = found.get((name, m, direction))
-                cells.append(spread(row["ours_over"]["nf4"]) if row else "")
-        yield cells
+def products(results: Results) -> str:
+    """Products with GGUF's formats: one token against ggml, more against NF4."""
+    met = [one for row in every(results) for one in met_bars(row)]
+    unknown = any(bar["met"] is None for row in every(results) for bar in row["bars"])
+    return f"""
+At one token: the rate at which the weight's bytes are read, and the speed relative to ggml's own product.
+With more tokens: the time relative to a product with NF4 of the same shape.
+Medians with quartiles, of runs that take turns.
+{about(results)}
+
+{formats(results)}
+
+Goals: from 64 tokens on at most 1.15 times NF4's time, forward and gradient.
+At one token at least 0.8 times ggml's speed with Q4_0, Q4_1 and Q8_0.
+Of these {len(met)} goals {sum(met)} are met.{" Where ggml was not installed, its goals are not counted." * unknown}
+{chr(10).join([*without_goal(results), births.FOOTNOTE])}
+"""
 
 
-page = partial(rewritten, "any_file_page.py", {"residency": residency, "gguf": gguf})
+def gguf(folder: Path) -> str:
+    """The block of these."""
+    return of("gguf", products)(folder) or "No result is stored yet; `python bench/bench_gguf.py --json` makes one."
+
+
+PAGE = Page(ROOT / "docs/any-file.md", {"any_file_page.py residency": residency, "any_file_page.py gguf": gguf})
 
 if __name__ == "__main__":
-    write_or_check(__doc__, PAGE, page, "bench/results")
+    command(__doc__, PAGE)

@@ -10,9 +10,9 @@ looked at in every second step.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 import yaml
 from ceilings import ceilings
-from common import Bar, add_json, line, machine, timings, write_json
+from common import Bar, Bench, timings
 from safetensors.torch import save_file
 
 from qlora_native import _threads
@@ -54,12 +54,12 @@ def run(folder: Path, settings: dict[str, str], steps: int, state: str) -> tuple
     out = folder / "out"
     (folder / "config.yaml").write_text(yaml.safe_dump(config(folder, steps, state)), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in _threads.CHOSEN} | settings
-    command = [sys.executable, "-m", "qlora_native", "train", str(folder / "config.yaml")]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "qlora_native", "train", str(folder / "config.yaml")]
+    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = [json.loads(text) for text in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [record["seconds"] for record in records if "loss" in record]
     adapter = (out / "adapter" / "adapter_model.safetensors").read_bytes()
-    subprocess.run(["rm", "-r", str(out)], check=True)
+    shutil.rmtree(out)
     return median(seconds[1:]), adapter
 
 
@@ -100,26 +100,20 @@ def idle(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, run, print one line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="of a run beside others; five times as many if idle")
-    parser.add_argument("--states", nargs="+", choices=METHODS, default=list(METHODS))
-    add_json(parser)
-    arguments = parser.parse_args()
-    found: dict[str, Any] = {"bench": "busy", "machine": machine(), "ceilings": ceilings(), "rows": []}
+    bench = Bench("busy", __doc__, repeats=5, steps=8, states=tuple(METHODS))  # five times as many steps if idle
+    bench.begin(ceilings=ceilings())
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_split(folder / "data", 400, 1)
         few = torch.randint(1000, (4, 128), dtype=torch.int32)  # nearly all of the time is the search, which needs none
         save_file({TENSOR: few}, folder / FILE)
-        for state in arguments.states:
-            steps = arguments.steps
-            is_idle = state == "idle"
-            measured = idle(folder, 5 * steps + 1) if is_idle else busy(folder, arguments.repeats, steps, state)
-            found["rows"].append({"state": state, "load": round(os.getloadavg()[0], 1), **measured})
-            print(line(found["rows"][-1], "state", "load"), flush=True)
-    write_json(arguments.json, found)
+        for state in bench.options.states:
+            if state == "idle":
+                row = idle(folder, 5 * bench.options.steps + 1)
+            else:
+                row = busy(folder, bench.options.repeats, bench.options.steps, state)
+            bench.add({"state": state, "load": round(os.getloadavg()[0], 1), **row}, "state", "load")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ The floor is reading each weight once a token at the memory's best rate in this 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import json
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -27,20 +24,8 @@ from typing import Any
 import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
-from common import (
-    Bar,
-    add_json,
-    interleaved,
-    limit_bitsandbytes,
-    line,
-    machine,
-    multiplies_bf16,
-    peer_dtype,
-    quartiles,
-    rounded,
-    timings,
-    write_json,
-)
+from common import Bar, Bench, interleaved, limit_bitsandbytes, multiplies_bf16, peer_dtype, timings, tokens_a_second
+from peer_models import dense_model, nf4_config, quantized_layers, tokenizer
 from torch import Tensor, nn
 
 import qlora_native as qn
@@ -69,35 +54,17 @@ class FreeLinear(nn.Module):
         return self.outputs[shape]
 
 
-def with_layers(model: Any, replace: Callable[[nn.Linear], nn.Module | None]) -> Any:
-    """A copy of the model in which every linear layer is what ``replace`` returns, or stays where that is None.
+def with_layers(model: Any, kind: type[nn.Linear], replace: Callable[[Any], nn.Module]) -> Any:
+    """A copy of the model in which every layer of a kind is what ``replace`` returns.
 
     Weights that nothing replaces are shared with the model.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for path, layer in list(twin.named_modules()):
-        if isinstance(layer, nn.Linear):
-            made = replace(layer)
-            if made is not None:
-                twin.set_submodule(path, made)
+        if isinstance(layer, kind):
+            twin.set_submodule(path, replace(layer))
     return twin
-
-
-def dequantized(model: Any) -> Any:
-    """The dense model that a 4-bit one stands for."""
-    return with_layers(model, lambda layer: layer.dequantize() if isinstance(layer, QuantizedLinear) else None)
-
-
-def free(model: Any, head: bool) -> Any:
-    """The model without the work of its 4-bit layers and, with ``head``, of its dense ones."""
-
-    def replace(layer: nn.Linear) -> nn.Module | None:
-        if isinstance(layer, QuantizedLinear) or head:
-            return FreeLinear(layer.out_features, model.dtype)
-        return None
-
-    return with_layers(model, replace)
 
 
 def bitsandbytes_model(folder: Path) -> Any:
@@ -107,27 +74,24 @@ def bitsandbytes_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     limit_bitsandbytes()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=peer_dtype(),
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=peer_dtype(), device_map="cpu", quantization_config=quantization
-    )
+    options = {"dtype": peer_dtype(), "quantization_config": nf4_config(BitsAndBytesConfig, peer_dtype())}
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **options)
 
 
 def sides(folder: Path) -> dict[str, Any]:
     """The models that take part, from a folder with a 16-bit one."""
     ours: Any = qn.load_model(folder)
     unfused: Any = qn.load_model(folder, fuse=False)
+
+    def freed(layer: nn.Linear) -> nn.Module:
+        return FreeLinear(layer.out_features, ours.dtype)
+
     models = {
         "ours": ours,
         "unfused": unfused,
-        "dequantized": dequantized(unfused),
-        "free": free(ours, head=True),
-        "layers free": free(ours, head=False),
+        "dequantized": with_layers(unfused, QuantizedLinear, QuantizedLinear.dequantize),
+        "free": with_layers(ours, nn.Linear, freed),
+        "layers free": with_layers(ours, QuantizedLinear, freed),
         "bitsandbytes": bitsandbytes_model(folder),
     }
     return {name: model.eval() for name, model in models.items() if model is not None}
@@ -150,9 +114,9 @@ def first_difference(tokens: Tensor, others: Tensor) -> int | None:
 
 
 @torch.inference_mode()
-def lead(model: Any, prompt: Tensor, tokens: Tensor, at: int) -> float:
-    """By how much the model prefers its token at a position to the second best, in logits."""
-    text = torch.cat([prompt[0], tokens[:at]])[None]
+def lead(model: Any, prompt: Tensor, tokens: Tensor) -> float:
+    """By how much the model prefers the token that comes next to the second best, in logits."""
+    text = torch.cat([prompt[0], tokens])[None]
     best = model(text).logits[0, -1].float().topk(2).values
     return float(best[0] - best[1])
 
@@ -168,11 +132,10 @@ def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int, me
         at = first_difference(decode(model, prompt, count), expected)
         tokens[name] = {"equal": at is None}
         if at is not None:
-            tokens[name] |= {"first_difference": at, "lead_of_the_truth_there": lead(truth, prompt, expected, at)}
+            tokens[name] |= {"first_difference": at, "lead_of_the_truth_there": lead(truth, prompt, expected[:at])}
     seconds = interleaved({name: partial(decode, model, prompt, count) for name, model in models.items()}, repeats)
-    layers = [m for m in models["ours"].modules() if isinstance(m, QuantizedLinear)]
     megabytes = {
-        "layers": sum(m.quantized.nbytes for m in layers) / 1e6,
+        "layers": sum(layer.quantized.nbytes for layer in quantized_layers(models["ours"]).values()) / 1e6,
         "head": models["ours"].get_output_embeddings().weight.nbytes / 1e6,
     }
     row: dict[str, Any] = {"prompt_tokens": prompt.shape[1], "new_tokens": count}
@@ -180,47 +143,22 @@ def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int, me
     row["match"] = all(t["equal"] or t["lead_of_the_truth_there"] <= NEAR_TIE for t in sides_of_ours)
     row |= {"tokens": tokens, "megabytes_read_a_token": megabytes}
     row |= timings(seconds, BARS, floor(measured, 1e6 * sum(megabytes.values()) * count)) | {"either_bar": True}
-    row["tokens_per_second"] = {name: rounded(quartiles([count / s for s in v])) for name, v in seconds.items()}
-    return row
-
-
-def smollm2(folder: Path) -> Tensor:
-    """Writes the bf16 model to the folder and returns the prompt, int64 [1, T]."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    from qlora_native.tool.cli.demo import model_file
-    from qlora_native.weights.open import load_tokenizer
-
-    source = model_file()
-    tokenizer: Any = load_tokenizer(str(source))
-    options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    dense: Any = AutoModelForCausalLM.from_pretrained(source.parent, **options)
-    dense.config.__dict__.pop("quantization_config", None)
-    dense.save_pretrained(folder)
-    message = [{"role": "user", "content": PROMPT}]
-    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return inputs["input_ids"]
+    return row | {"tokens_per_second": tokens_a_second(seconds, count)}
 
 
 def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    bench = Bench("generate", __doc__, new_tokens=64, repeats=9)
+    message = [{"role": "user", "content": PROMPT}]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer().apply_chat_template(message, **options)["input_ids"]
     with tempfile.TemporaryDirectory() as folder:
-        prompt = smollm2(Path(folder))
+        dense_model().save_pretrained(folder)
         models = sides(Path(folder))
     measured = ceilings(dots=False)
-    result: dict[str, Any] = {"bench": "generate", "machine": machine(), "ceilings": measured}
-    print(json.dumps(result["machine"]), json.dumps(measured), sep="\n")
-    row = compare(models, prompt, arguments.new_tokens, arguments.repeats, measured)
-    result["rows"] = [row]
-    write_json(arguments.json, result)
-    print(line(row), json.dumps(row["tokens"]), json.dumps(row["tokens_per_second"]), sep="\n")
+    bench.begin(ceilings=measured)
+    row = compare(models, prompt, bench.options.new_tokens, bench.options.repeats, measured)
+    bench.add(row, "tokens", "tokens_per_second")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ rows of x each rotates over copies of the weight, four times the last-level cach
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
+from statistics import median
 from typing import Any
 
 import ggml_peer
@@ -22,8 +20,8 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 from cases import GGUF_TYPES, TOLERANCE
 from ceilings import ceilings
-from common import Bar, add_json, interleaved, line, machine, relative_error, timings, write_json
-from linear_contenders import copied, copies, rotation
+from common import Bar, Bench, interleaved, relative_error, timings
+from linear_contenders import copied, copies, product_of, rotation
 
 import qlora_native as qn
 
@@ -46,14 +44,12 @@ def weight_of(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
 
 
 def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, repeats: int) -> dict[str, Any]:
-    """One product by each."""
     n, k = w.shape
     t = torch.randn(m, k if forward else n, dtype=torch.bfloat16)
-    op = torch.ops.qlora_native.linear_4bit_grad_input
 
     def product(weight: qn.QuantizedWeight) -> Any:
-        turn = rotation(lambda: copied(weight), weight.nbytes, m)
-        return (lambda: qn.linear(t, turn())) if forward else (lambda: op(t, *turn().op_args()))
+        turn = rotation(lambda: product_of(copied(weight), forward), weight.nbytes, m)
+        return lambda: turn()(t)
 
     functions = {"ours": product(w), "nf4": product(nf4)}
     ggml = ggml_peer.library() if forward and m == 1 else None
@@ -66,37 +62,25 @@ def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, r
     if m == 1 and w.quant_type in STREAMED:  # both read the same bytes: the ratio of speeds is that of bandwidths
         bars = [Bar("ggml", 0.8, faster=True)]
     seconds = interleaved(functions, repeats * (4 if m == 1 else 1))
-    rate = w.nbytes / sorted(seconds["ours"])[len(seconds["ours"]) // 2] / 1e9
+    rate = w.nbytes / median(seconds["ours"]) / 1e9
     return {"match": error < TOLERANCE[torch.bfloat16], "gb_per_s": round(rate, 1), **timings(seconds, bars)}
 
 
+@torch.no_grad()
 def main() -> None:
-    """Parse, run, print one line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--types", nargs="+", choices=GGUF_TYPES, default=GGUF_TYPES)
-    parser.add_argument("--m", type=int, nargs="+", default=(1, 64, 256, 1024))
-    parser.add_argument("--n", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=4096)
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    found: dict[str, Any] = {"bench": "gguf", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    print(json.dumps(found["machine"]), json.dumps(found["ceilings"]), sep="\n")
-    n, k = arguments.n, arguments.k
+    sizes = {"m": (1, 64, 256, 1024), "n": 4096, "k": 4096}
+    bench = Bench("gguf", __doc__, repeats=11, types=GGUF_TYPES, **sizes)
+    bench.begin(ceilings=ceilings())
+    n, k = bench.options.n, bench.options.k
     nf4 = qn.quantize(torch.randn(n, k) / k**0.5)
-    with torch.no_grad():
-        for quant_type in arguments.types:
-            w = weight_of(quant_type, n, k)
-            for m, forward in itertools.product(arguments.m, (True, False)):
-                if m > 1 or forward:
-                    direction = "forward" if forward else "grad_input"
-                    head = {"type": quant_type, "direction": direction, "m": m, "n": n, "k": k}
-                    found["rows"].append(head | row(w, nf4, m, forward, arguments.repeats))
-                    print(line(found["rows"][-1], "type", "direction", "m", "gb_per_s"), flush=True)
-    write_json(arguments.json, found)
+    for quant_type in bench.options.types:
+        w = weight_of(quant_type, n, k)
+        for m, direction in itertools.product(bench.options.m, ("forward", "grad_input")):
+            if m > 1 or direction == "forward":
+                head = {"type": quant_type, "direction": direction, "m": m, "n": n, "k": k}
+                found = row(w, nf4, m, direction == "forward", bench.options.repeats)
+                bench.add(head | found, "type", "direction", "m", "gb_per_s")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/bench_linear.py --json
     QLORA_NATIVE_ISA=avx2 python bench/bench_linear.py --json
-    python bench/plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png
+    python bench/plots.py linear
 
 Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forward and backward against the same of
 `linear`. Contenders, which compute in fp32 on a CPU without a dot product for bf16:
@@ -24,10 +24,7 @@ memory's rate between the same rounds, and of doing all operations at the best r
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,20 +33,8 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 from cases import BENCH_PRODUCTS, TOLERANCE, Product
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
-from common import (
-    Bar,
-    Functions,
-    add_json,
-    interleaved,
-    interleaved_sparing,
-    line,
-    machine,
-    multiplies_bf16,
-    relative_error,
-    timings,
-    write_json,
-)
-from linear_contenders import PLAIN, Lora, Weights, forward, grad_input
+from common import Bar, Bench, interleaved, interleaved_sparing, multiplies_bf16, relative_error, timings
+from linear_contenders import PLAIN, Lora, Weights, products
 
 DIRECTIONS = ("forward", "grad_input", "lora_forward_backward")
 LORA_M = 1024
@@ -88,13 +73,12 @@ def result(function: Callable[[], Any]) -> torch.Tensor:
     return function.result() if isinstance(function, ggml_peer.Product) else value
 
 
-def product_row(weights: Weights, case: Product, direction: str, repeats: int, measured: Ceilings) -> dict[str, Any]:
-    """The forward, or the gradient to the input."""
-    width = case.k if direction == "forward" else case.n
-    t = torch.randn(case.m, width, dtype=torch.bfloat16)
-    functions: Functions = (forward if direction == "forward" else grad_input)(weights, case, t)
+def product_row(direction: str, weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
+    is_forward = direction == "forward"
+    t = torch.randn(case.m, case.k if is_forward else case.n, dtype=torch.bfloat16)
+    functions = products(weights, case, t, is_forward)
     dense = weights.values.double()
-    truth = t.double() @ (dense.t() if direction == "forward" else dense)
+    truth = t.double() @ (dense.t() if is_forward else dense)
     errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
     probes = MemoryProbes()
     bars = BARS[direction].get(case.m, ())
@@ -108,7 +92,6 @@ def product_row(weights: Weights, case: Product, direction: str, repeats: int, m
 
 
 def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
-    """Both directions of a layer with adapters."""
     lora = Lora(weights, case)
     functions = lora.functions()
     error = lora.error(functions["ours"]())
@@ -120,41 +103,28 @@ def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) 
     return row | timings(seconds, bars, floor(measured, num_bytes, flops=flops))
 
 
+@torch.no_grad()
 def main() -> None:
-    """Parse, run, print one line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--repeats", type=int, default=11, help="rounds of the long rows; short ones get up to 4 x, slow rivals 3"
-    )
-    parser.add_argument("--only-n", type=int, help="one N of the table of cases")
-    parser.add_argument("--only-m", type=int, nargs="+", help="some M of the table of cases")
-    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    found: dict[str, Any] = {"bench": "linear", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    print(json.dumps(found["machine"]), json.dumps(found["ceilings"]), sep="\n")
-
-    def add(head: dict[str, Any], row: dict[str, Any]) -> None:
-        found["rows"].append(head | row)
-        print(line(head | row, "direction", "n", "k", "m"), flush=True)
-
-    measured = found["ceilings"]
-    with torch.no_grad():
-        for n, cases in itertools.groupby(BENCH_PRODUCTS, key=lambda case: case.n):
-            chosen = [case for case in cases if not arguments.only_m or case.m in arguments.only_m]
-            if arguments.only_n not in (None, n) or not chosen:
+    sizes = {"n": (4096, 14336), "m": (1, 16, 64, 256, 1024)}
+    # Rounds of the long rows; short ones get up to 4 times as many, slow rivals 3.
+    bench = Bench("linear", __doc__, repeats=11, directions=DIRECTIONS, **sizes)
+    bench.begin(ceilings=ceilings())
+    for n, cases in itertools.groupby(BENCH_PRODUCTS, key=lambda case: case.n):
+        chosen = [case for case in cases if case.n in bench.options.n and case.m in bench.options.m]
+        if not chosen:
+            continue
+        weights = Weights(n, chosen[0].k)
+        for direction, case in itertools.product(bench.options.directions, chosen):
+            given = weights, case, bench.options.repeats, bench.result["ceilings"]
+            if direction != "lora_forward_backward":
+                row = product_row(direction, *given)
+            elif case.m == LORA_M:
+                row = lora_row(*given)
+            else:
                 continue
-            weights = Weights(n, chosen[0].k)
-            for direction, case in itertools.product(arguments.directions, chosen):
-                head = {"direction": direction, "dtype": "bfloat16", "m": case.m, "n": n, "k": case.k}
-                if direction in ("forward", "grad_input"):
-                    add(head, product_row(weights, case, direction, arguments.repeats, measured))
-                elif direction == "lora_forward_backward" and case.m == LORA_M:
-                    add(head, lora_row(weights, case, arguments.repeats, measured))
-    write_json(arguments.json, found)
+            head = {"direction": direction, "dtype": "bfloat16", "m": case.m, "n": n, "k": case.k}
+            bench.add(head | row, "direction", "n", "k", "m")
+    bench.write()
 
 
 if __name__ == "__main__":

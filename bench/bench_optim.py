@@ -10,18 +10,16 @@ clipping, too, are compared with torch's step without it.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import math
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from common import Bar, Functions, Seconds, add_json, interleaved_sparing, line, machine, timings, write_json
+from common import Bar, Bench, Functions, Seconds, interleaved_sparing, timings
 
 import qlora_native as qn
 from qlora_native import reference
@@ -87,7 +85,7 @@ def reference_step(optimizer: Any) -> None:
             continue
         absmaxes = state.get("exp_avg_absmax"), state.get("exp_avg_sq_absmax")
         moments = state["exp_avg"], state["exp_avg_sq"], *absmaxes, state["step"]
-        reference.adamw_step(p, p.grad, *moments, eps=group["eps"], decoupled=optimizer._decoupled, **common)
+        reference.adamw_step(p, p.grad, *moments, eps=group["eps"], decoupled=True, **common)
 
 
 def ours() -> dict[str, tuple[Callable[[Any], Any], float]]:
@@ -109,22 +107,13 @@ def ours() -> dict[str, tuple[Callable[[Any], Any], float]]:
 
 def peers() -> dict[str, Callable[[Any], Any]]:
     """torch's fused AdamW, and what else can be imported."""
-    found: dict[str, Callable[[Any], Any]] = {
-        FUSED: lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=DECAY, fused=True)
-    }
-    try:
-        import bitsandbytes
-
-        found["bitsandbytes AdamW"] = lambda p: bitsandbytes.optim.AdamW(p, lr=LR, weight_decay=DECAY)
-        found["bitsandbytes AdamW8bit"] = lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR, weight_decay=DECAY)
-    except ImportError:
-        pass
-    try:
-        torchao = importlib.import_module("torchao.optim")
-        found["torchao AdamW8bit"] = lambda p: torchao.AdamW8bit(p, lr=LR, weight_decay=DECAY)
-    except ImportError:
-        pass
-    return found
+    found: dict[str, Callable[..., Any]] = {FUSED: partial(torch.optim.AdamW, fused=True)}
+    for package in ("bitsandbytes", "torchao"):
+        with suppress(ImportError):
+            module = importlib.import_module(f"{package}.optim")
+            for name in ("AdamW", "AdamW8bit") if package == "bitsandbytes" else ("AdamW8bit",):
+                found[f"{package} {name}"] = getattr(module, name)
+    return {name: partial(make, lr=LR, weight_decay=DECAY) for name, make in found.items()}
 
 
 def clipped_by_torch(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> Callable[[], None]:
@@ -138,61 +127,41 @@ def clipped_by_torch(optimizer: torch.optim.Optimizer, params: list[torch.nn.Par
     return step
 
 
-def measure(
-    count: int, numel: int, grads: list[torch.Tensor], repeats: int, with_peers: bool
-) -> tuple[Seconds, dict[str, float]]:
+def measure(count: int, numel: int, grads: list[torch.Tensor], repeats: int) -> tuple[Seconds, dict[str, float]]:
     """Seconds of every optimizer, and the memory's rates in GB/s."""
     functions: Functions = {name: make(parameters(count, numel, grads)).step for name, (make, _) in ours().items()}
-    slow = []
     for name, make in peers().items():
-        if not with_peers and name != FUSED:
-            continue
         params = parameters(count, numel, grads)
         optimizer = make(params)
         functions[name] = optimizer.step
         if name == FUSED:
             functions[f"{FUSED} + clip_grad_norm_"] = clipped_by_torch(optimizer, params)
-        else:
-            slow.append(name)
     probes = memory_probes(count * numel)
     functions |= {n: f for n, (f, _) in probes.items()}
-    # An order of magnitude slower: a few rounds tell, and the others need not wait.
-    seconds = interleaved_sparing(functions, repeats, keep=set(functions) - set(slow), slow=0)
+    # The other peers are an order of magnitude slower: a few rounds tell, and the others need not wait.
+    seconds = interleaved_sparing(functions, repeats, keep=functions.keys() - (peers().keys() - {FUSED}), slow=0)
     rates = {f"{n}_gb_per_s": round(moved / min(seconds.pop(n)) / 1e9, 1) for n, (_, moved) in probes.items()}
     return seconds, rates
 
 
 def main() -> None:
-    """Parse, run, print one line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--case", choices=CASES, help="one of the cases")
-    parser.add_argument("--no-peers", action="store_true", help="torch alone")
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": {}, "rows": []}
-    print(json.dumps(result["machine"]))
-    for case, (count, numel) in CASES.items():
-        if arguments.case not in (None, case):
-            continue
+    bench = Bench("optim", __doc__, repeats=21, cases=tuple(CASES))
+    bench.begin(ceilings={})
+    for case in bench.options.cases:
+        count, numel = CASES[case]
         grads = [torch.randn(numel) * 1e-2 for _ in range(count)]
-        seconds, rates = measure(count, numel, grads, arguments.repeats, not arguments.no_peers)
-        result["ceilings"][case] = rates
-        print(json.dumps(rates))
+        seconds, rates = measure(count, numel, grads, bench.options.repeats)
+        bench.result["ceilings"][case] = rates
         rivals = {name: values for name, values in seconds.items() if name not in ours()}
         for name, (make, bytes_each) in ours().items():
-            row: dict[str, Any] = {"case": case, "tensors": count, "parameters": count * numel, "optimizer": name}
             bars: tuple[Bar, ...] = ()
             if case == BAR_CASE and name.startswith("AdamW"):
                 bars = CLIPPED_BARS if name.endswith("clipped") else BARS
             floor = bytes_each * count * numel / max(rates.values()) / 1e9
+            row = {"case": case, "tensors": count, "parameters": count * numel, "optimizer": name}
             row |= {"match": matches(make)} | timings({"ours": seconds[name], **rivals}, bars, floor)
-            result["rows"].append(row)
-            print(line(row, "case", "optimizer"), flush=True)
-    write_json(arguments.json, result)
+            bench.add(row, "case", "optimizer")
+    bench.write()
 
 
 if __name__ == "__main__":

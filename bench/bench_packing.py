@@ -12,8 +12,6 @@ the products with frozen weights alone, on the rows' own tokens, at oneDNN's bes
 
 from __future__ import annotations
 
-import argparse
-import json
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,11 +21,11 @@ import isa_env  # noqa: F401  (before torch)
 import numpy as np
 import torch
 from ceilings import ceilings, floor
-from common import Bar, add_json, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
+from common import Bar, Bench, interleaved, ratios, relative_error, rounded, timings
+from peer_models import quantized_layers
 
 from qlora_native.data.batching import micro_batches, pack, permutation
 from qlora_native.models.loss import causal_lm_loss, trained_tokens
-from qlora_native.nn import QuantizedLinear
 from qlora_native.tool.cli.demo import model_file
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.setup import check_packing, prepare_model
@@ -39,7 +37,6 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 5e-2  # of bf16 activations
 
 
 def random_rows(count: int, vocabulary: int) -> list[dict[str, np.ndarray]]:
-    """``count`` rows of random tokens, all of them trained."""
     draw = np.random.RandomState(0)
     rows = []
     for length in np.geomspace(SHORTEST, PACKED_LENGTH, count).round().astype(int):
@@ -61,19 +58,11 @@ def one_by_one(model: Any, rows: list[dict[str, np.ndarray]]) -> float:
 
 
 def main() -> None:
-    """Prepare, compare, time, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_json(parser)
-    parser.add_argument("--model", help="a model folder in place of SmolLM2-135M-Instruct")
-    parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=4, help="rows of a padded micro-batch")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-
-    path = Path(arguments.model) if arguments.model else model_file()
-    values = {"model": str(path), "data": {"train": "random"}, "quant": {"type": "nf4"}}
+    # A model folder in place of SmolLM2-135M-Instruct; rows of a padded micro-batch.
+    bench = Bench("packing", __doc__, model="", rows=24, batch=4, repeats=5)
+    path, batch = Path(bench.options.model or model_file()), bench.options.batch
+    values: dict[str, Any] = {"model": str(path), "data": {"train": "random"}, "quant": {"type": "nf4"}}
     values["train"] = {"grad_checkpointing": False}
-    torch.manual_seed(0)
     model = prepare_model(TrainConfig.model_validate(values))
     check_packing(model)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -81,7 +70,7 @@ def main() -> None:
         if "lora_B" in name:  # zero as made, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.01)
 
-    rows: Any = random_rows(arguments.rows, model.config.vocab_size)
+    rows: Any = random_rows(bench.options.rows, model.config.vocab_size)
     lengths = np.array([len(row["input_ids"]) for row in rows])
     order = permutation(len(rows), 0)
     items: dict[str, list[Any]] = {
@@ -90,9 +79,9 @@ def main() -> None:
         "ours": pack(lengths, order, PACKED_LENGTH),
     }
     # As many tokens at once as the padded arm holds on average.
-    widths = [lengths[order[at : at + arguments.batch]].max() for at in range(0, len(rows), arguments.batch)]
-    sizes = dict.fromkeys(items, arguments.batch)
-    sizes["ours"] = max(1, round(arguments.batch * float(np.mean(widths)) / PACKED_LENGTH))
+    widths = [lengths[order[at : at + batch]].max() for at in range(0, len(rows), batch)]
+    sizes = dict.fromkeys(items, batch)
+    sizes["ours"] = max(1, round(batch * float(np.mean(widths)) / PACKED_LENGTH))
 
     def step(name: str) -> float:
         model.zero_grad()
@@ -112,7 +101,8 @@ def main() -> None:
     truth = one_by_one(model, rows)
     distance = {name: relative_error(grads[name], grads["padded"]) for name in ("grouped", "ours")}
     measured = ceilings(3)
-    seconds = interleaved({name: partial(step, name) for name in items}, arguments.repeats, warmup=0)
+    bench.begin(ceilings=measured)
+    seconds = interleaved({name: partial(step, name) for name in items}, bench.options.repeats, warmup=0)
 
     tokens = int(lengths.sum())
     row: dict[str, Any] = {
@@ -126,13 +116,12 @@ def main() -> None:
         "loss": {"one by one": truth, **losses},
         "gradient_distance": distance,
     }
-    frozen = sum(part.quantized.numel() for part in model.modules() if isinstance(part, QuantizedLinear))
+    frozen = sum(layer.quantized.numel() for layer in quantized_layers(model).values())
     row |= timings(seconds, BARS, floor(measured, 0, flops=4 * frozen * tokens))
     row["tokens_per_second"] = {name: rounded([tokens / median(values)])[0] for name, values in seconds.items()}
     row["times_as_fast"] = {name: rounded(ratios(seconds[name], seconds["ours"])) for name in items if name != "ours"}
-    print(line(row, "case"))
-    print(json.dumps({key: row[key] for key in ("tokens_per_second", "times_as_fast", "loss", "gradient_distance")}))
-    write_json(arguments.json, {"bench": "packing", "machine": machine(), "ceilings": measured, "rows": [row]})
+    bench.add(row, "case", "tokens_per_second", "times_as_fast", "loss", "gradient_distance")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -11,18 +11,19 @@ step is that with TRL's code, to 2 %. Needs the extra `test`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import ceilings
-from children import Child, serve
-from common import add_json, machine, write_json
-from train_sides import private_megabytes
+from children import Answer, called
+from common import Bench, verdict
+from peer_models import private_megabytes, reset_peak, tokenizer
+
+import qlora_native as qn
+from qlora_native.tool.cli.demo import MAX_CHARACTERS, model_file
+from qlora_native.tool.cli.standard_library import examples
 
 SEQUENCES, LENGTH, STEPS = 8, 256, 2
 BAR, TOLERANCE = 1.15, 0.02
@@ -33,34 +34,23 @@ RUNS = [*((kind, "ours", kept) for kept in (True, False) for kind in KINDS), *((
 
 def rows(kind: str) -> list[dict[str, Any]]:
     """Texts that are longer than LENGTH tokens, in the columns of a trainer."""
-    from qlora_native.tool.cli.demo import MAX_CHARACTERS
-    from qlora_native.tool.cli.standard_library import examples
-
     text = "".join(example.source for example in examples(MAX_CHARACTERS))
     size, found = 8 * LENGTH, []
     for first in range(0, 2 * SEQUENCES * STEPS * size, 2 * size):
-        prompt, chosen, rejected = (
-            text[first : first + 64],
-            text[first + 64 : first + size],
-            text[first + size :][:size],
-        )
-        row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        if kind == "sft":
-            row = {"text": prompt + chosen}
-        if kind == "kto":
-            row = {"prompt": prompt, "completion": chosen, "label": first % (4 * size) == 0}
-        found.append(row)
+        prompt, chosen = text[first : first + 64], text[first + 64 : first + size]
+        columns: dict[str, dict[str, Any]] = {
+            "sft": {"text": prompt + chosen},
+            "dpo": {"prompt": prompt, "chosen": chosen, "rejected": text[first + size :][:size]},
+            "kto": {"prompt": prompt, "completion": chosen, "label": first % (4 * size) == 0},
+        }
+        found.append(columns[kind])
     return found
 
 
-def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float]:
+def peak(kind: str, head: str, checkpointing: bool, out: str) -> Answer:
     """Trains in this process; MiB, and the gradient's norm of the first step."""
     import trl
     from datasets import Dataset
-
-    import qlora_native as qn
-    from qlora_native.tool.cli.demo import model_file
-    from qlora_native.weights.open import load_tokenizer
 
     imported = private_megabytes("VmRSS")
     if head != "trl":
@@ -81,11 +71,11 @@ def peak(kind: str, head: str, checkpointing: bool, out: str) -> dict[str, float
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows(kind)),
-        processing_class=load_tokenizer(str(model_file())),
+        processing_class=tokenizer(),
         peft_config=qn.peft_config(),
     )
     trainer.optimizer_cls_and_kwargs = (qn.optim.AdamW, {"lr": 2e-4})
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    reset_peak()
     trainer.train()
     norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
     return {"peak_mib": round(private_megabytes("VmHWM") - imported), "imports_mib": round(imported), "norm": norm}
@@ -99,32 +89,21 @@ def judged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         value = row["above_sft"] = round(row["peak_mib"] / sft["peak_mib"], 3)
         row |= {"match": abs(row["norm"] - truth) <= TOLERANCE * truth, "bars": []}
         if (row["trainer"], row["head"]) == ("dpo", "ours"):
-            bar = {"rival": "sft", "measure": "of the peak memory", "bar": BAR, "value": value, "met": value <= BAR}
-            row["bars"].append(bar)
+            row["bars"].append(verdict("sft", "of the peak memory", BAR, value))
     return found
 
 
 def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_json(parser)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        kind, head, checkpointing = arguments.worker
-        with tempfile.TemporaryDirectory() as out:
-            serve(lambda _: peak(kind, head, checkpointing == "1", out))
-        return
-    result: dict[str, Any] = {"bench": "preference", "machine": machine(), "ceilings": ceilings()}
-    result["setting"] = {"tokens_a_step": SEQUENCES * LENGTH, "steps": STEPS}
+    bench = Bench("preference", __doc__)
+    bench.begin(ceilings=ceilings(), setting={"tokens_a_step": SEQUENCES * LENGTH, "steps": STEPS})
     found = []
     for kind, head, checkpointing in RUNS:
-        child = Child(f"{kind} {head}", [__file__, "--worker", kind, head, str(int(checkpointing))])
-        found.append({"trainer": kind, "head": head, "checkpointing": checkpointing} | child.ask("run"))
-        child.end()
-        print(json.dumps(found[-1]), flush=True)
-    result["rows"] = judged(found)
-    write_json(arguments.json, result)
+        row = {"trainer": kind, "head": head, "checkpointing": checkpointing}
+        with tempfile.TemporaryDirectory() as out:
+            found.append(row | called(peak, kind, head, checkpointing, out))
+    for row in judged(found):
+        bench.add(row, "trainer", "head", "checkpointing", "peak_mib", "above_sft")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -12,18 +12,17 @@ and torchao are timed when they are importable, at what they offer.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
 from cases import FLOAT_DTYPES, QUANT_TYPES
 from ceilings import MemoryProbes, ceilings, floor
-from common import Bar, Functions, add_json, interleaved, interleaved_sparing, line, machine, timings, write_json
+from common import Bar, Bench, Functions, interleaved, interleaved_sparing, timings
 from linear_contenders import torchao_weight
 
 import qlora_native as qn
@@ -38,7 +37,6 @@ DEQUANTIZE_BARS = (Bar("copy", 1.1),)  # bf16
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bytes."""
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
@@ -55,42 +53,17 @@ def matches(t: torch.Tensor, w: qn.QuantizedWeight) -> bool:
 def quantize_in_place(t: torch.Tensor, w: qn.QuantizedWeight) -> Callable[[], None]:
     """The native calls on memory that exists."""
     block_max = torch.empty(w.absmax.numel())
-    number = QUANT_TYPES.index(w.quant_type)
+    absmax = w.absmax if w.nested_absmax is None else block_max
+    quant_type = QUANT_TYPES.index(w.quant_type)
+    of_blocks = (t.data_ptr(), _native.DTYPE_NUMBER[t.dtype], t.numel(), BLOCK_SIZE, quant_type)
 
     def run() -> None:
-        target = w.absmax if w.nested_absmax is None else block_max
-        _C.quantize_4bit(
-            t.data_ptr(),
-            _native.DTYPE_NUMBER[t.dtype],
-            t.numel(),
-            BLOCK_SIZE,
-            number,
-            w.packed.data_ptr(),
-            target.data_ptr(),
-        )
+        _C.quantize_4bit(*of_blocks, w.packed.data_ptr(), absmax.data_ptr())
         if w.nested_absmax is not None and w.nested_offset is not None:
-            _C.quantize_scales(
-                target.data_ptr(),
-                target.numel(),
-                w.absmax.data_ptr(),
-                w.nested_absmax.data_ptr(),
-                w.nested_offset.data_ptr(),
-            )
+            targets = (part.data_ptr() for part in (w.absmax, w.nested_absmax, w.nested_offset))
+            _C.quantize_scales(absmax.data_ptr(), absmax.numel(), *targets)
 
     return run
-
-
-def bitsandbytes_quantize(t: torch.Tensor, quant_type: str, nested: bool) -> tuple[Callable[[], Any], Any] | None:
-    """Their quantize, and its result, or None."""
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError:
-        return None
-
-    def run() -> Any:
-        return quantize_4bit(t, blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type=quant_type)
-
-    return run, run()
 
 
 def keeping(function: Callable[[], Any]) -> Callable[[], None]:
@@ -114,13 +87,16 @@ def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
     }
     if t.dtype != torch.bfloat16:
         return quantize, dequantize
-    peer = bitsandbytes_quantize(t, w.quant_type, w.double_quant)
-    if peer is not None:
-        from bitsandbytes.functional import dequantize_4bit
+    with suppress(ImportError):
+        from bitsandbytes import functional
 
-        packed, state = peer[1]
-        quantize["bitsandbytes"] = peer[0]
-        dequantize["bitsandbytes"] = lambda: dequantize_4bit(packed, state)
+        options: dict[str, Any] = {
+            "blocksize": BLOCK_SIZE,
+            "compress_statistics": w.double_quant,
+            "quant_type": w.quant_type,
+        }
+        quantize["bitsandbytes"] = partial(functional.quantize_4bit, t, **options)
+        dequantize["bitsandbytes"] = partial(functional.dequantize_4bit, *quantize["bitsandbytes"]())
     nf4 = torchao_weight(t) if w.quant_type == "nf4" and w.double_quant else None
     if nf4 is not None:
         quantize["torchao"] = lambda: torchao_weight(t)
@@ -131,7 +107,6 @@ def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
 def rows(
     shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
-    """The row of each direction."""
     t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
     w = qn.quantize(t, quant_type=quant_type, double_quant=nested)
     quantize, dequantize = jobs(t, w)
@@ -160,26 +135,12 @@ def rows(
 
 
 def main() -> None:
-    """Parse, run, print one line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--only-n", type=int, help="one N of the shapes")
-    parser.add_argument("--dtypes", nargs="+", default=[str(d).removeprefix("torch.") for d in FLOAT_DTYPES])
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    measured = ceilings(dots=False)
-    result: dict[str, Any] = {"bench": "quantize", "machine": machine(), "ceilings": measured, "rows": []}
-    print(json.dumps(result["machine"]), json.dumps(measured), sep="\n")
-    dtypes = [getattr(torch, name) for name in arguments.dtypes]
-    for case, dtype in itertools.product(CASES, dtypes):
-        if arguments.only_n in (None, case[0][0]):
-            for row in rows(*case, dtype, arguments.repeats):
-                result["rows"].append(row)
-                print(line(row, "direction", "n", "k", "quant_type", "double_quant", "dtype"), flush=True)
-    write_json(arguments.json, result)
+    bench = Bench("quantize", __doc__, repeats=31, n=(4096, 14336))
+    bench.begin(ceilings=ceilings(dots=False))
+    for case, dtype in itertools.product(CASES, FLOAT_DTYPES):
+        for row in rows(*case, dtype, bench.options.repeats) if case[0][0] in bench.options.n else ():
+            bench.add(row, "direction", "n", "k", "quant_type", "double_quant", "dtype")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -31,43 +31,34 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import births
 import isa_env  # noqa: F401  (before torch)
 import torch
-from bench_generate import NEAR_TIE, first_difference
-from bench_train import LOSS_TOLERANCE, TUNED_MALLOC, WARM_UP
+from bench_generate import NEAR_TIE, PROMPT, decode, first_difference, lead
+from bench_train import LOSS_TOLERANCE, TUNED_MALLOC, WARM_UP, products, take_steps
 from ceilings import Ceilings, ceilings, floor
-from children import Child
-from common import (
-    Bar,
-    add_json,
-    birth,
-    keep_other_rows,
-    line,
-    machine,
-    peer_dtype,
-    quartiles,
-    rounded,
-    timings,
-    write_json,
-)
-from real_sides import PARTS, generate, prepare, train
-from train_sides import LENGTH, RANK, ROWS
+from children import Child, calling, in_turns, serve
+from common import Bar, Bench, birth, kept, machine, peer_dtype, quartiles, rounded, timings, tokens_a_second, verdict
+from peer_models import decode_into, private_megabytes, reset_peak
+from train_sides import cast_adapter, our_model, serve_training, their_model, write_adapter, write_batches
 
+import qlora_native as qn
 from qlora_native.tool.cli.demo_model import model_file
 
 MODELS = ("gemma-270m", "0.5b", "1.5b")
+PARTS = {"train": True, "learn": False}  # whether rows are cut to full length, all of it trained
+CONTEXT = 1024  # tokens that llama.cpp has room for
 BARS = {"amx": (2.4, 0.45), "avx512_bf16": (1.5, 0.5), "avx2": (1.35, 0.5)}  # of 1.5b with checkpointing
 NATS = 0.02  # of the held-out losses
+PEER_DTYPE = str(peer_dtype()).removeprefix("torch.")
 MINUTES = {  # about, on two cores with AMX
     "gemma-270m": {"train": 5, "learn": 9, "generate": 3},
     "0.5b": {"train": 5, "learn": 10, "generate": 3},
@@ -75,105 +66,175 @@ MINUTES = {  # about, on two cores with AMX
 }
 
 
-def child(name: str, task: dict[str, Any]) -> Child:
+def prepare(folder: Path, source: Path, steps: dict[str, int], seed: int) -> dict[str, Any]:
+    """Writes the 16-bit folder, the adapter (and for llama.cpp its GGUF form), the batches and the prompt.
+
+    Returns:
+        frozen, head, adapters: numbers of weights in the adapted layers, in the output embedding, in the adapters.
+        loss: of each part, that of its first batch by transformers' code in fp32 on the decoded weights. kept: whether
+        ours has the file's own weights. prompt: token ids.
+    """
+    from qlora_native.data.template import ChatEncoder
+    from qlora_native.models.load import load_dense
+    from qlora_native.tool.cli.main import main
+    from qlora_native.weights.open import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(str(source))
+    model: Any = qn.load_model(source, fuse=False)
+    dense: Any = load_dense(source, fuse=False)
+    is_kept = model.load_report.is_kept
+    if not is_kept:
+        decode_into(dense, model)
+    dense.save_pretrained(folder / "model")
+    counts = write_adapter(folder, model, dense, seed)
+    del model
+    if is_kept:
+        words = ["export", str(folder / "adapter"), "--to", "gguf-adapter", "--out", str(folder / "adapter.gguf")]
+        if main(words) != 0:
+            raise SystemExit("the adapter has no GGUF form")
+    dense.float()
+    losses = {
+        part: write_batches(folder / f"{part}.pt", dense, tokenizer, steps[part], seed, full_length)
+        for part, full_length in PARTS.items()
+    }
+    prompt = ChatEncoder(tokenizer).prompt_ids([{"role": "user", "content": PROMPT}])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {"kept": is_kept, **counts, "loss": losses, "prompt": prompt}
+
+
+def train(side: str, part: str, folder: str, source: str, checkpointing: bool, lr: float, threads: int) -> None:
+    """Serves training. Adapters are in fp32, but for the peer's in a timed step: they are in the dtype of its weights.
+
+    After loading, the kernel's record of the peak is reset: "memory" is of the steps.
+    """
+    torch.set_num_threads(threads)
+    imported = private_megabytes("VmRSS")
+    is_ours = side == "ours"
+    if is_ours:
+        model = our_model(Path(folder), Path(source), checkpointing=checkpointing)
+    else:
+        model = their_model(Path(folder), peer_dtype())
+        cast_adapter(model, peer_dtype() if part == "train" else torch.float32)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    reset_peak()
+    serve_training(model, Path(folder, f"{part}.pt"), lr, is_ours, imported)
+
+
+def generate(side: str, folder: str, source: str, prompt: list[int], threads: int) -> None:
+    """Serves "decode N", greedy and past an end of text, and "lead N": by how much token N was preferred, in logits."""
+    torch.set_num_threads(threads)
+    name, _, adapter = side.partition("+")
+    if name == "llama.cpp":
+        complete = llama_cpp(Path(source), Path(folder, "adapter.gguf") if adapter else None, threads)
+        serve(lambda words: complete(prompt, int(words[1])))
+        return
+    if name == "ours":
+        model = our_model(Path(folder), Path(source), adapted=bool(adapter))
+    else:
+        model = their_model(Path(folder), peer_dtype(), adapted=bool(adapter))
+        cast_adapter(model, peer_dtype())
+    model.eval()
+    ids, tokens = torch.tensor([prompt]), torch.tensor([], dtype=torch.int64)
+
+    def answer(words: list[str]) -> dict[str, Any]:
+        nonlocal tokens
+        count = int(words[1])
+        if words[0] == "lead":
+            return {"lead": lead(model, ids, tokens[:count])}
+        started = time.perf_counter()
+        tokens = decode(model, ids, count)
+        return {"seconds": time.perf_counter() - started, "tokens": tokens.tolist()}
+
+    serve(answer)
+
+
+def llama_cpp(source: Path, adapter: Path | None, threads: int) -> Callable[[list[int], int], dict[str, Any]]:
+    """A function that continues token ids greedily in llama.cpp; seconds are of the whole request, as the others'."""
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = str(source)
+    options.n_ctx, options.n_parallel, options.verbosity = CONTEXT, 1, 0
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        options.lora_adapters = [lora]
+    server = xllamacpp.Server(options)
+
+    def complete(prompt: list[int], count: int) -> dict[str, Any]:
+        request = {"prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        started = time.perf_counter()
+        answer = server.handle_completions(request)
+        seconds = time.perf_counter() - started
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        if answer["usage"]["completion_tokens"] != count:
+            raise RuntimeError(f"llama.cpp made {answer['usage']['completion_tokens']} tokens of {count}")
+        about = {"text": answer["choices"][0]["text"], "system": xllamacpp.get_system_info()}
+        return {"seconds": seconds, "tokens_per_second": answer["timings"]["predicted_per_second"], **about}
+
+    return complete
+
+
+def child(name: str, function: Callable[..., None], *arguments: Any) -> Child:
     """The process of one side; the peer's malloc keeps its memory."""
-    command = [os.path.abspath(__file__), "--worker", json.dumps({"side": name, **task})]
-    return Child(name, command, TUNED_MALLOC if name.startswith("theirs") else None)
-
-
-def operations(batches: list[dict[str, torch.Tensor]], prepared: dict[str, Any], checkpointing: bool) -> float:
-    """Of a step's products but attention's: as bench_train counts them, and the layers' forward once more."""
-    tokens = median(int(batch["attention_mask"].sum()) for batch in batches)
-    trained = median(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    again = 2 * checkpointing
-    of_layers = (4 + again) * prepared["frozen"] + (6 + again) * prepared["adapters"]
-    return float(tokens * of_layers + 4 * trained * prepared["head"])
+    return Child(name, calling(function, name, *arguments), TUNED_MALLOC if name.startswith("theirs") else None)
 
 
 def trained(
-    part: str, checkpointing: bool, task: dict[str, Any], prepared: dict[str, Any], measured: Ceilings, bars: bool
+    part: str, checkpointing: bool, task: argparse.Namespace, prepared: dict[str, Any], measured: Ceilings
 ) -> dict[str, Any]:
     """Both sides, step by step in turn; a row."""
-    batches = torch.load(Path(task["folder"], f"{part}.pt"))["train"]
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
-    sides = {name: child(name, {**task, "part": part, "checkpointing": checkpointing}) for name in ("ours", "theirs")}
-    held_out: dict[str, list[float]] = {name: [] for name in sides}
-
-    def evaluate() -> None:
-        for name in sides if part == "learn" else ():
-            held_out[name].append(sides[name].ask("evaluate")["loss"])
-
-    evaluate()
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for index in range(len(tokens)):
-        for name in sorted(sides, reverse=bool(index % 2)):
-            steps[name].append(sides[name].ask(f"step {index}"))
-    memory = {name: side.ask("memory")["peak_mib"] for name, side in sides.items()}
-    evaluate()
-    for side in sides.values():
-        side.end()
-
-    warm = slice(min(WARM_UP, len(tokens) - 1), None)
-    seconds = {name: [step["seconds"] for step in found[warm]] for name, found in steps.items()}
-    first, reference = {name: found[0]["loss"] for name, found in steps.items()}, prepared["loss"][part]
-    row: dict[str, Any] = {"checkpointing": checkpointing, "steps": len(tokens), "rows": ROWS, "max_length": LENGTH}
-    row |= {"rank": RANK, "peer_dtype": str(peer_dtype()).removeprefix("torch."), "kept": prepared["kept"]}
-    row["tokens_a_step"] = sum(tokens) / len(tokens)
-    row["match"] = abs(first["ours"] - reference) <= LOSS_TOLERANCE * reference
-    row["first_loss"] = {"reference": reference, **first}
-    speed, share = BARS.get(task["isa"], (0, 0)) if bars else (0, 0)
-    row |= timings(seconds, [Bar("theirs", speed, faster=True)] if speed else [])
-    least = floor(measured, 0, flops=operations(batches[warm], prepared, checkpointing))
-    row |= {"floor_ms": rounded([least], 1e3)[0], "of_floor": rounded([least / median(seconds["ours"])])[0]}
-    row["tokens_per_second"] = {
-        name: rounded(quartiles([t / s for t, s in zip(tokens[warm], values, strict=True)]))
-        for name, values in seconds.items()
-    }
-    row["peak_rss_mib"] = {name: round(peak) for name, peak in memory.items()}
-    row["peak_rss_ratio"] = round(memory["ours"] / memory["theirs"], 3)
+    batches = torch.load(task.folder / f"{part}.pt")["train"]
+    call = part, task.folder, task.source, checkpointing, task.lr, task.threads
+    sides = {name: child(name, train, *call) for name in ("ours", "theirs")}
+    operations = products(batches[min(WARM_UP, len(batches) - 1) :], prepared, checkpointing)
+    least = floor(measured, 0, flops=1e9 * sum(operations.values()))
+    has_bars = part == "train" and task.model == "1.5b" and checkpointing
+    speed, share = BARS.get(task.isa, (0, 0)) if has_bars else (0, 0)
+    bars = [Bar("theirs", speed, faster=True)] if speed else []
+    row: dict[str, Any] = {"checkpointing": checkpointing, "peer_dtype": PEER_DTYPE, "kept": prepared["kept"]}
+    row |= take_steps(sides, batches, prepared["loss"][part], part == "learn", bars, least)
     if share:
-        verdict = {"rival": "theirs", "measure": "of the peak memory", "bar": share}
-        row["bars"].append(verdict | {"value": row["peak_rss_ratio"], "met": row["peak_rss_ratio"] <= share})
+        row["bars"].append(verdict("theirs", "of the peak memory", share, row["peak_rss_ratio"]))
     if part == "learn":
-        row["held_out_loss"] = held_out
-        before = {name: losses[0] for name, losses in held_out.items()}  # the first batch trains some 40 tokens alone
+        before, after = ({name: losses[at] for name, losses in row["held_out_loss"].items()} for at in (0, -1))
+        # The first batch trains some 40 tokens alone.
         row["match"] = abs(before["ours"] - before["theirs"]) <= LOSS_TOLERANCE * before["theirs"]
-        apart = round(abs(held_out["ours"][-1] - held_out["theirs"][-1]), 4)
-        verdict = {"rival": "theirs", "measure": "nats from the held-out loss", "bar": NATS}
-        row["bars"].append(verdict | {"value": apart, "met": apart <= NATS})
+        apart = abs(after["ours"] - after["theirs"])
+        row["bars"].append(verdict("theirs", "nats from the held-out loss", NATS, apart))
     return row
 
 
 def has_llama_cpp() -> bool:
-    """Whether its wheel is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def generated(task: dict[str, Any], prepared: dict[str, Any], count: int, repeats: int) -> dict[str, Any]:
+def generated(task: argparse.Namespace, prepared: dict[str, Any]) -> dict[str, Any]:
     """All sides in turn; a row."""
-    task = {**task, "part": "generate", "prompt": prepared["prompt"]}
+    count, prompt = task.new_tokens, prepared["prompt"]
     answers: dict[str, list[dict[str, Any]]] = {}
     agree = {}
     for suffix in ("", "+adapter"):  # one after the other: the peer's weights are in memory once
         names = [name + suffix for name in ("ours", "theirs")]
         if has_llama_cpp() and (not suffix or prepared["kept"]):
             names.append("llama.cpp" + suffix)
-        sides = {name: child(name, task) for name in names}
-        answers |= {name: [] for name in names}
-        for turn in range(repeats + 1):
-            for name in names[:: -1 if turn % 2 else 1]:
-                answers[name].append(sides[name].ask(f"decode {count}"))
-        ours, theirs = (torch.tensor(answers[name][-1]["tokens"]) for name in names[:2])
+        sides = {name: child(name, generate, task.folder, task.source, prompt, task.threads) for name in names}
+        found = in_turns(sides, [f"decode {count}"] * (task.repeats + 1))
+        ours, theirs = (torch.tensor(found[name][-1]["tokens"]) for name in names[:2])
         at = first_difference(ours, theirs)
-        lead = None if at is None else sides["theirs" + suffix].ask(f"lead {at}")["lead"]
-        agree["with adapter" if suffix else "base"] = {"first_difference": at, "lead_of_the_peer_there": lead}
+        leads = None if at is None else sides["theirs" + suffix].ask(f"lead {at}")["lead"]
+        agree["with adapter" if suffix else "base"] = {"first_difference": at, "lead_of_the_peer_there": leads}
+        answers |= found
         for side in sides.values():
             side.end()
     seconds = {name: [answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
-    row: dict[str, Any] = {"kept": prepared["kept"], "prompt_tokens": len(prepared["prompt"]), "new_tokens": count}
+    row: dict[str, Any] = {"kept": prepared["kept"], "prompt_tokens": len(prompt), "new_tokens": count}
     row["match"] = all((found["lead_of_the_peer_there"] or 0) <= NEAR_TIE for found in agree.values())
-    row |= {"tokens": agree, "peer_dtype": str(peer_dtype()).removeprefix("torch."), **timings(seconds)}
-    row["tokens_per_second"] = {name: rounded(quartiles([count / s for s in v])) for name, v in seconds.items()}
+    row |= {"tokens": agree, "peer_dtype": PEER_DTYPE, **timings(seconds)}
+    row["tokens_per_second"] = tokens_a_second(seconds, count)
     if "llama.cpp" in answers:
         last = answers["llama.cpp"][-1]
         own = [answer["tokens_per_second"] for answer in answers["llama.cpp"][1:]]
@@ -183,91 +244,51 @@ def generated(task: dict[str, Any], prepared: dict[str, Any], count: int, repeat
 
 def cached(work: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``make`` returned for the same key before, or returns now."""
-    file = work / "rows" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if not file.exists():
-        found = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": key, **found}), encoding="utf-8")
-        partial.replace(file)
-    return {name: value for name, value in json.loads(file.read_text(encoding="utf-8")).items() if name != "key"}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return dict(kept(work / "rows" / f"{digest}.json", make))
 
 
-def measure(name: str, arguments: argparse.Namespace, work: Path, measured: Ceilings) -> list[dict[str, Any]]:
-    """The rows of one model."""
-    source, folder, here, born = model_file(name), work / name, machine(), birth()
-    steps = {"train": arguments.steps, "learn": arguments.learn_steps}
+def measure(bench: Bench, model: str, work: Path) -> None:
+    options, isa, born = bench.options, machine()["cpu_isa"], birth()
+    folder, source = work / model, model_file(model)
+    steps = {"train": options.steps, "learn": options.learn_steps}
     code = births.last_change("real") or born["commit"]
     code += f", changed, {time.time()}" * bool(born["changed"])  # which no other run has
-    key = {"model": name, "steps": steps, "seed": arguments.seed, "code": code, "isa": here["cpu_isa"]}
+    key = {"model": model, "steps": steps, "seed": options.seed, "code": code, "isa": isa}
 
     def fresh() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return prepare(folder, source, steps, arguments.seed)
+        return prepare(folder, source, steps, options.seed)
 
     prepared = cached(work, key, fresh)
-    options = {"lr": arguments.lr, "threads": arguments.threads, "isa": here["cpu_isa"]}
-    task = {"folder": str(folder), "source": str(source), **options}
-    rows = []
-    for part in arguments.parts:
-        for checkpointing in arguments.checkpointing if part == "train" else (False,):
-            counts = {"new_tokens": arguments.new_tokens, "repeats": arguments.repeats}
-            about = {**key, **options, "part": part, "checkpointing": checkpointing, **counts}
-
-            def make(part: str = part, checkpointing: bool = checkpointing) -> dict[str, Any]:
-                if part == "generate":
-                    return generated(task, prepared, arguments.new_tokens, arguments.repeats)
-                bars = part == "train" and name == "1.5b" and checkpointing
-                return trained(part, checkpointing, task, prepared, measured, bars)
-
-            rows.append({"model": name, "part": part, **cached(work, about, make)})
-            print(line(rows[-1], "model", "part", "checkpointing"), rows[-1]["tokens_per_second"], flush=True)
-            print(
-                "   ", *(f"{n} {rows[-1][n]}" for n in ("peak_rss_mib", "held_out_loss") if n in rows[-1]), flush=True
-            )
-    return rows
+    given = {name: getattr(options, name) for name in ("lr", "threads", "new_tokens", "repeats")}
+    task = argparse.Namespace(folder=folder, source=source, model=model, isa=isa, **given)
+    for part in options.parts:
+        for checkpointing in options.checkpointing if part == "train" else (False,):
+            about = {**key, **given, "part": part, "checkpointing": checkpointing}
+            if part == "generate":
+                make = partial(generated, task, prepared)
+            else:
+                make = partial(trained, part, checkpointing, task, prepared, bench.result["ceilings"])
+            row = {"model": model, "part": part, **cached(work, about, make)}
+            bench.add(row, "model", "part", "checkpointing", "tokens_per_second", "peak_rss_mib", "held_out_loss")
 
 
 def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "generate"), default=(*PARTS, "generate"))
-    parser.add_argument(
-        "--checkpointing", nargs="+", type=json.loads, metavar="true|false", default=[True, False], help="of train"
-    )
-    parser.add_argument("--steps", type=int, default=9, help=f"of train, {WARM_UP} of them to warm up")
-    parser.add_argument("--learn-steps", type=int, default=100)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="of generate")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, help="folder for the 16-bit models and finished rows (default: temporary)")
-    add_json(parser)
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads if arguments.worker is None else arguments.worker["threads"])
-    torch.manual_seed(0)
-    if arguments.worker is not None:
-        task = arguments.worker
-        folder, source = Path(task["folder"]), Path(task["source"])
-        if task["part"] == "generate":
-            generate(task["side"], folder, source, task["prompt"], task["threads"])
-        else:
-            train(task["side"], task["part"], folder, source, task["checkpointing"], task["lr"])
-        return
-    minutes = sum(MINUTES[name][part] for name in arguments.models for part in arguments.parts)
+    parts = (*PARTS, "generate")
+    checkpointing = {"nargs": "+", "type": json.loads, "metavar": "true|false", "default": [True, False]}
+    folder = {"type": Path, "help": "folder for the 16-bit models and finished rows (default: temporary)"}
+    counts = {"steps": 9, "learn_steps": 100, "new_tokens": 64, "repeats": 5, "lr": 5e-4, "seed": 0}
+    bench = Bench("real", __doc__, models=MODELS, parts=parts, checkpointing=checkpointing, work=folder, **counts)
+    options = bench.options
+    minutes = sum(MINUTES[name][part] for name in options.models for part in options.parts)
     print(f"about {minutes} minutes on two cores with AMX, with the steps that are the default", flush=True)
-    result: dict[str, Any] = {"bench": "real", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    result["setting"] = {"lr": arguments.lr, "seed": arguments.seed}
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]), sep="\n", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        for model in arguments.models:
-            result["rows"] += measure(model, arguments, arguments.work or Path(name), result["ceilings"])
-    keep_other_rows(arguments.json, result, ("model", "part", "checkpointing"))
-    write_json(arguments.json, result)
+    bench.begin(ceilings=ceilings(), setting={"lr": options.lr, "seed": options.seed})
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models:
+            measure(bench, model, options.work or Path(scratch))
+    bench.write(key=("model", "part", "checkpointing"))
 
 
 if __name__ == "__main__":

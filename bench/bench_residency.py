@@ -3,7 +3,6 @@
     python bench/four_bit_folder.py 8B FOLDER
     python bench/bench_residency.py FOLDER --limits 4 2.5 --json        needs cgroup version 1 and root
     python bench/bench_residency.py FOLDER70 --limits 20 --skip open steps unlimited --tokens 256 --json FILE
-    python bench/bench_residency.py --recompute FILE        ratios and bars of a stored result, from its measurements
     python bench/any_file_page.py --write
 
 open: seconds beyond the imports and private memory, warm, copied against mapped. steps: passes of few tokens in turns,
@@ -15,7 +14,6 @@ unlimited run there is nothing to compare speed and adapter with.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,12 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
-from children import Child, serve
+import torch
+from children import Child, calling, in_turns, last_line, serve
+from common import Bench
+
+import qlora_native as qn
 
 GIB = 1 << 30
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -38,19 +41,19 @@ OPEN_SECONDS, OPEN_BYTES, MAPPED_STEP = 1.5, 150e6, 1.02  # at most: a mapped mo
 SPEED, READ, APART = 0.9, 2.2, 0.1  # of the unlimited speed, of what streams, of the estimate made before the run
 
 
+def count(file: str, name: str) -> int:
+    """A figure of the kernel's, from a file of /proc."""
+    return int(re.findall(rf"^{name}:\s+(\d+)", Path("/proc", file).read_text(), re.M)[0])
+
+
 def swap_bytes() -> int:
     """Of the machine."""
-    return 1024 * int(re.findall(r"^SwapTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)[0])
+    return 1024 * count("meminfo", "SwapTotal")
 
 
 def private_bytes() -> int:
     """Of this process alone: what it wrote to."""
-    return 1024 * int(re.findall(r"^Private_Dirty:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[0])
-
-
-def bytes_read() -> int:
-    """From disks so far, by the kernel's count."""
-    return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0])
+    return 1024 * count("self/smaps_rollup", "Private_Dirty")
 
 
 def disk_rate(file: Path, most: int = GIB) -> float:
@@ -75,12 +78,11 @@ def forget(folder: Path) -> None:
         mapped.release(0, mapped.num_bytes)
 
 
-def opened(folder: Path, residency: str) -> dict[str, Any]:
+def opened(folder: Path | str, residency: str) -> dict[str, Any]:
     """Loads the model in this process."""
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import qlora_native as qn
-    import qlora_native.models.load
+    import qlora_native.models.load  # noqa: F401
 
     before, began = private_bytes(), time.monotonic()
     model = qn.load_model(folder, residency=residency)
@@ -90,11 +92,8 @@ def opened(folder: Path, residency: str) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "private_mib": round(private / 2**20, 1)}
 
 
-def passes(folder: Path, residency: str, tokens: int) -> None:
+def passes(folder: Path | str, residency: str, tokens: int) -> None:
     """A child that makes a forward and a backward pass at each line; the answer has its seconds and a hash."""
-    import torch
-
-    import qlora_native as qn
     from qlora_native.models.loss import causal_lm_loss
 
     model: Any = qn.add_lora(qn.load_model(folder, residency=residency), qn.LoraConfig(r=RANK, seed=0)).train()
@@ -117,48 +116,39 @@ def passes(folder: Path, residency: str, tokens: int) -> None:
 
 
 def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
-    """The run in this process."""
     from qlora_native._memory import peak_rss_bytes
+    from qlora_native.models.mapped import num_bytes, parts_of, streaming_of
     from qlora_native.tool.config import TrainConfig
     from qlora_native.tool.train.loop import Trainer
 
     text = "what is red? apple and what is blue? plum. " * (length // 8)
     (out / "rows.jsonl").write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(4)))
-    options = {
-        "steps": STEPS,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "optimizer": "adamw8bit",
-        "eval_every": 0,
-        "save_every": 0,
-    }
+    options = {"steps": STEPS, "batch_size": 1, "grad_accum": 1, "optimizer": "adamw8bit"}
+    options |= {"eval_every": 0, "save_every": 0}
     data = {"train": str(out / "rows.jsonl"), "max_length": length, "eval_fraction": 0, "train_on": "all"}
     config = TrainConfig.from_values(
         {"model": str(folder), "output_dir": str(out / "run"), "data": data, "lora": {"r": RANK}, "train": options}
     )
-    read: list[int] = []
-    computing: list[float] = []
+    began = time.monotonic()
+    read, computing = [0], [time.process_time()]  # before the first step, and after each
     records: list[dict[str, Any]] = []
 
     def on_step(record: dict[str, Any]) -> None:
-        read.append(bytes_read())
+        read.append(count("self/io", "read_bytes"))
         computing.append(time.process_time())
         records.append(record)
         print(record, file=sys.stderr, flush=True)
 
-    began, start = time.monotonic(), time.process_time()
     trainer = Trainer(config, on_step=on_step)
     summary = trainer.train()
-    from qlora_native.models.mapped import num_bytes, parts_of, streaming_of
-
     streaming = streaming_of(trainer.model)
     plan = None if streaming is None else streaming.plan
     return {
         "tokens": records[0]["tokens"],
         "seconds": [record["seconds"] for record in records],
-        "cpu_seconds": [after - before for before, after in zip([start, *computing], computing, strict=False)],
+        "cpu_seconds": [after - before for before, after in pairwise(computing)],
         "loss": [record["loss"] for record in records],
-        "read_bytes": [after - before for before, after in zip([0, *read], read, strict=False)],
+        "read_bytes": [after - before for before, after in pairwise(read)],
         "weights": num_bytes(parts_of(trainer.model)),
         "resident": None if plan is None else plan.resident_bytes,
         "streamed": 0 if plan is None else plan.streamed_bytes,
@@ -171,15 +161,21 @@ def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
     }
 
 
-def child(*words: str, limit: float | None = None) -> dict[str, Any]:
-    """This script's own ``words`` in a process, under a limit in GiB if one is given; the answer is its last line."""
+def trained(folder: str, length: int) -> dict[str, Any]:
+    """The same beside the model."""
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
+        return train(Path(folder), Path(out), length)
+
+
+def child(*call: Any, limit: float | None = None) -> dict[str, Any]:
+    """What a call returns in a process, under a limit in GiB if one is given."""
     group = None
     if limit is not None:
         group = Path(tempfile.mkdtemp(prefix="qlora-", dir=CGROUPS))
         (group / "memory.limit_in_bytes").write_text(str(int(limit * GIB)))
     join = f"echo $$ > {group}/cgroup.procs; " if group else ""
-    command = f'{join}exec "$0" "$@"'
-    done = subprocess.run(["bash", "-c", command, sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    command = ["bash", "-c", f'{join}exec "$0" "$@"', sys.executable, *calling(*call)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = {}
     if group is not None:
         found["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
@@ -188,7 +184,7 @@ def child(*words: str, limit: float | None = None) -> dict[str, Any]:
         group.rmdir()
     if done.returncode:
         return {**found, "exit": done.returncode}
-    return {**json.loads(done.stdout.splitlines()[-1]), **found}
+    return {**last_line(done.stdout), **found}
 
 
 def estimated(folder: Path, limit: float, tokens: int) -> dict[str, Any]:
@@ -207,7 +203,6 @@ def bar(name: str, value: float, met: bool) -> dict[str, Any]:
 
 
 def judge(result: dict[str, Any]) -> None:
-    """Ratios and bars, from the measurements."""
     if "open" in result:
         seconds, private = result["open"]["mapped"]["seconds"], result["open"]["mapped"]["private_mib"] * 2**20
         result["open"]["bars"] = [
@@ -217,11 +212,10 @@ def judge(result: dict[str, Any]) -> None:
     if "steps" in result:
         ratio, equal = median(result["steps"]["ratios"]), result["steps"]["equal"]
         result["steps"]["median_ratio"] = ratio
-        bars = [
+        result["steps"]["bars"] = [
             bar(f"at most {MAPPED_STEP:g} of the time", ratio, ratio <= MAPPED_STEP),
             bar("equal bits", equal, equal),
         ]
-        result["steps"]["bars"] = bars
     first = next((row for row in result["rows"] if row["limit_gib"] is None and "seconds" in row), None)
     for row in result["rows"]:
         row |= {"match": False, "bars": []}
@@ -252,74 +246,53 @@ def judge_row(row: dict[str, Any], first: dict[str, Any] | None) -> None:
         row["bars"].append(bar(name, ratio, abs(ratio - 1) <= APART))
 
 
+def compared(folder: Path, pairs: int, tokens: int) -> dict[str, Any]:
+    """Passes of both residencies in turns, after one that does not count."""
+    sides = {name: Child(name, calling(passes, folder, name, tokens)) for name in ("memory", "mapped")}
+    answers = in_turns(sides, ["pass"] * (pairs + 1))
+    for side in sides.values():
+        side.end()
+    seconds = {name: [answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
+    equal = len({answer["sha256"] for found in answers.values() for answer in found}) == 1
+    ratios = [mapped / copied for mapped, copied in zip(seconds["mapped"], seconds["memory"], strict=True)]
+    return {"ratios": ratios, "equal": equal, "tokens": tokens}
+
+
+def limited(folder: Path, limit: float | None, tokens: int) -> dict[str, Any]:
+    """A run under a limit, with estimates before and after it, since the machine's own speed drifts in such a time."""
+    forget(folder)
+    row: dict[str, Any] = {"limit_gib": limit, "load_average": os.getloadavg()}
+    if limit is None:
+        return row | child(trained, folder, tokens)
+    estimates = [estimated(folder, limit, tokens)]
+    forget(folder)
+    row |= child(trained, folder, tokens, limit=limit)
+    if "seconds" in row:
+        forget(folder)
+        row["estimates"] = [*estimates, estimated(folder, limit, tokens)]
+    return row
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--recompute", metavar="FILE", help="a stored result; nothing is measured")
-    parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("open", "steps", "unlimited"))
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--pass-tokens", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    from common import add_json, machine, write_json
-
-    add_json(parser)
-    args = parser.parse_args()
-    if args.recompute:
-        result: dict[str, Any] = json.loads(Path(args.recompute).read_text(encoding="utf-8"))
-        judge(result)
-        write_json(args.recompute, result)
-        return
-    if args.folder is None:
-        parser.error("name a FOLDER")
-    if args.child:
-        what, *words = args.child
-        if what == "open":
-            print(json.dumps(opened(args.folder, words[0])))
-        elif what == "passes":
-            passes(args.folder, words[0], int(words[1]))
-        else:
-            with tempfile.TemporaryDirectory(dir=args.folder.parent) as out:
-                print(json.dumps(train(args.folder, Path(out), args.tokens)))
-        return
-
-    file = max(args.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    result = {"machine": machine(), "load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
+    limits = {"type": float, "nargs": "*", "default": [], "metavar": "GIB"}
+    skip = {"nargs": "*", "choices": ("open", "steps", "unlimited"), "default": []}
+    tokens = {"pass_tokens": 64, "tokens": TOKENS}
+    bench = Bench("residency", __doc__, folder=Path, limits=limits, skip=skip, pairs=5, **tokens)
+    options, folder, result = bench.options, bench.options.folder, bench.result
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    result |= {"load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
     result |= {"swap_bytes": swap_bytes(), "disk_bytes_per_second": disk_rate(file)}
-    words = [str(args.folder), "--tokens", str(args.tokens), "--child"]
-    if "open" not in args.skip:
-        child(*words, "open", "memory")  # warms the page cache
-        result["open"] = {name: child(*words, "open", name) for name in ("memory", "mapped")}
-        print(json.dumps(result["open"]), flush=True)
-    if "steps" not in args.skip:
-        sides = {
-            name: Child(name, [__file__, *words, "passes", name, str(args.pass_tokens)])
-            for name in ("memory", "mapped")
-        }
-        answers = [{name: side.ask("pass") for name, side in sides.items()} for _ in range(args.pairs + 1)]
-        for side in sides.values():
-            side.end()
-        ratios = [pair["mapped"]["seconds"] / pair["memory"]["seconds"] for pair in answers[1:]]
-        equal = len({answer["sha256"] for pair in answers for answer in pair.values()}) == 1
-        result["steps"] = {"ratios": ratios, "equal": equal, "tokens": args.pass_tokens}
-        print(json.dumps(result["steps"]), flush=True)
-    result["rows"] = []
-    for limit in [*([] if "unlimited" in args.skip else [None]), *args.limits]:
-        forget(args.folder)
-        row = {"limit_gib": limit, "load_average": os.getloadavg()}
-        if limit is not None:
-            estimates = [estimated(args.folder, limit, args.tokens)]
-            forget(args.folder)
-        row |= child(*words, "train", limit=limit)
-        if "seconds" in row and limit is not None:  # once more, since the machine's own speed drifts in such a time
-            forget(args.folder)
-            row["estimates"] = [*estimates, estimated(args.folder, limit, args.tokens)]
-        result["rows"].append(row)
+    if "open" not in options.skip:
+        child(opened, folder, "memory")  # warms the page cache
+        result["open"] = {name: child(opened, folder, name) for name in ("memory", "mapped")}
+    if "steps" not in options.skip:
+        result["steps"] = compared(folder, options.pairs, options.pass_tokens)
+    bench.begin()
+    for limit in [*([] if "unlimited" in options.skip else [None]), *options.limits]:
+        result["rows"].append(limited(folder, limit, options.tokens))
         judge(result)
-        print(json.dumps(row), flush=True)
-    judge(result)
-    write_json(args.json, result, "residency")
+        print(json.dumps(result["rows"][-1]), flush=True)
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Takes about 30 minutes on two cores, most of it for the tests. Run it on a machi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
-from common import add_json, keep_other_rows, machine, write_json
+from common import Bench
 from pages import ROOT
 
 SECTION = "## Two commands"
@@ -76,7 +75,6 @@ def num_bytes(url: str) -> int:
 
 
 def packages_mb(report: Path) -> int:
-    """Of what a report of pip's lists."""
     listed = json.loads(report.read_text(encoding="utf-8"))["install"]
     return round(sum(num_bytes(package["download_info"]["url"]) for package in listed) / 1e6)
 
@@ -116,20 +114,14 @@ def measured(name: str, install: str, run: str, nvcc: bool, folder: Path) -> dic
 
 
 def main() -> None:
-    """Parse, run, print."""
     found = commands()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--commands", nargs="+", choices=tuple(found), default=tuple(found))
-    parser.add_argument("--nvcc", action="store_true", help="with this machine's nvcc on PATH")
-    add_json(parser)
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"bench": "start", "machine": machine(), "rows": []}
-    for name in arguments.commands:
+    bench = Bench("start", __doc__, commands=tuple(found), nvcc=False)
+    bench.begin()
+    for name in bench.options.commands:
         with tempfile.TemporaryDirectory() as folder:
-            result["rows"].append(measured(name, *found[name], arguments.nvcc, Path(folder)))
-        print(result["rows"][-1], flush=True)
-    keep_other_rows(arguments.json, result, ("command", "nvcc"))
-    write_json(arguments.json, result)
+            row = measured(name, *found[name], bench.options.nvcc, Path(folder))
+        bench.add(row, *row)
+    bench.write(key=("command", "nvcc"))
 
 
 if __name__ == "__main__":

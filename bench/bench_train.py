@@ -26,9 +26,8 @@ each trained token with the output embedding, forward and input gradient (4). Ne
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,19 +35,8 @@ from typing import Any
 import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
-from children import Child
-from common import (
-    Bar,
-    add_json,
-    bitsandbytes_kernels,
-    line,
-    machine,
-    multiplies_bf16,
-    quartiles,
-    rounded,
-    timings,
-    write_json,
-)
+from children import Child, calling, in_turns
+from common import Bar, Bench, bitsandbytes_kernels, multiplies_bf16, timings, tokens_a_second, verdict
 from train_sides import LENGTH, PEERS, RANK, ROWS, prepare, worker
 
 WARM_UP = 3  # steps that are not counted
@@ -66,110 +54,97 @@ FLOOR_BAR = 0.75
 
 
 def side(name: str, peer: str, arguments: argparse.Namespace, folder: Path) -> Child:
-    """The process of one side."""
-    command = [os.path.abspath(__file__), "--worker", name, "--folder", str(folder), "--peers", peer]
-    command += ["--lr", str(arguments.lr), "--threads", str(arguments.threads)]
+    command = calling(worker, name, peer, folder, arguments.lr, arguments.threads)
     return Child(name, command, TUNED_MALLOC if name == "theirs" and PEERS[peer].tuned_malloc else None)
 
 
-def products(batches: list[dict[str, torch.Tensor]], prepared: dict[str, float]) -> dict[str, float]:
+def products(
+    batches: list[dict[str, torch.Tensor]], prepared: dict[str, Any], checkpointing: bool = False
+) -> dict[str, float]:
     """Operations of a step in 1e9, by what is multiplied with: of the median batch."""
     tokens = median(int(batch["attention_mask"].sum()) for batch in batches)
     trained = median(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    counts = {"frozen": 4 * tokens, "head": 4 * trained, "adapters": 6 * tokens}
+    again = 2 * checkpointing  # the layers' forward
+    counts = {"frozen": (4 + again) * tokens, "head": 4 * trained, "adapters": (6 + again) * tokens}
     return {name: count * prepared[name] / 1e9 for name, count in counts.items()}
 
 
-def compare(
-    peer: str, arguments: argparse.Namespace, folder: Path, prepared: dict[str, float], measured: Ceilings
+def take_steps(
+    sides: dict[str, Child],
+    batches: list[dict[str, torch.Tensor]],
+    reference: float,
+    evaluates: bool,
+    bars: Sequence[Bar],
+    least: float,
 ) -> dict[str, Any]:
-    """Runs both sides step by step in turn; a row."""
-    batches = torch.load(folder / "batches.pt")["train"]
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
-    sides = {name: side(name, peer, arguments, folder) for name in ("ours", "theirs")}
-    start = {name: child.ask("evaluate")["loss"] for name, child in sides.items()} if arguments.learn else {}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(len(tokens)):
-        for name in sorted(sides, reverse=bool(index % 2)):
-            answer = sides[name].ask(f"step {index}")
-            seconds[name].append(answer["seconds"])
-            losses[name].append(answer["loss"])
-    memory = {name: child.ask("memory") for name, child in sides.items()}
-    end = {name: child.ask("evaluate")["loss"] for name, child in sides.items()} if arguments.learn else {}
-    for child in sides.values():
-        child.end()
+    """Both sides step by step in turn, and what they make of the held-out rows before and after; a row.
 
+    Args:
+        reference: what our first loss should be. least: seconds of a step's products.
+    """
+    held_out: dict[str, list[float]] = {name: [] for name in sides}
+
+    def evaluate() -> None:
+        for name in sides if evaluates else ():
+            held_out[name].append(sides[name].ask("evaluate")["loss"])
+
+    evaluate()
+    steps = in_turns(sides, (f"step {index}" for index in range(len(batches))))
+    memory = {name: side.ask("memory") for name, side in sides.items()}
+    evaluate()
+    for side in sides.values():
+        side.end()
+
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     warm = slice(min(WARM_UP, len(tokens) - 1), None)
-    first = {name: values[0] for name, values in losses.items()}
-    row: dict[str, Any] = {"peer": peer, "rows": ROWS, "max_length": LENGTH, "rank": RANK, "steps": len(tokens)}
+    seconds = {name: [step["seconds"] for step in found[warm]] for name, found in steps.items()}
+    first = {name: found[0]["loss"] for name, found in steps.items()}
+    row: dict[str, Any] = {"rows": ROWS, "max_length": LENGTH, "rank": RANK, "steps": len(tokens)}
     row["tokens_a_step"] = sum(tokens) / len(tokens)
-    row["match"] = abs(first["ours"] - prepared["loss"]) <= LOSS_TOLERANCE * prepared["loss"]
-    row["first_loss"] = {"reference": prepared["loss"], **first}
-    counted = {name: values[warm] for name, values in seconds.items()}
-    bars = () if arguments.learn else SPEED_BARS.get(peer, ())
-    row |= timings(counted, bars)
-    operations = products(batches[warm], prepared)
+    row["match"] = abs(first["ours"] - reference) <= LOSS_TOLERANCE * reference
+    row["first_loss"] = {"reference": reference, **first}
+    row |= timings(seconds, bars, least)
+    row["tokens_per_second"] = tokens_a_second(seconds, *tokens[warm])
+    row["peak_rss_mib"] = {name: round(found["peak_mib"]) for name, found in memory.items()}
+    row["peak_rss_ratio"] = round(memory["ours"]["peak_mib"] / memory["theirs"]["peak_mib"], 3)
+    row["trainable_parameters"] = {name: found["trainable"] for name, found in memory.items()}
+    return row | ({"held_out_loss": held_out} if evaluates else {})
+
+
+def compare(
+    peer: str, arguments: argparse.Namespace, folder: Path, prepared: dict[str, Any], measured: Ceilings
+) -> dict[str, Any]:
+    batches = torch.load(folder / "batches.pt")["train"]
+    sides = {name: side(name, peer, arguments, folder) for name in ("ours", "theirs")}
+    operations = products(batches[min(WARM_UP, len(batches) - 1) :], prepared)
     dtype = "fp32" if PEERS[peer].ours == torch.float32 else "bf16"
     least = floor(measured, 0, flops=1e9 * sum(operations.values()), dtype=dtype)
-    reached = rounded([least / median(counted["ours"])])[0]
-    row["products"] = {"gflop": operations, "floor_ms": rounded([least], 1e3)[0], "of_floor": reached}
+    bars = () if arguments.learn else SPEED_BARS.get(peer, ())
+    row = {"peer": peer} | take_steps(sides, batches, prepared["loss"], bool(arguments.learn), bars, least)
+    row["products"] = {"gflop": operations, "floor_ms": row.pop("floor_ms"), "of_floor": row.pop("of_floor")}
     if bars and peer in ("plain-tuned", "fp32-tuned"):
-        verdict = {"rival": "products", "measure": "of the floor", "bar": FLOOR_BAR}
-        row["bars"].append(verdict | {"value": reached, "met": reached >= FLOOR_BAR})
-    row["tokens_per_second"] = {
-        name: rounded(quartiles([t / s for t, s in zip(tokens[warm], values, strict=True)]))
-        for name, values in counted.items()
-    }
-    row["peak_rss_mib"] = {name: round(memory[name]["peak_mib"]) for name in sides}
-    ratio = memory["ours"]["peak_mib"] / memory["theirs"]["peak_mib"]
-    row["peak_rss_ratio"] = round(ratio, 3)
-    if peer in MEMORY_BARS and not arguments.learn:
-        verdict = {"rival": "theirs", "measure": "of the peak memory", "bar": MEMORY_BARS[peer]}
-        row["bars"].append(verdict | {"value": round(ratio, 3), "met": ratio <= MEMORY_BARS[peer]})
-    row["trainable_parameters"] = {name: memory[name]["trainable"] for name in sides}
-    if arguments.learn:
-        row["held_out_loss"] = {name: [start[name], end[name]] for name in sides}
+        row["bars"].append(verdict("products", "of the floor", FLOOR_BAR, row["products"]["of_floor"], at_least=True))
+    if bars and peer in MEMORY_BARS:
+        row["bars"].append(verdict("theirs", "of the peak memory", MEMORY_BARS[peer], row["peak_rss_ratio"]))
     return row
 
 
 def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    default = ["plain-tuned", "bitsandbytes-tuned"] if multiplies_bf16() else ["fp32-tuned"]
-    default.append("fp32-both")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=default)
-    parser.add_argument("--steps", type=int, default=15, help=f"{WARM_UP} of them to warm up")
-    parser.add_argument("--learn", type=int, metavar="STEPS", help="steps on answers, with the held-out loss")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    add_json(parser)
-    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker, arguments.peers[0], arguments.folder, arguments.lr, arguments.threads)
-        return
-    torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"bench": "train", "machine": machine(), "ceilings": ceilings()}
-    result["setting"] = {
-        "lr": arguments.lr,
-        "seed": arguments.seed,
-        "train_on": "answers" if arguments.learn else "all",
-    }
-    result["rows"] = []
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]), sep="\n")
+    usual = ["plain-tuned", "bitsandbytes-tuned"] if multiplies_bf16() else ["fp32-tuned"]
+    peers = {"nargs": "+", "choices": PEERS, "default": [*usual, "fp32-both"]}
+    learn = {"type": int, "metavar": "STEPS", "help": "steps on answers, with the held-out loss"}
+    bench = Bench("train", __doc__, peers=peers, steps=15, learn=learn, lr=5e-4, seed=0)
+    options = bench.options
+    setting = {"lr": options.lr, "seed": options.seed, "train_on": "answers" if options.learn else "all"}
+    bench.begin(ceilings=ceilings(), setting=setting)
     with tempfile.TemporaryDirectory() as name:
-        folder, learn = Path(name), bool(arguments.learn)
-        prepared = prepare(folder, arguments.learn or arguments.steps, arguments.seed, full_length=not learn)
-        for peer in arguments.peers:
-            row = compare(peer, arguments, folder, prepared, result["ceilings"])
-            result["rows"].append(row)
-            print(line(row, "peer"), row["tokens_per_second"], row["first_loss"], row.get("held_out_loss", ""))
-    if any(PEERS[peer].base == "nf4" for peer in arguments.peers):
-        result["bitsandbytes_kernels"] = bitsandbytes_kernels()
-    write_json(arguments.json, result, "train_learn" if arguments.learn else None)
+        prepared = prepare(Path(name), options.learn or options.steps, options.seed, full_length=not options.learn)
+        for peer in options.peers:
+            row = compare(peer, options, Path(name), prepared, bench.result["ceilings"])
+            bench.add(row, "peer", "tokens_per_second", "first_loss", "held_out_loss")
+    if any(PEERS[peer].base == "nf4" for peer in options.peers):
+        bench.result["bitsandbytes_kernels"] = bitsandbytes_kernels()
+    bench.write("train_learn" if options.learn else None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ _QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels/quantize", "kernels/ne
 PATHS: dict[str, tuple[str, ...]] = {
     "train": _TRAIN,
     "train_learn": _TRAIN,
-    "real": (*_STEP, "bench/bench_real.py", "bench/real_sides.py", "bench/train_sides.py"),
+    "real": (*_STEP, "bench/bench_real.py", "bench/train_sides.py"),
     "generate": (*_MODEL, "bench/bench_generate.py"),
     "linear": (*_PRODUCTS, f"{_PACKAGE}/functional.py", "bench/bench_linear.py", "bench/linear_contenders.py"),
     "quantize": (*_KERNELS, *(f"cpp/cpu/{name}*" for name in _QUANTIZE), "bench/bench_quantize.py"),
@@ -60,8 +60,8 @@ PATHS: dict[str, tuple[str, ...]] = {
     "estimate": (*_RUN, f"{_PACKAGE}/tool/estimate", "bench/bench_estimate.py"),
     "residency": _RESIDENCY,
     "residency_70b": _RESIDENCY,
-    "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/shipping_runs.py"),
-    "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_runs.py"),
+    "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/quality_texts.py"),
+    "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_texts.py"),
     "start": ("pyproject.toml", "CMakeLists.txt", "cpp", "cuda", "tests", "bench/bench_start.py"),
     "host_cost": (f"{_PACKAGE}/ops", f"{_PACKAGE}/functional.py", "bench/host_cost.py", "bench/gpu_passes.py"),
     "gpu_check": ("cpp/core", "cuda", f"{_PACKAGE}/ops", "bench/gpu_*.py"),
@@ -70,36 +70,40 @@ PATHS: dict[str, tuple[str, ...]] = {
 Results = Mapping[str, Mapping[str, Any]]  # CPU class -> what a bench found there
 
 
+def git(*words: str) -> str | None:
+    """What git prints; None where it cannot tell: no git, an sdist, a shallow clone."""
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def is_born(result: Mapping[str, Any]) -> bool:
     """Whether a result names its commit, its day and versions."""
     birth = result.get("birth") or {}
     return bool(re.fullmatch("[0-9a-f]{40}", str(birth.get("commit"))) and birth.get("date") and birth.get("versions"))
 
 
+def stored(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name without its ending -> every result of a folder."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+
+
 def unborn(folder: Path) -> list[str]:
-    """The files of results that do not."""
-    files = sorted(folder.glob("*.json"))
-    return [file.name for file in files if not is_born(json.loads(file.read_text(encoding="utf-8")))]
+    """The files of results that lack it."""
+    return [f"{stem}.json" for stem, result in stored(folder).items() if not is_born(result)]
 
 
 @cache
 def changed_since(commit: str, paths: tuple[str, ...]) -> tuple[str, ...] | None:
     """The paths that differ between a commit and the one that is checked out; None where git cannot tell."""
-    command = ["git", "diff", "--name-only", commit, "HEAD", "--", *paths]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, an sdist, a shallow clone
-        return None
-    return tuple(done.stdout.split())
+    changed = git("diff", "--name-only", commit, "HEAD", "--", *paths)
+    return None if changed is None else tuple(changed.split())
 
 
 def last_change(name: str) -> str | None:
     """The commit that last changed what a figure depends on; None where git cannot tell."""
-    command = ["git", "log", "-1", "--format=%H", "--", *PATHS[name]]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return (git("log", "-1", "--format=%H", "--", *PATHS[name]) or "").strip() or None
 
 
 def is_old(name: str, result: Mapping[str, Any]) -> bool:
@@ -107,7 +111,12 @@ def is_old(name: str, result: Mapping[str, Any]) -> bool:
     return bool(is_born(result) and changed_since(result["birth"]["commit"], PATHS[name]))
 
 
-def lines(results: Results) -> list[str]:
+def wrapped(text: str) -> str:
+    """A sentence in lines of a page."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+def text_of(results: Results) -> str:
     """When, from which commit and with which versions the results of each class are."""
     found: dict[str, list[str]] = {}
     for cpu, result in results.items():
@@ -121,38 +130,41 @@ def lines(results: Results) -> list[str]:
         if "until" in birth:
             words += f", until {birth['until']['date']}, commit {birth['until']['commit'][:7]}"
         found.setdefault(words, []).append(cpu)
-    sentences = (f"{words} ({', '.join(classes)})." for words, classes in found.items())
-    return [line for text in sentences for line in textwrap.wrap(text, WIDTH, break_on_hyphens=False)]
+    return "\n".join(wrapped(f"{words} ({', '.join(classes)}).") for words, classes in found.items())
 
 
-def marked(name: str, text: Iterable[str], results: Results) -> list[str]:
-    """The lines of a page about these results, with a mark behind the name of each class whose figures are old."""
-    text = list(text)
+def commits(*groups: Results) -> str:
+    """The commits and days of results, in short."""
+    born = [result["birth"] for results in groups for result in results.values() if is_born(result)]
+    return ", ".join(dict.fromkeys(f"{birth['commit'][:7]} of {birth['date']}" for birth in born))
+
+
+def marked(name: str, text: str, results: Results) -> str:
+    """Text of a page about these results, with a mark behind the name of each class whose figures are old."""
     for cpu in (cpu for cpu, result in results.items() if is_old(name, result)):
-        text = [re.sub(rf"(?<!\S){cpu}(?= \||[,)])|(?<=\(){cpu}(?=[,)])", cpu + MARK, line) for line in text]
+        text = re.sub(rf"(?<!\S){cpu}(?= \||[,)])|(?<=\(){cpu}(?=[,)])", cpu + MARK, text)
     return text
 
 
 def without_marks(text: str) -> str:
-    """A page as it is whatever commit is checked out."""
-    return text.replace(MARK, "")
+    """A page as it is whatever commit is checked out: without the footnote too, which may depend on the marks."""
+    return text.replace(f"{FOOTNOTE}\n", "").replace(MARK, "")
 
 
 def report(folder: Path) -> list[str]:
     """A sentence for each file of results: which code has changed since, if git can tell."""
     found = []
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        name = file.stem.rpartition("-")[0]
+    for stem, result in stored(folder).items():
+        name = stem.rpartition("-")[0]
         if name not in PATHS or not is_born(result):
             continue
         commit = result["birth"]["commit"]
         paths = changed_since(commit, PATHS[name])
+        said = f"as measured, commit {commit[:7]}"
         if paths is None:
-            found.append(f"{file.stem}: unknown, git or commit {commit[:7]} is not here (a shallow clone, an sdist)")
+            said = f"unknown, git or commit {commit[:7]} is not here (a shallow clone, an sdist)"
         elif paths:
             more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-            found.append(f"{file.stem}: marked, since commit {commit[:7]}: {' '.join(paths[:4])}{more}")
-        else:
-            found.append(f"{file.stem}: as measured, commit {commit[:7]}")
+            said = f"marked, since commit {commit[:7]}: {' '.join(paths[:4])}{more}"
+        found.append(f"{stem}: {said}")
     return found

@@ -1,4 +1,7 @@
-"""What the benches share beside the timing itself (qlora_native.tool.cli.bench): bars, the machine, JSON."""
+"""What the benches share: their command line, their results and where these come from, bars, and parts that are kept.
+
+The timing itself is that of qlora_native.tool.cli.bench.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -30,35 +33,79 @@ from qlora_native.tool.cli.bench import (
     interleaved,
     quartiles,
     ratios,
-    relative_error,
     rounded,
 )
+from qlora_native.tool.cli.bench import relative_error as relative_error
 
-__all__ = [
-    "Bar",
-    "Functions",
-    "Seconds",
-    "add_json",
-    "birth",
-    "birth_in",
-    "bitsandbytes_kernels",
-    "cache_bytes",
-    "cpu_name",
-    "interleaved",
-    "interleaved_sparing",
-    "limit_bitsandbytes",
-    "line",
-    "machine",
-    "multiplies_bf16",
-    "peer_dtype",
-    "quartiles",
-    "ratios",
-    "relative_error",
-    "rounded",
-    "timings",
-    "verdicts",
-    "write_json",
-]
+# ---- a bench's command line and its result
+
+
+class Bench:
+    """The command line of a bench, and its result, to which rows are added and which is written at the end.
+
+    Args:
+        options: name -> default, beside ``--json`` and ``--threads``. Of several words or numbers one or more may be
+            chosen, words only of these; False is a switch, a type that of a positional argument, a dict what argparse
+            is told.
+    """
+
+    def __init__(self, name: str, about: str | None, **options: Any) -> None:
+        birth()
+        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        stored = "file for the result; without a name bench/results/BENCH-CPU_CLASS.json"
+        parser.add_argument("--json", nargs="?", const="", help=stored)
+        for option, default in {"threads": os.cpu_count() or 1, **options}.items():
+            flag = f"--{option.replace('_', '-')}"
+            if isinstance(default, dict):
+                parser.add_argument(flag, **default)
+            elif isinstance(default, type):
+                parser.add_argument(option, type=default)
+            elif default is False:
+                parser.add_argument(flag, action="store_true")
+            elif isinstance(default, tuple):
+                kind = type(default[0])
+                choices = default if kind is str else None
+                parser.add_argument(flag, type=kind, nargs="+", choices=choices, default=default)
+            else:
+                parser.add_argument(flag, type=type(default), default=default)
+        self.options = parser.parse_args()
+        torch.set_num_threads(self.options.threads)
+        torch.manual_seed(0)
+        self.result: dict[str, Any] = {"bench": name, "machine": machine()}
+
+    def begin(self, **head: Any) -> None:
+        """Print what the rows come after: the machine, and what else the result has."""
+        self.result |= head | {"rows": []}
+        print(json.dumps(self.result), flush=True)
+
+    def add(self, row: dict[str, Any], *keys: str) -> None:
+        """Put a row into the result, and print it with these of its values."""
+        self.result["rows"].append(row)
+        print(line(row, *keys), flush=True)
+
+    def write(self, name: str | None = None, key: Sequence[str] = ()) -> None:
+        """Write the result where ``--json`` says. With a key, rows of the stored one that have others stay."""
+        if key:
+            keep_other_rows(self.options.json, self.result, key)
+        write_json(self.options.json, self.result, name)
+
+
+def line(row: dict[str, Any], *keys: str) -> str:
+    """A row in words for the terminal."""
+    words = [str(row[key]) for key in keys if key in row]
+    if "ms" in row:
+        words.append(" ".join(f"{name} {values[1]:g}" for name, values in row["ms"].items()) + " ms")
+    if "of_floor" in row:
+        words.append(f"floor {row['floor_ms']:g} ms, {100 * row['of_floor']:.0f} % of it reached")
+    for bar in row.get("bars", ()):
+        state = {True: "met", False: "MISSED", None: "not measured"}[bar["met"]]
+        words.append(f"[{bar['value']} {bar['measure']} of {bar['rival']}, bar {bar['bar']}: {state}]")
+    if row.get("match") is False:
+        words.append("NO MATCH")
+    return "  ".join(words)
+
+
+# ---- timing and bars
 
 
 def interleaved_sparing(
@@ -97,6 +144,13 @@ def verdicts(seconds: Seconds, bars: Iterable[Bar], ours: str = "ours") -> list[
     return found
 
 
+def verdict(rival: str, measure: str, limit: float, value: float, at_least: bool = False) -> dict[str, Any]:
+    """A bar on a figure that is no time."""
+    met = value >= limit if at_least else value <= limit
+    value = rounded([value])[0]
+    return {"rival": rival, "measure": measure, "bar": limit, "at_least": at_least, "value": value, "met": bool(met)}
+
+
 def timings(seconds: Seconds, bars: Iterable[Bar] = (), floor: float | None = None) -> dict[str, Any]:
     """The part of a row that every bench has: ms, ratios, the floor (given in seconds), bars."""
     row: dict[str, Any] = {"ms": {name: rounded(quartiles(values), 1e3) for name, values in seconds.items()}}
@@ -109,18 +163,16 @@ def timings(seconds: Seconds, bars: Iterable[Bar] = (), floor: float | None = No
     return row
 
 
-def line(row: dict[str, Any], *keys: str) -> str:
-    """A row in words for the terminal."""
-    words = [str(row[key]) for key in keys if key in row]
-    words.append(" ".join(f"{name} {values[1]:g}" for name, values in row.get("ms", {}).items()) + " ms")
-    if "of_floor" in row:
-        words.append(f"floor {row['floor_ms']:g} ms, {100 * row['of_floor']:.0f} % of it reached")
-    for bar in row["bars"]:
-        state = {True: "met", False: "MISSED", None: "not measured"}[bar["met"]]
-        words.append(f"[{bar['value']} {bar['measure']} of {bar['rival']}, bar {bar['bar']}: {state}]")
-    if row["match"] is False:
-        words.append("NO MATCH")
-    return "  ".join(words)
+def tokens_a_second(seconds: Seconds, *tokens: float) -> dict[str, list[float]]:
+    """Quartiles of each side, of as many tokens in every round or of those of each round."""
+    counts = tokens * (1 if len(tokens) > 1 else max(map(len, seconds.values())))
+    return {
+        name: rounded(quartiles([count / s for count, s in zip(counts, values, strict=False)]))
+        for name, values in seconds.items()
+    }
+
+
+# ---- where a result comes from
 
 
 def machine() -> dict[str, Any]:
@@ -145,7 +197,7 @@ def birth() -> dict[str, Any]:
     """Where a result comes from: the commit that is measured, when, and the versions of this package and of peers.
 
     Outside a clone the commit is that of the variable BENCH_COMMIT, or None; ``changed`` is true if the working tree
-    differs from the commit. The first call of a process counts, which is :func:`add_json`'s: code that changes during
+    differs from the commit. The first call of a process counts, which is :class:`Bench`'s: code that changes during
     the run is not what ran.
     """
 
@@ -167,6 +219,16 @@ def birth() -> dict[str, Any]:
     return {"commit": commit, "changed": changed, "date": today, "versions": versions}
 
 
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What a file has, which is made first where it is not there: a run that was stopped goes on."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".partial")
+        unfinished.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def birth_in(work: Path) -> dict[str, Any]:
     """The birth of what a folder keeps from run to run: that of its first part, ``until`` that of its last one.
 
@@ -174,12 +236,9 @@ def birth_in(work: Path) -> dict[str, Any]:
         SystemExit: the parts would be of different versions of torch or of a peer, or nobody knows of which.
     """
     file = work / "birth.json"
-    if not file.exists():
-        if work.exists() and any(work.iterdir()):
-            raise SystemExit(f"{work} has parts of an unknown commit: name another folder, or empty it.")
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(birth()) + "\n", encoding="utf-8")
-    first: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not file.exists() and work.exists() and any(work.iterdir()):
+        raise SystemExit(f"{work} has parts of an unknown commit: name another folder, or empty it.")
+    first: dict[str, Any] = kept(file, birth)
     if first["versions"] != birth()["versions"]:
         raise SystemExit(f"{work} was begun with {first['versions']}, now {birth()['versions']}: name another folder.")
     if first["commit"] == birth()["commit"]:
@@ -212,14 +271,6 @@ def bitsandbytes_kernels() -> bool:
     by those of its wheel. They are for inference alone, on CPUs with a dot product for bf16."""
     backend = importlib.import_module("bitsandbytes.backends.cpu.ops")
     return multiplies_bf16() and getattr(backend, "gemm_4bit_forward_kernel", None) is not None
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--json``, whose value is for :func:`write_json`."""
-    birth()
-    parser.add_argument(
-        "--json", nargs="?", const="", help="file for the result; without a name bench/results/BENCH-CPU_CLASS.json"
-    )
 
 
 def result_file(path: str, result: dict[str, Any], name: str | None = None) -> Path:

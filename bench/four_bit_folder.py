@@ -12,11 +12,13 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gpu_models import llama_config
+from gpu_timing import LLAMA, VOCABULARY
 from torch import Tensor
+from transformers import LlamaConfig
 
 from qlora_native.models.build import MetaModel
 from qlora_native.weight import QuantizedWeight, to_bnb
@@ -27,6 +29,13 @@ from qlora_native.weights.shapes import OUTPUT_EMBEDDING
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 PART = 1 << 24  # elements written at a time
+
+
+def llama_config(name: str) -> Any:
+    """Llama 3's config of that size."""
+    words = {"vocab_size": 320, "num_key_value_heads": 2} if name == "tiny" else {"vocab_size": VOCABULARY}
+    sizes = {"num_key_value_heads": 8, "max_position_embeddings": 8192, **LLAMA[name], **words}
+    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=False)
 
 
 def write_folder(name: str, folder: Path, seed: int = 0) -> Path:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import CLASSES, results_of, table
+from pages import CLASSES, results_of
+from table_writer import Row, table
 
 # What tells the rows of a result apart, in the order in which it is said.
 LABELS = ("peer", "optimizer", "case", "setting", "form", "kind", "base", "model", "type", "direction", "dtype")
 SIZES = ("n", "k", "m", "r", "length", "limit_gib")
+COLUMNS = {"results": "{bench}", "CPU": "{cpu}", "row": "{row}", "goal, and what was measured": "{words}"}
 
 
 class Goal(NamedTuple):
@@ -23,7 +25,7 @@ class Goal(NamedTuple):
     met: bool
 
 
-def met_bars(row: Mapping[str, Any]) -> list[bool]:
+def met_bars(row: Row) -> list[bool]:
     """Whether each measured bar of a row was met; bars of which one is enough count as one."""
     met = [bar["met"] for bar in row["bars"] if bar["met"] is not None]
     return [any(met)] if met and row.get("either_bar") else met
@@ -40,11 +42,11 @@ def words_of(bar: Mapping[str, Any]) -> str:
     return f"{'at least' if at_least else 'at most'} {bar['bar']:g} {bar['measure']}{rival}: {value}"
 
 
-def rows_in(part: Any, label: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def rows_in(part: Any, label: str = "") -> Iterator[tuple[str, Row]]:
     """Label and row of all that has bars in a result, however deep."""
     if isinstance(part, Mapping):
         words = [str(part[key]) for key in LABELS if key in part]
-        words += [f"{key}={part[key]}" for key in SIZES if part.get(key) is not None and key in part]
+        words += [f"{key}={part[key]}" for key in SIZES if part.get(key) is not None]
         label = " ".join(words) or label
         if isinstance(part.get("bars"), list) and part["bars"]:
             yield label, part
@@ -60,26 +62,17 @@ def found(folder: Path) -> list[Goal]:
     """Of all results in a folder, as the tables order classes."""
     names = sorted({file.stem.rpartition("-")[0] for cpu in CLASSES for file in folder.glob(f"*-{cpu}.json")})
     goals = []
-    for name in names:
-        for cpu, result in results_of(name, folder).items():
-            for label, row in rows_in(result):
-                bars = [bar for bar in row["bars"] if bar["met"] is not None]
-                if bars and row.get("either_bar"):
-                    words = " or ".join(map(words_of, bars))
-                    goals.append(Goal(name, cpu, label, words, any(met_bars(row))))
-                else:
-                    goals += [Goal(name, cpu, label, words_of(bar), bool(bar["met"])) for bar in bars]
+    for bench, (cpu, result) in ((name, item) for name in names for item in results_of(name, folder).items()):
+        for label, row in rows_in(result):
+            words = [words_of(bar) for bar in row["bars"] if bar["met"] is not None]
+            words = [" or ".join(words)] if words and row.get("either_bar") else words
+            goals += [Goal(bench, cpu, label, *goal) for goal in zip(words, met_bars(row), strict=True)]
     return goals
 
 
-def page(folder: Path) -> list[str]:
+def page(folder: Path) -> str:
     """The list on docs/performance.md."""
     goals = found(folder)
-    body = [[goal.bench, goal.cpu, goal.row, goal.words] for goal in goals if not goal.met]
-    return [
-        "## Missed goals",
-        "",
-        f"Of all {len(goals)} goals, of this page and of the others, {len(body)} are missed:",
-        "",
-        *(table(["results", "CPU", "row", "goal, and what was measured"], body) if body else []),
-    ]
+    missed = [goal._asdict() for goal in goals if not goal.met]
+    said = f"## Missed goals\n\nOf all {len(goals)} goals, of this page and of the others, {len(missed)} are missed:"
+    return f"{said}\n\n{table(COLUMNS, missed)}" if missed else said

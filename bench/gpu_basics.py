@@ -1,43 +1,53 @@
-"""Each op once on tiny shapes against the CPU: bytes where the rule is exact.
+"""Each op once on tiny shapes against the CPU, bytes where the rule is exact: the first thing to run on a card.
 
-The first thing to run on a card, and what compute-sanitizer looks at.
+Then what other programs find there: the primitives compiled by nvcc, the tests of the ops, compute-sanitizer.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from cases import GGUF_TYPES
+from cases import FLOAT_DTYPES, GGUF_TYPES
 from common import relative_error
-from gpu_models import made_up_blocks
-from gpu_timing import Case, Context, device, half, wait
+from gpu_timing import Case, Context, device, half, made_up, on_gpu, wait
+from pages import ROOT
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native.ops import _cuda_products
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (0, 1, 3, 16, 20, 40, 130)  # of every tile: up to 16, 32, 64 and 128 rows
 N, K = 192, 256
 TOLERANCE = 1e-2
+LANES = 32
+FP32 = ("arithmetic",)  # primitives whose words are fp32 numbers
+GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
+NVCC = ("-std=c++20", "-arch=native", "--fmad=false", "--expt-relaxed-constexpr", "-Icpp", "-I.", "-Itests")
+TESTS = ("*4bit", "*_step", "gradient_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu", "causal_attention")
+TESTS += ("cuda_build", "paging_cuda")
 
 
 def run(context: Context) -> None:
     """One row an op and dtype; for products with every number of tokens, with and without an adapter."""
-    checks: dict[str, Callable[[], bool]] = {"decode": decode, "loss": loss, "norms": norms}
-    checks["products of blocks"] = products_of_blocks
-    for rule, bits in itertools.product(("AdamW", "Lion"), (32, 8)):
-        checks[f"{rule} {bits} bits"] = lambda rule=rule, bits=bits: optimizer(rule, bits)  # type: ignore[misc]
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        checks[f"quantize {name}"] = lambda dtype=dtype: quantize(dtype)  # type: ignore[misc]
-        checks[f"products {name}"] = lambda dtype=dtype: products(dtype)  # type: ignore[misc]
+    checks: dict[str, Callable[[], bool]] = {
+        "decode": decode,
+        "loss": loss,
+        "norms": norms,
+        "products of blocks": products_of_blocks,
+        **{f"{rule} {bits} bits": partial(optimizer, rule, bits) for rule in ("AdamW", "Lion") for bits in (32, 8)},
+        **{f"quantize {dtype}": partial(quantize, dtype) for dtype in FLOAT_DTYPES},
+        **{f"products {dtype}": partial(products, dtype) for dtype in FLOAT_DTYPES},
+    }
     for name, check in checks.items():
         context.row(Case("basics", form=name), lambda check=check: {"match": check()})  # type: ignore[misc]
     wait()
@@ -50,7 +60,7 @@ def _same(here: Tensor, there: Tensor) -> bool:
 def quantize(dtype: torch.dtype) -> bool:
     """Codes and scales, of whole blocks and of a tail, are the CPU's bytes."""
     same = []
-    for shape, double in itertools.product(((N, K), (5, 127)), (True, False)):
+    for shape, double in product(((N, K), (5, 127)), (True, False)):
         t = torch.randn(shape, device=device()).to(dtype)
         here, there = (qn.quantize(source, double_quant=double) for source in (t, t.cpu()))
         same += [_same(here.packed, there.packed), _same(here.absmax, there.absmax)]
@@ -60,10 +70,9 @@ def quantize(dtype: torch.dtype) -> bool:
 def decode() -> bool:
     """Dequantized weights are the CPU's bytes, in each dtype."""
     weights = [qn.quantize(torch.randn(n, k), double_quant=double) for n, k, double in ((N, K, True), (5, 127, False))]
-    weights += [made_up_blocks(quant_type, N, K).to("cpu") for quant_type in GGUF_TYPES]
-    return all(
-        _same(w.to(device()).dequantize(dtype), w.dequantize(dtype)) for w, dtype in itertools.product(weights, DTYPES)
-    )
+    weights += [made_up(N, K, quant_type).to("cpu") for quant_type in GGUF_TYPES]
+    pairs = product(weights, FLOAT_DTYPES)
+    return all(_same(w.to(device()).dequantize(dtype), w.dequantize(dtype)) for w, dtype in pairs)
 
 
 def products(dtype: torch.dtype) -> bool:
@@ -71,7 +80,7 @@ def products(dtype: torch.dtype) -> bool:
     w = qn.quantize(torch.randn(N, K, device=device()) / K**0.5)
     dense = w.to("cpu").dequantize(torch.float32)
     errors = [0.0]
-    for m, always_fused in itertools.product(TOKENS, (False, True)):
+    for m, always_fused in product(TOKENS, (False, True)):
         made = [torch.randn(s) for s in ((m, K), (8, K), (N, 8), (N,), (m, N))]
         x, a, b, bias, grad = (t.to(dtype) if number in (0, 3, 4) else t for number, t in enumerate(made))
         ours = [t.to(device()).requires_grad_() for t in (x, a, b, bias)]
@@ -93,8 +102,8 @@ def products(dtype: torch.dtype) -> bool:
 def products_of_blocks() -> bool:
     """Forward by the fused kernels of every GGUF format against fp32 products on the CPU."""
     errors = []
-    for quant_type, m, dtype in itertools.product(GGUF_TYPES, (1, 9, 16), (half(), torch.float16)):
-        w, x = made_up_blocks(quant_type, N, K), (torch.randn(m, K) / K).to(dtype)
+    for quant_type, m, dtype in product(GGUF_TYPES, (1, 9, 16), (half(), torch.float16)):
+        w, x = made_up(N, K, quant_type), (torch.randn(m, K) / K).to(dtype)
         want = x.float() @ w.to("cpu").dequantize(torch.float32).t()
         errors.append(relative_error(qn.linear(x.to(device()), w).cpu(), want))
     return max(errors) < TOLERANCE
@@ -105,7 +114,7 @@ def loss() -> bool:
     head, h = torch.randn(101, 64) / 8, torch.randn(33, 64)
     labels = torch.where(torch.arange(33) % 5 == 0, -100, torch.arange(33))
     errors = []
-    for dtype, quantized in itertools.product((half(), torch.float16, torch.float32), (False, True)):
+    for dtype, quantized in product((half(), torch.float16, torch.float32), (False, True)):
         here = h.to(device(), dtype).requires_grad_()
         weight: Any = qn.quantize(head.to(device())) if quantized else head.to(device(), dtype)
         got = qn.linear_cross_entropy(here, weight, labels.to(device()))
@@ -129,8 +138,7 @@ def norms() -> bool:
         grads = [torch.autograd.grad(y, p, g)[0] for y in made]
         return [t.detach().cpu() for t in (*made, *grads)]
 
-    pairs = zip(every(device()), every(torch.device("cpu")), strict=True)
-    return max(relative_error(here, there) for here, there in pairs) < TOLERANCE
+    return max(map(relative_error, every(device()), every(torch.device("cpu")))) < TOLERANCE
 
 
 def optimizer(rule: str, bits: int) -> bool:
@@ -146,4 +154,85 @@ def optimizer(rule: str, bits: int) -> bool:
                 parameter.grad = grad.to(place)
             stepper.step()
         found.append(parameters)
-    return all(_same(here, there) for here, there in zip(*found, strict=True))
+    return all(map(_same, *found))
+
+
+def program(name: str, context: Context) -> str | None:
+    """Its path; None, and a note, where there is none, or no GPU for it."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/local/cuda/bin") if on_gpu() else None
+    if found is None:
+        context.record(absent=name)
+    return found
+
+
+def ends_well(*command: Any, **env: str) -> dict[str, Any]:
+    """The row of a command, whose exit status is its result."""
+    return {"match": subprocess.run(command, cwd=ROOT, env=os.environ | env, check=False).returncode == 0}
+
+
+def run_tests(context: Context) -> None:
+    """The tests of ops that take a card."""
+    if program("nvidia-smi", context) is None or context.importable("pytest") is None:
+        return
+    files = [file for name in TESTS for file in sorted(ROOT.glob(f"tests/test_{name}.py"))]
+    options = ("-k", "cuda or on_device or the_device", "--continue-on-collection-errors", "-q")
+    context.row(Case("tests"), lambda: ends_well(sys.executable, "-m", "pytest", *files, *options))
+
+
+def run_sanitizer(context: Context, tool: str) -> None:
+    """The basics under a tool that looks at our kernels alone, where it can choose. torch's cache of memory would hide
+    small overruns."""
+    sanitizer = program("compute-sanitizer", context)
+    if sanitizer is None:
+        return
+    can_choose = "--kernel-regex" in subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
+    ours = ("--kernel-regex", "kns=qlora_native") if can_choose else ()
+    record = context.file.with_name("sanitized.jsonl")
+    record.unlink(missing_ok=True)
+    check = (sys.executable, ROOT / "bench" / "gpu_check.py", "--child", "gpu_basics run", "", record, "600")
+    options = ("--tool", tool, "--error-exitcode", "3", *ours)
+    context.row(Case(tool), lambda: ends_well(sanitizer, *options, *check, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+
+
+def run_primitives(context: Context) -> None:
+    """The primitives of the kernels against the emulator's words (tests/conformance/)."""
+    nvcc = program("nvcc", context)
+    if nvcc is not None:
+        context.row(Case("primitives"), lambda: primitives_row(nvcc, str(context.file.with_suffix(""))))
+
+
+def primitives_row(nvcc: str, made: str) -> dict[str, Any]:
+    """Compiles and runs them."""
+    subprocess.run([nvcc, *NVCC, "-o", made, "tests/conformance/main.cu"], cwd=ROOT, check=True)
+    found = subprocess.run([made], capture_output=True, text=True, check=True).stdout
+    said = differences(words_of(GOLDEN.read_text(encoding="ascii")), words_of(found))
+    return {"match": not any("DIFFERS" in sentence for sentence in said), "said": said}
+
+
+def words_of(text: str) -> dict[str, list[str]]:
+    """By primitive, of which each has a line: its name and 32-bit words, those of a lane together."""
+    return {name: words for name, *words in map(str.split, text.splitlines())}
+
+
+def same_nan(word: str) -> str:
+    """One word for every NaN: which one an operation gives differs between processors (NVIDIA's is 7fffffff)."""
+    return "7fffffff" if int(word, 16) & 0x7FFFFFFF > 0x7F800000 else word
+
+
+def differences(golden: dict[str, list[str]], found: dict[str, list[str]]) -> list[str]:
+    """One sentence for each primitive that differs from the emulator."""
+    said = []
+    for name, words in golden.items():
+        if name not in found:
+            said.append(f"{name} was not run (bf16 products begin with sm_80)")
+            continue
+        pairs = zip(*(map(same_nan, row) if name in FP32 else row for row in (words, found[name])), strict=False)
+        wrong = [i for i, (want, got) in enumerate(pairs) if want != got]
+        if wrong or len(words) != len(found[name]):
+            first = wrong[0] if wrong else 0
+            lane, word = divmod(first, len(words) // LANES)
+            said.append(
+                f"{name} DIFFERS in {len(wrong)} of {len(words)} words, first in lane {lane}, word {word}: the GPU has "
+                f"{found[name][first]}, the emulator {words[first]}"
+            )
+    return said

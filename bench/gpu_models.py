@@ -3,235 +3,169 @@
 Our step is `qlora train`'s own (tool.train.loop.Trainer) over random codes of 4 bits. The rivals' are PEFT's
 over the same architecture: 16-bit weights, eager and compiled, bitsandbytes NF4, torchao NF4, and unsloth's own. All
 have adapters of rank 16 on every linear layer, gradient checkpointing, and the same number of tokens. Their times
-depend on shapes alone. Each row is a group of its own: none shares a process, or memory, with another.
+depend on shapes alone. Each row is a group of its own: none shares a process, or memory, with another. Last come passes
+of an 8B model of which half of the layers stream to the card.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import quartiles, rounded
-from gpu_timing import Case, Context, device, half, importable, on_gpu, wait
-from torch import nn
+from common import quartiles, rounded, timings
+from four_bit_folder import llama_config, write_folder
+from gpu_timing import LLAMA, Case, Context, Row, device, half, made_up, on_gpu, wait
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import qlora_native as qn
+from qlora_native.models.build import MetaModel
+from qlora_native.models.device_layers import layer_units, stream_layers
+from qlora_native.models.loss import causal_lm_loss, check_loss
+from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import runs
+import tiny
+
 GIB = 1 << 30
 USABLE = {"8B": 22.5, "70B": 44.5}  # GiB that a card of 24 or 48 GB gives to a program
-RANK, STEPS = 16, 6
-LLAMA: dict[str, dict[str, int]] = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
-VOCABULARY = 128256
+RANK, NUM_STEPS = 16, 6
 BATCHES = {"8B": (4, 1024), "70B": (1, 1024), "tiny": (2, 16)}
-RIVALS = ("dense", "dense compiled", "bitsandbytes", "torchao", "unsloth")
+# k is the model's width, m the tokens of a step.
+STEPS = {
+    name: Case("qlora_step", math.prod(BATCHES[name]), k=LLAMA[name]["hidden_size"], r=RANK, form=name)
+    for name in ("8B", "70B")
+}
+STREAMED = tuple(STEPS["8B"]._replace(op="streamed_passes", m=m) for m in (256, 1024, 4096))
+RIVALS = ("dense", "dense_compiled", "bitsandbytes", "torchao", "unsloth")
 
 
-def cases(model: str, dry: bool) -> list[Case]:
-    """The one row of a model; k is its width, m the tokens of a step."""
-    name = "tiny" if dry else model
-    batch, length = BATCHES[name]
-    return [Case("qlora_step", batch * length, k=LLAMA[name]["hidden_size"], r=RANK, form=model)]
-
-
-def linears(name: str) -> list[tuple[int, int]]:
-    """The weights [n, k] of a layer: q, o, gate, up, down, k, v; 8 heads of keys."""
-    shape = LLAMA[name]
-    width, hidden = shape["hidden_size"], shape["intermediate_size"]
-    keys = 8 * width // shape["num_attention_heads"]
-    return [(width, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)] + [(keys, width)] * 2
-
-
-def llama_config(name: str) -> Any:
-    """Llama 3's config of that size."""
-    from transformers import LlamaConfig
-
-    words = {"vocab_size": 320, "num_key_value_heads": 2} if name == "tiny" else {"vocab_size": VOCABULARY}
-    sizes = {"num_key_value_heads": 8, "max_position_embeddings": 8192, **LLAMA[name], **words}
-    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=False)
-
-
-def made_up(n: int, k: int) -> qn.QuantizedWeight:
-    """A weight [n, k] of random codes, with scales of the size that trained weights have."""
-    blocks = n * k // 64
-    place: dict[str, Any] = {"device": device()}
-    return qn.QuantizedWeight(
-        torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, **place),
-        torch.randint(0, 256, (blocks,), dtype=torch.uint8, **place),
-        shape=(n, k),
-        dtype=half(),
-        nested_absmax=torch.full((-(-blocks // 256),), 0.2 / k**0.5, **place),
-        nested_offset=torch.full((), 1.0 / k**0.5, **place),
-    )
-
-
-def made_up_blocks(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
-    """A weight [n, k] of random bytes in blocks of a GGUF format; so small ones that no scale is infinite."""
-    w = qn.QuantizedWeight.empty((n, k), dtype=half(), quant_type=quant_type, device=device())
-    w.packed.random_(0, 0x3C)
-    return w
-
-
+@torch.no_grad()
 def build(name: str, four_bit: Callable[[int, int], Any]) -> Any:
     """The model on the device, with ``four_bit(n, k)`` in place of the weights that become 4-bit: a QuantizedWeight, or
     a dense tensor. Norms are ones, embeddings normal."""
-    from qlora_native.models.build import MetaModel
-
     meta = MetaModel(llama_config(name), half(), device())
     linears = meta.four_bit_weights(["lm_head"], 64)
     for key, tensor in list(meta.shapes.items()):
         if key in linears:
-            meta.store(key, four_bit(*tensor.shape), "made up")
+            made = four_bit(*tensor.shape)
         elif tensor.dim() == 1:
-            meta.store(key, torch.ones(tensor.shape, device=device(), dtype=half()), "made up")
+            made = torch.ones(tensor.shape, device=device(), dtype=half())
         else:
-            meta.store(key, torch.randn(tensor.shape, device=device(), dtype=half()) * 0.02, "made up")
+            made = torch.randn(tensor.shape, device=device(), dtype=half()) * 0.02
+        meta.store(key, made, "made up")
     return meta.finish()
 
 
-def dense(n: int, k: int) -> torch.Tensor:
+def dense(n: int, k: int) -> Tensor:
     """A 16-bit weight."""
     return (torch.randn(n, k, device=device()) / k**0.5).to(half())
 
 
-@contextmanager
-def memory_limit(gib: float) -> Iterator[dict[str, Any]]:
-    """No more than so much device memory through torch; what was taken at most stands in the dict afterwards."""
-    found: dict[str, Any] = {"limit_gib": gib}
-    if not on_gpu():
-        yield found
-        return
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    found["limit_gib"] = min(gib, total)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        yield found
-    finally:
-        found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-        found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+def total_gib() -> float:
+    """Of the card's memory."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu() else math.inf
 
 
 def run(context: Context, model: str) -> None:
     """Our step of a model, under the memory of a card of its class."""
-    for case in cases(model, context.dry):
-        total = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu() else USABLE[model]
-        if total < 0.95 * USABLE[model]:
-            context.note("left_out", f"{case.name}: it needs {USABLE[model]} GiB, this card has {total:.1f}")
-            continue
-        context.row(case, lambda: train_row(model, context.dry))
+    if total_gib() < 0.95 * USABLE[model]:
+        context.record(left_out=f"{model}: it needs {USABLE[model]} GiB, this card has {total_gib():.1f}")
+    else:
+        context.rows([STEPS[model]], lambda case: train_row(model))
 
 
 def run_rival(context: Context, rival: str) -> None:
     """The step of one rival on the 8B shapes, with all the memory that the card has."""
-    needed = {"dense": "peft", "dense compiled": "peft"}.get(rival, rival)
-    if importable(needed, context) is None or importable("peft", context) is None:
-        return
-    for case in cases("8B", context.dry):
-        case = case._replace(op=f"{rival} step")
-        context.row(case, lambda: rival_row(rival, context.dry))
+    context.rows([STEPS["8B"]._replace(op=f"{rival} step")], lambda case: rival_row(rival))
 
 
-def _row(seconds: list[float], losses: list[float], tokens: int, found: dict[str, Any]) -> dict[str, Any]:
-    counted = seconds[1:] or seconds  # the first makes tables, workspaces, compiled code
+def _row(seconds: list[float], losses: list[float], tokens: int, **found: Any) -> Row:
+    counted = seconds[1:]  # the first makes tables, workspaces, compiled code
     return {
         "match": bool(torch.tensor(losses).isfinite().all()) and losses[-1] < losses[0],
-        "ms": {"ours": rounded(quartiles(counted), 1e3)},
         "first_step_ms": rounded(seconds[:1], 1e3)[0],
+        "tokens": tokens,
         "tokens_per_second": rounded(quartiles([tokens / value for value in counted])),
-        "median_step_s": round(median(counted), 4),
         "losses": rounded(losses),
-        "bars": [],
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         **found,
-    }
+    } | timings({"ours": counted})
 
 
-def train_row(model: str, dry: bool) -> dict[str, Any]:
+def train_row(model: str) -> Row:
     """Steps of `qlora train` on one row of text, repeated, with 8-bit AdamW and clipping."""
-    from tiny import write_tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    from qlora_native.tool.config import TrainConfig
-    from qlora_native.tool.train.loop import Trainer
-
-    name = "tiny" if dry else model
+    name = model if on_gpu() else "tiny"
     batch, length = BATCHES[name]
-    with tempfile.TemporaryDirectory() as folder, memory_limit(USABLE[model]) as found:
-        write_tokenizer(Path(folder))
-        rows = Path(folder, "rows.jsonl")
-        rows.write_text((f'{{"text": "{"what is green? pear " * length}"}}\n') * batch, encoding="utf-8")
-        config = TrainConfig.from_values(
-            {
-                "model": folder,
-                "output_dir": str(Path(folder, "out")),
-                "data": {"train": str(rows), "eval_fraction": 0, "max_length": length, "train_on": "all"},
-                "lora": {"r": RANK},
-                "train": {"steps": STEPS, "batch_size": batch, "grad_accum": 1, "optimizer": "adamw8bit", "lr": 1e-3}
-                | {"save_every": 0, "warmup": 0, "scheduler": "constant"},
-            }
-        )
-        records: list[dict[str, Any]] = []
-        with torch.no_grad():
-            made = build(name, made_up)
-        weights = torch.cuda.memory_allocated() / GIB if on_gpu() else None
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        trainer = Trainer(config, model=made, tokenizer=tokenizer, on_step=records.append, quiet=True)
-        trainer.train()
-    found |= {"weights_gib": weights, "tokens": batch * length}
-    return _row([r["seconds"] for r in records], [r["loss"] for r in records], batch * length, found)
+    limit = min(USABLE[model], total_gib())
+    if on_gpu():
+        torch.cuda.set_per_process_memory_fraction(limit / total_gib())
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as made_in:
+        folder = Path(made_in)
+        tiny.write_tokenizer(folder / "model")
+        row = json.dumps({"text": "what is green? pear " * length}) + "\n"
+        (folder / "train.jsonl").write_text(row * batch, encoding="utf-8")
+        data, lora = {"max_length": length, "train_on": "all"}, {"r": RANK}
+        options = {"batch_size": batch, "grad_accum": 1, "optimizer": "adamw8bit", "warmup": 0, "scheduler": "constant"}
+        settings = runs.settings(folder, folder / "out", data, lora, steps=NUM_STEPS, lr=1e-3, **options)
+        sides = {"model": build(name, made_up), "tokenizer": PreTrainedTokenizerFast.from_pretrained(folder / "model")}
+        weights = torch.cuda.memory_allocated() / GIB
+        Trainer(TrainConfig.from_values(settings), **sides, on_step=records.append, quiet=True).train()
+    seconds, losses = ([record[key] for record in records] for key in ("seconds", "loss"))
+    return _row(seconds, losses, batch * length, limit_gib=limit, weights_gib=weights)
 
 
-def rival_row(rival: str, dry: bool) -> dict[str, Any]:
+def rival_row(rival: str) -> Row:
     """Steps of a plain loop: forward with labels, backward, clipping, torch's fused AdamW."""
-    name = "tiny" if dry else "8B"
+    name = "8B" if on_gpu() else "tiny"
     batch, length = BATCHES[name]
-    with memory_limit(1e9) as found:
-        model = _unsloth(name, length) if rival == "unsloth" else _peft(name, rival)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=on_gpu())
-        tokens = torch.randint(0, 300, (1, length), device=device()).repeat(batch, 1)
-        forward = torch.compile(model, backend="eager" if dry else "inductor") if rival == "dense compiled" else model
-        seconds, losses = [], []
-        for _ in range(STEPS):
-            wait()
-            started = time.perf_counter()
-            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            wait()
-            seconds.append(time.perf_counter() - started)
-            losses.append(float(loss.detach()))
-    return _row(seconds, losses, tokens.numel(), found | {"tokens": tokens.numel()})
+    seconds, losses = [], []
+    model = _unsloth(name, length) if rival == "unsloth" else _peft(name, rival)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=on_gpu())
+    tokens = torch.randint(0, 300, (1, length), device=device()).repeat(batch, 1)
+    forward = torch.compile(model) if rival == "dense_compiled" else model
+    for _ in range(NUM_STEPS):
+        wait()
+        started = time.perf_counter()
+        loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss.detach()))
+    return _row(seconds, losses, tokens.numel())
 
 
 def _peft(name: str, rival: str) -> Any:
     """The model with its linear layers as the rival has them, under PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    with torch.no_grad():
-        model = build(name, dense)
-        for path, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not path.endswith("lm_head"):
-                if rival == "bitsandbytes":
-                    model.set_submodule(path, _bitsandbytes(module))
-                elif rival == "torchao":  # its tensor runs F.linear by decoding
-                    quantized = import_module("torchao.dtypes.nf4tensor").to_nf4(module.weight)
-                    module.weight = nn.Parameter(quantized, requires_grad=False)
+    model = build(name, dense)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not path.endswith("lm_head"):
+            if rival == "bitsandbytes":
+                model.set_submodule(path, _bitsandbytes(module))
+            elif rival == "torchao":  # its tensor runs F.linear by decoding
+                quantized = import_module("torchao.dtypes.nf4tensor").to_nf4(module.weight.detach())
+                module.weight = nn.Parameter(quantized, requires_grad=False)
     model.is_loaded_in_4bit = rival == "bitsandbytes"
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -249,18 +183,65 @@ def _bitsandbytes(module: nn.Linear) -> Any:
 
 
 def _unsloth(name: str, length: int) -> Any:
-    """unsloth loads folders alone: ours in bitsandbytes' format is written for it."""
-    from tiny import write_tokenizer
+    """unsloth loads folders alone."""
+    language_model: Any = import_module("unsloth").FastLanguageModel
+    with tempfile.TemporaryDirectory() as made_in:
+        folder = str(write_folder(name, Path(made_in, name)))
+        model, _ = language_model.from_pretrained(folder, max_seq_length=length, load_in_4bit=True, dtype=half())
+    return language_model.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing="unsloth")
 
-    model_of: Any = import_module("unsloth").FastLanguageModel
-    with tempfile.TemporaryDirectory() as folder:
-        from qlora_native.weights.config import bitsandbytes_config
 
-        model = build(name, made_up)
-        options = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
-        model.config.quantization_config = bitsandbytes_config(half(), options, ["lm_head"])
-        model.save_pretrained(folder)
-        write_tokenizer(Path(folder))
-        del model
-        model, _ = model_of.from_pretrained(folder, max_seq_length=length, load_in_4bit=True, dtype=half())
-    return model_of.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing="unsloth")
+def _adapted() -> Any:
+    """A model of the shape 8B with adapters that are not zero; the same every time."""
+    torch.manual_seed(0)
+    model = build("8B" if on_gpu() else "tiny", made_up)
+    qn.add_lora(model, qn.LoraConfig(r=RANK, seed=0))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01)
+    check_loss(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def run_streamed(context: Context) -> None:
+    """Passes against those of the same model all there, a row for each number of tokens."""
+    resident, streamed = _adapted(), _adapted()
+    units = layer_units(streamed.model.layers)
+    stream_layers(streamed, device(), math.ceil(sum(unit.num_bytes for unit in units) / 2))
+    context.rows(STREAMED, partial(streamed_row, context, resident, streamed))
+
+
+def streamed_row(context: Context, resident: Any, streamed: Any, case: Case) -> Row:
+    """Forward and backward passes in turns: the same gradients; bytes a pass, the bus's rate, how much of it hid."""
+    ids = torch.randint(0, 300, (max(1, case.m // 1024), min(case.m, 1024)), device=device())
+
+    def passes(model: Any) -> list[Tensor]:
+        model.zero_grad()
+        causal_lm_loss(model, {"input_ids": ids, "labels": ids}).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    match = all(map(torch.equal, passes(resident), passes(streamed)))
+    layers = streamed.streamed_layers
+    before = layers.bytes_copied
+    passes(streamed)
+    copied = layers.bytes_copied - before
+    calls = {"ours": partial(passes, streamed), "resident": partial(passes, resident)}
+    seconds = context.calls({**calls, "copies": partial(copy_all, layers)})
+    times = {key: median(values) for key, values in seconds.items()}
+    bus_s = times["copies"] * copied / layers.residency.streamed_bytes
+    return {
+        "match": match and copied == layers.residency.bytes_read(),
+        "streamed_layers": len(layers.residency.streamed),
+        "copied_mib": copied >> 20,
+        "bus_gb_per_s": round(copied / bus_s / 1e9, 2),
+        "hidden_share": round(1 - max(0.0, times["ours"] - times["resident"]) / bus_s, 3),
+    } | timings(seconds)
+
+
+def copy_all(layers: Any) -> None:
+    """Every streamed layer's bytes once, with nothing beside it."""
+    for unit in layers.residency.streamed:
+        slot = layers._slot_of(unit)
+        slot.memory[: layers._host[unit].numel()].copy_(layers._host[unit], non_blocking=True)
+        slot.unit = None

@@ -6,12 +6,11 @@ over a native module of stubs. On a device that is ahead of the host, such a rat
 
 from __future__ import annotations
 
-import argparse
 from types import ModuleType
 from typing import Any
 
 import torch
-from common import Bar, add_json, interleaved, line, machine, timings, write_json
+from common import Bar, Bench, interleaved, timings
 from gpu_passes import host_calls
 
 import qlora_native as qn
@@ -39,22 +38,16 @@ def pass_for_cuda(plan: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=2000)
-    add_json(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    bench = Bench("host_cost", __doc__, repeats=2000, threads=1)
+    bench.begin()
     w = qn.quantize(torch.randn(N, K))
-    result: dict[str, Any] = {"bench": "host_cost", "machine": machine(), "rows": []}
     for kind, dtype in (("fused", torch.bfloat16), ("two steps", torch.bfloat16), ("two steps", torch.float32)):
         pass_for_cuda(PLANS[kind])
         calls = host_calls(w, torch.randn(N, K, dtype=dtype), TOKENS, RANK)["host lora step"]
-        seconds = interleaved(calls, arguments.repeats, warmup=50)
+        seconds = interleaved(calls, bench.options.repeats, warmup=50)
         row = {"products": kind, "dtype": str(dtype), "match": True, **timings(seconds, BARS)}
-        result["rows"].append(row)
-        print(line(row, "products", "dtype"), flush=True)
-    write_json(arguments.json, result)
+        bench.add(row, "products", "dtype")
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def copied(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
     return fresh
 
 
+def product_of(w: qn.QuantizedWeight, is_forward: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Our x W^T, or dy W."""
+    if is_forward:
+        return lambda x: qn.linear(x, w)
+    arguments = w.op_args()
+    return lambda dy: torch.ops.qlora_native.linear_4bit_grad_input(dy, *arguments)
+
+
 class Weights:
     """A weight [N, K] in the form of each contender that is there."""
 
@@ -65,7 +73,6 @@ class Weights:
 
 
 def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
-    """Their layer, or None."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -99,67 +106,59 @@ def _layer_copy(layer: Any, inference: bool, k: int) -> Any:
     return fresh
 
 
-def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
-    """Name -> x W^T, for x [M, K] in bf16."""
+def products(weights: Weights, case: Product, t: torch.Tensor, is_forward: bool) -> Functions:
+    """Name -> x W^T, for x [M, K] in bf16, or dy W, for dy [M, N]; oneDNN's form for that is one of W^T, a second copy.
+
+    bitsandbytes' evaluation mode, torchao and ggml take part in the forward alone.
+    """
     m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, weights.theirs.nbytes
-    ours = rotation(lambda: copied(weights.ours), packed_bytes, m)
+    y = t.to(DTYPE)
+
+    def copy_of_ours() -> tuple[Callable[[torch.Tensor], torch.Tensor], qn.QuantizedWeight]:
+        w = copied(weights.ours)
+        return product_of(w, is_forward), w
+
+    multiply = F.linear if is_forward else torch.matmul
+    laid_out = weights.theirs if is_forward else weights.theirs.t().contiguous()
+    ours = rotation(copy_of_ours, packed_bytes, m)
     dense = rotation(weights.theirs.clone, dense_bytes, m)
-    onednn = rotation(lambda: prepacked(weights.theirs, m), dense_bytes, m)
-    y = x.to(DTYPE)
+    onednn = rotation(lambda: prepacked(laid_out, m), dense_bytes, m)
     functions: Functions = {
-        "ours": lambda: qn.linear(x, ours()),
-        PLAIN: lambda: F.linear(y, dense()),
+        "ours": lambda: ours()[0](t),
+        PLAIN: lambda: multiply(y, dense()),
         "onednn_prepacked": lambda: onednn()(y),
-        "dequantize_into_buffer_linear": lambda: F.linear(y, ours().dequantize(out=weights.buffer)),
+        "dequantize_into_buffer_linear": lambda: multiply(y, ours()[1].dequantize(out=weights.buffer)),
     }
-    if y.dtype != x.dtype:
-        functions["ours_fp32"] = lambda: qn.linear(y, ours())
+    if y.dtype != t.dtype:
+        functions["ours_fp32"] = lambda: ours()[0](y)
     if weights.bitsandbytes is not None:
-        train = rotation(lambda: _layer_copy(weights.bitsandbytes, False, case.k), packed_bytes, m)
-        inference = rotation(lambda: _layer_copy(weights.bitsandbytes, True, case.k), packed_bytes, m)
-        functions["bitsandbytes"] = lambda: train()(y)
-        functions["bitsandbytes_inference"] = lambda: inference()(y)
-    if weights.torchao is not None:
+        of_mode = _bitsandbytes_forward if is_forward else _bitsandbytes_backward
+        functions |= of_mode(weights.bitsandbytes, y, lambda make: rotation(make, packed_bytes, m))
+    if weights.torchao is not None and is_forward:
         functions["torchao"] = lambda: F.linear(y, weights.torchao)
-    if weights.ggml is not None:
-        functions["ggml_iq4_nl"] = ggml_peer.Product(weights.ggml, x, copies(packed_bytes, m))
+    if weights.ggml is not None and is_forward:
+        functions["ggml_iq4_nl"] = ggml_peer.Product(weights.ggml, t, copies(packed_bytes, m))
     return functions
 
 
-def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions:
-    """Name -> dy W, for dy [M, N] in bf16. oneDNN's prepacked form is that of W^T: a second copy of the weight."""
-    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, weights.theirs.nbytes
-    op = torch.ops.qlora_native.linear_4bit_grad_input
-    ours = rotation(lambda: copied(weights.ours).op_args(), packed_bytes, m)
-    decoded = rotation(lambda: copied(weights.ours), packed_bytes, m)
-    dense = rotation(weights.theirs.clone, dense_bytes, m)
-    transposed = weights.theirs.t().contiguous()
-    onednn = rotation(lambda: prepacked(transposed, m), dense_bytes, m)
-    dy = grad.to(DTYPE)
-    functions: Functions = {
-        "ours": lambda: op(grad, False, *ours()),
-        PLAIN: lambda: dy @ dense(),
-        "onednn_prepacked": lambda: onednn()(dy),
-        "dequantize_into_buffer_linear": lambda: dy @ decoded().dequantize(out=weights.buffer),
-    }
-    if dy.dtype != grad.dtype:
-        functions["ours_fp32"] = lambda: op(dy, False, *ours())
-    if weights.bitsandbytes is not None:
+def _bitsandbytes_forward(layer: Any, x: torch.Tensor, rotate: Callable[[Any], Any]) -> Functions:
+    train = rotate(lambda: _layer_copy(layer, False, x.shape[1]))
+    inference = rotate(lambda: _layer_copy(layer, True, x.shape[1]))
+    return {"bitsandbytes": lambda: train()(x), "bitsandbytes_inference": lambda: inference()(x)}
 
-        def graph() -> tuple[torch.Tensor, torch.Tensor]:
-            layer = _layer_copy(weights.bitsandbytes, False, case.k)
-            x = torch.zeros(m, case.k, dtype=DTYPE, requires_grad=True)
-            with torch.enable_grad():
-                return layer(x), x
 
-        graphs = rotation(graph, packed_bytes, m)
+def _bitsandbytes_backward(layer: Any, dy: torch.Tensor, rotate: Callable[[Any], Any]) -> Functions:
+    def graph() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.zeros(len(dy), layer.in_features, dtype=DTYPE, requires_grad=True)
+        with torch.enable_grad():
+            return _layer_copy(layer, False, layer.in_features)(x), x
 
-        def backward() -> torch.Tensor:
-            y, x = graphs()
-            return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    def backward() -> torch.Tensor:
+        y, x = graphs()
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
 
-        functions["bitsandbytes"] = backward
-    return functions
+    graphs = rotate(graph)
+    return {"bitsandbytes": backward}
 
 
 class Lora:

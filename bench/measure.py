@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import births
+import common
 import isa_env
 from pages import CLASSES, RESULTS, ROOT
+
+import qlora_native as qn
+from qlora_native._memory import free_memory
 
 GIB = 1 << 30
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -68,23 +72,18 @@ JOBS = (
 PAGES = (
     "readme.py --write",
     *(f"{name}_page.py --write" for name in ("any_file", "memory", "quality", "shipping")),
-    "plot_train.py docs/train.png",
-    "plot_estimate.py bench/results/estimate-amx.json docs/memory.png",
-    "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png",
-    "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png",
+    "plots.py",
 )
 
 
 def is_done(job: Job, cpu: str) -> bool:
     """Whether a result of this code, with these versions, is there."""
-    from common import birth
-
     file = RESULTS / f"{job.name}-{cpu}.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     born = result.get("birth", {})
     if not births.is_born(result) or born.get("backfilled") or born["changed"]:
         return False
-    return born["versions"] == birth()["versions"] and not births.is_old(job.name, result)
+    return born["versions"] == common.birth()["versions"] and not births.is_old(job.name, result)
 
 
 def obstacle(job: Job, state: Path, memory: int) -> str:
@@ -125,8 +124,6 @@ def run(job: Job, cpu: str, state: Path, seconds: float) -> str:
 
 def own_class() -> str:
     """Of this CPU, or what QLORA_NATIVE_ISA makes of it."""
-    import qlora_native as qn
-
     return str(qn.build_info()["cpu_isa"])
 
 
@@ -136,8 +133,6 @@ def measure(chosen: list[tuple[Job, str]], state: Path, minutes: float) -> list[
     Args:
         chosen: benches, each with the class to stand for, "" for this CPU's own.
     """
-    from qlora_native._memory import free_memory
-
     end, left_out = time.monotonic() + 60 * minutes, []
     for job, cpu in chosen:
         name = f"{job.name}-{cpu or own_class()}"
@@ -158,7 +153,6 @@ def measure(chosen: list[tuple[Job, str]], state: Path, minutes: float) -> list[
 
 
 def main() -> None:
-    """Measure, rewrite, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit (default: none)")
     parser.add_argument("--classes", action="store_true", help=f"also limited to each of {', '.join(LIMITED)}")
@@ -174,14 +168,10 @@ def main() -> None:
     for page in PAGES:
         script, *words = page.split()
         subprocess.run([sys.executable, ROOT / "bench" / script, *words], cwd=ROOT, check=True)
-    taken = {job.name for job in jobs}
-    others = [file.stem for file in sorted(RESULTS.glob("*-*.json")) if file.stem.rpartition("-")[0] in taken]
-    ours = {f"{job.name}-{cpu or own}" for job, cpu in chosen}
-    left_out += [
-        f"{name}: not measured on a CPU of class {own}" + ("" if arguments.classes else "; --classes limits it")
-        for name in others
-        if name not in ours
-    ]
+    stored = {file.stem for job in jobs for cpu in CLASSES for file in RESULTS.glob(f"{job.name}-{cpu}.json")}
+    hint = "" if arguments.classes else "; --classes limits it"
+    others = sorted(stored - {f"{job.name}-{cpu or own}" for job, cpu in chosen})
+    left_out += [f"{name}: not measured on a CPU of class {own}{hint}" for name in others]
     print("", *(f"left out: {reason}" for reason in left_out), f"{len(left_out)} left out", sep="\n")
 
 

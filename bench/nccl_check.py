@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny import write_model, write_rows
+import runs
 
 SKIPPED = 77
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the adapter's largest change; sums come in another order
@@ -35,8 +35,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-        write_rows(folder / "rows.jsonl", 48)
+        runs.write_files(folder, 48, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
         for dtype, tolerance in TOLERANCE.items():
             one = _train(folder, "none", dtype, 1)
             for mode in ("ddp", "fsdp"):
@@ -50,15 +49,9 @@ def main() -> int:
 
 
 def _train(folder: Path, mode: str, dtype: str, ranks: int) -> dict[str, torch.Tensor]:
-    out = folder / f"{mode}-{dtype}"
-    config = {
-        "model": str(folder / "model"),
-        "output_dir": str(out),
-        "parallel": mode,
-        "data": {"train": str(folder / "rows.jsonl"), "eval_fraction": 0, "max_length": 64},
-        "train": {"steps": 10, "batch_size": 4, "grad_accum": ranks, "dtype": dtype, "save_every": 0, "lr": 1e-3},
-    }
-    path = folder / f"{mode}-{dtype}.yaml"
+    out, path = folder / f"{mode}-{dtype}", folder / f"{mode}-{dtype}.yaml"
+    options = {"steps": 10, "batch_size": 4, "grad_accum": ranks, "dtype": dtype, "lr": 1e-3}
+    config = {**runs.settings(folder, out, {"max_length": 64}, **options), "parallel": mode}
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     visible = {} if ranks > 1 else {"CUDA_VISIBLE_DEVICES": "0"}

@@ -1,23 +1,35 @@
-"""Shared by the scripts that write tables between two marks of a page, or check them."""
+"""What the scripts that write pages share: results, sections of a page, and one command line.
+
+To add a table to docs/performance.md, add to readme.py's SECTIONS, at the name of its results, what is said above it
+and its spec, which table_writer.py explains. Births and marks come from births.py, goals from goals.py:
+
+    "packing": section("Steps of whole rows. {about}", by_class({"": "{case}", "CPU": "{cpu}", "bar": bars})),
+
+A page has blocks, which stand between ``<!-- bench/SCRIPT begins -->`` and ``<!-- bench/SCRIPT ends -->``. Each script
+ends with ``command(__doc__, PAGE)``:
+
+python bench/SCRIPT --write
+python bench/SCRIPT --check      # exit status 1 if a page differs from the results, or a result lacks its birth
+python bench/SCRIPT --marks      # which figures are older than their code
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from inspect import cleandoc
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import births
+from table_writer import Block, Part, Result, Results, every, fill
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
 RESIDENCY = {"8B": "residency", "70B": "residency_70b"}  # the shape of Llama 3 -> the name of its results
-
-Result = dict[str, Any]
 
 
 def results_of(name: str, folder: Path = RESULTS) -> dict[str, Result]:
@@ -26,61 +38,105 @@ def results_of(name: str, folder: Path = RESULTS) -> dict[str, Result]:
     return {cpu: json.loads(file.read_text(encoding="utf-8")) for cpu, file in files.items() if file.exists()}
 
 
-def source(results: Any) -> dict[str, str | None]:
-    """Metadata of a picture: SHA-256 of the results it was drawn from, so that a test sees when it is out of date."""
-    return {"Source": hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest(), "Software": None}
+def between(text: str, script: str, made: str) -> str:
+    """``text`` with another text between the marks of a script; a blank line beside the marks stays.
 
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
-
-
-def side_by_side(head: Sequence[str], bodies: Mapping[str, Sequence[Sequence[str]]], keys: int = 1) -> list[str]:
-    """One table of the rows of all CPU classes, which a column names.
-
-    Rows with equal first ``keys`` cells are adjacent.
+    Raises:
+        ValueError: the marks are not there, once each and in this order.
     """
-    rows = [(tuple(row[:keys]), cpu, row[keys:]) for cpu, body in bodies.items() for row in body]
-    order = list(dict.fromkeys(key for key, _, _ in rows))
-    rows.sort(key=lambda row: order.index(row[0]))
-    return table([*head[:keys], "CPU", *head[keys:]], ([*key, cpu, *rest] for key, cpu, rest in rows))
+    begin, end = (f"<!-- bench/{script} {word} -->" for word in ("begins", "ends"))
+    before, begun, rest = text.partition(begin)
+    old, ended, after = rest.partition(end)
+    if not begun or not ended or begin in rest or end in after:
+        raise ValueError(f"The page must hold {begin} and {end} once each, in this order.")
+    gap = "\n\n" if old.startswith("\n\n") else "\n"
+    return gap.join([before + begin, made.strip("\n"), end]) + after
 
 
-def between(text: str, begin: str, end: str, lines: Iterable[str]) -> str:
-    """``text`` with those lines between its two marks."""
-    before, _, rest = text.partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise SystemExit(f"the page has no {begin} ... {end}")
-    return before + "\n".join([begin, "", *lines, end]) + after
+class Page(NamedTuple):
+    """A file, and what stands there between the marks of each script; ``finish`` changes its whole text."""
+
+    path: Path
+    blocks: Mapping[str, Block]
+    finish: Callable[[str], str] = str
+
+    def make(self, text: str, folder: Path = RESULTS) -> str:
+        """The new text of the old one and a folder of results."""
+        for script, block in self.blocks.items():
+            text = between(text, script, block(folder))
+        return self.finish(text)
 
 
-def rewritten(script: str, blocks: Mapping[str, Callable[[], Iterable[str]]], text: str) -> str:
-    """``text``, a page in which each block of the script is between marks of its own, with them made anew."""
-    for name, lines in blocks.items():
-        begin, end = (f"<!-- bench/{script} {name} {word} -->" for word in ("begins", "ends"))
-        text = between(text, begin, end, lines())
-    return text
+def about(results: Results) -> str:
+    """The lines that name the script, the machines, the commits and days."""
+    script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
+    classes: dict[str, list[str]] = {}
+    for machine in (result["machine"] for result in results.values()):
+        name = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        classes.setdefault(name, []).append(machine["cpu_isa"])
+    machines = "; ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
+    return f"Script: [{script}](../{script}).\n{births.wrapped(f'Machine: {machines}.')}\n{births.text_of(results)}"
 
 
-def write_or_check(about: str | None, page: Path, make: Callable[[str], str], source: str) -> None:
-    """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale.
+def made_by(script: str, result: Result) -> str:
+    """The same of one result, in short, with the footnote."""
+    machine = result["machine"]
+    words = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
+    made = [f"Made by [{script}](../{script}) ({words}).", births.text_of({machine["cpu_isa"]: result})]
+    return "\n".join([line for line in made if line] + [births.FOOTNOTE])
 
-    Marks of old figures do not count (births.py).
+
+def section(text: str, *parts: str | Part, **said: Part) -> Part:
+    """What a page says of a bench, and its tables.
 
     Args:
-        about: the script's docstring. make: new text from old text. source: where the figures come from.
+        text: with ``{about}``, ``{first[KEY]}`` of the first row and ``{NAME}`` of ``said``.
+        parts: tables and lines below the text, with blank lines between them.
     """
-    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true")
-    what.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = page.read_text(encoding="utf-8")
-    wanted = make(text)
-    if arguments.check:
-        same = births.without_marks(wanted) == births.without_marks(text)
-        sys.exit(0 if same else f"{page.name} differs from {source}: run the script with --write")
-    page.write_text(wanted, encoding="utf-8")
+
+    def write(results: Results) -> str:
+        values = {"first": every(results)[0], **{name: make(results) for name, make in said.items()}}
+        words = fill(cleandoc(text), {"about": about(results), **values})
+        return "\n\n".join([words, *(part if isinstance(part, str) else part(results) for part in parts)])
+
+    return write
+
+
+def of(name: str, part: Part) -> Block:
+    """A block about the results of that name, with marks; nothing without any."""
+
+    def make(folder: Path) -> str:
+        results = results_of(name, folder)
+        return births.marked(name, part(results), results) if results else ""
+
+    return make
+
+
+def command(description: str | None, *pages: Page) -> None:
+    """The command line of a script: write its pages, check them, or list marks.
+
+    Marks of old figures do not count in a check (births.py), which ends the script.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true", help="put the figures into the pages")
+    action.add_argument("--check", action="store_true", help="exit 1 if a page has other figures")
+    action.add_argument("--marks", action="store_true", help="list the results whose code has changed since")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    for page in pages:
+        parser.add_argument(f"--{page.path.stem.lower()}", dest=page.path.stem, type=Path, default=page.path)
+    arguments = vars(parser.parse_args())
+    if arguments["marks"]:
+        print("\n".join(births.report(arguments["results"])))
+        return
+    unborn = births.unborn(arguments["results"])
+    if arguments["check"] and unborn:
+        sys.exit(f"no commit, date and versions in {', '.join(unborn)}: measure again with --json")
+    for page in pages:
+        path = arguments[page.path.stem]
+        text = path.read_text(encoding="utf-8")
+        wanted = page.make(text, arguments["results"])
+        if arguments["write"]:
+            path.write_text(wanted, encoding="utf-8")
+        elif births.without_marks(text) != births.without_marks(wanted):
+            sys.exit(f"{path} differs from {arguments['results']}: run python {sys.argv[0]} --write")

@@ -13,16 +13,16 @@ import importlib.metadata
 import platform
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qlora_native.data.batching import permutation
 from qlora_native.tool.cli.standard_library import SKIPPED_FOLDERS, is_held_out
 
-PACKAGES = (
+PACKAGES = [
     "accelerate",
     "huggingface-hub",
     "numpy",
@@ -32,26 +32,20 @@ PACKAGES = (
     "torch",
     "tqdm",
     "transformers",
-)
+]
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 128, 512
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 64, 256
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of one text.
-
-    Attributes:
-        about: where they come from.
-        ids: int64 [rows, length].
-        sha256: of the ids as little-endian int32.
-    """
+class Windows(NamedTuple):
+    """Windows of one text, int64 [rows, length], and where they come from."""
 
     about: str
     ids: torch.Tensor
 
     @property
     def sha256(self) -> str:
+        """Of the ids as little-endian int32."""
         return hashlib.sha256(self.ids.numpy().astype("<i4").tobytes()).hexdigest()
 
 
@@ -61,17 +55,14 @@ def modules(held_out: bool) -> list[str]:
     texts = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if SKIPPED_FOLDERS.intersection(parts) or parts[0] == "pydoc_data" or is_held_out(".".join(parts)) != held_out:
-            continue
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            continue
+        is_skipped = bool(SKIPPED_FOLDERS.intersection(parts)) or parts[0] == "pydoc_data"
+        if not is_skipped and is_held_out(".".join(parts)) == held_out:
+            with suppress(UnicodeDecodeError):
+                texts.append(path.read_text(encoding="utf-8"))
     return texts
 
 
 def topics() -> list[str]:
-    """The pages of CPython's language reference."""
     from pydoc_data.topics import topics as pages
 
     return [pages[name] for name in sorted(pages)]
@@ -81,11 +72,9 @@ def descriptions() -> list[str]:
     """The long descriptions of PACKAGES, of those that are installed."""
     texts = []
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             metadata = importlib.metadata.metadata(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        texts.append(str(metadata.get_payload() or metadata.get("Description") or ""))  # type: ignore[attr-defined]
+            texts.append(str(metadata.get_payload() or metadata.get("Description") or ""))  # type: ignore[attr-defined]
     return texts
 
 
@@ -101,7 +90,6 @@ def windows(tokenizer: Any, texts: Iterable[str], rows: int, length: int, seed: 
 
 
 def held_out(tokenizer: Any) -> dict[str, Windows]:
-    """A, B and C."""
     python = f"CPython {platform.python_version()}"
     made = {
         "A": (f"source of the held-out standard library modules, {python}", modules(held_out=True)),

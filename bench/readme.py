@@ -7,34 +7,27 @@ python bench/readme.py --marks      # which figures are older than their code
 
 from __future__ import annotations
 
-import argparse
-import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import births
 import goals
-import real_page
 import start_page
-from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
+from pages import RESIDENCY, ROOT, Page, command, of, results_of, section
+from table_writer import Columns, Result, Results, Row, by_class, each, fill, number, only, table
 
-START = "bench/start_page.py"  # whose markers stand around what the two commands take
-NAMES = {
+from qlora_native.tool.cli.demo_models import MODELS
+
+NAMES = {  # of rivals
     "bf16": "torch bf16",
     "fp32": "torch fp32",
     "ours_fp32": "our own for fp32 activations",
-    "bf16_lora": "torch bf16 with LoRA",
     "onednn_prepacked": "oneDNN prepacked",
     "dequantize_into_buffer_linear": "decode into a buffer, torch",
-    "bitsandbytes": "bitsandbytes",
     "bitsandbytes_inference": "bitsandbytes, inference only",
-    "torchao": "torchao",
     "ggml_iq4_nl": "ggml IQ4_NL, x in 8 bits",
     "linear": "our bare `linear`",
     "copy": "`copy_`",
-    "fill": "`fill_`",
     "theirs": "the peer",
     "products": "the floor of its products",
     "layers free": "the same with 4-bit layers that return zeros",
@@ -53,7 +46,6 @@ PEERS = {
     "bitsandbytes-tuned": "transformers + PEFT + bitsandbytes NF4, bf16 adapters on both sides, tuned malloc",
     "bitsandbytes": "transformers + PEFT + bitsandbytes NF4, fp32 adapters",
 }
-
 DECODERS = {
     "ours": "`qn.load_model`",
     "unfused": "the same with `fuse=False`: transformers' own code between the products",
@@ -62,302 +54,294 @@ DECODERS = {
     "layers free": "`qn.load_model`, 4-bit layers that return zeros",
     "free": "`qn.load_model`, all linear layers return zeros, the output head too",
 }
-
-Row = dict[str, Any]
-Results = Mapping[str, Row]  # CPU class -> what a bench found there
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands with a comma."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median and quartiles."""
-    return f"{number(values[1])} ({number(values[0])}-{number(values[2])})"
+CASES = {
+    "forward": "forward {n} x {k}",
+    "grad_input": "input gradient {n} x {k}",
+    "large": "{parameters:,} parameters, states of {state_bytes:,} bytes under {budget_bytes:,}",
+    "idle": "{optimizer}, without pressure, {parameters:,} parameters",
+}
+ASKED = {"times as fast": "at least {bar:g} x {name}", "of the floor": "at least {bar:percent} of {name}"}
 
 
 def bars(row: Row) -> str:
     """The bars of a row: each with its limit, the measured value and whether it was met."""
     words, either = [], row.get("either_bar")
+    missed = "not reached" if either and any(goals.met_bars(row)) else "missed"
     for bar in row["bars"]:
-        rival = NAMES.get(bar["rival"], bar["rival"])
-        asked = f"at most {bar['bar']:g} {bar['measure']} of {rival}"
-        if bar["measure"] == "times as fast":
-            asked = f"at least {bar['bar']:g} x {rival}"
-        elif bar["measure"] == "of the floor":
-            asked = f"at least {100 * bar['bar']:g} % of {rival}"
-        missed = "not reached" if either and any(goals.met_bars(row)) else "missed"
+        asked = ASKED.get(bar["measure"], "at most {bar:g} {measure} of {name}")
+        value = "" if bar["value"] is None else f"{bar['value']:g}, "
         state = {True: "met", False: missed, None: "not measured"}[bar["met"]]
-        words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
+        words.append(f"{fill(asked, {**bar, 'name': NAMES.get(bar['rival'], bar['rival'])})}: {value}{state}")
     return "one of two: " + " or ".join(words) if either and words else "; ".join(words)
 
 
-def faster(row: Row, rival: str) -> str:
-    """How many times as fast as a rival, by the median of the paired ratios."""
-    if rival not in row["ours_over"]:
-        return ""
-    ratio = 1 / row["ours_over"][rival][1]
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+def rivals(*names: str) -> Columns:
+    """A column for each rival: how many times as fast we are."""
+    return {f"x {NAMES.get(name, name)}": f"{{ours_over[{name}]:times}}" for name in names}
 
 
-def machines(*groups: Results) -> str:
-    """The machines, each with the CPU classes that were measured on it."""
-    classes: dict[str, dict[str, None]] = {}
-    for machine in (result["machine"] for results in groups for result in results.values()):
-        name = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-        classes.setdefault(name, {})[machine["cpu_isa"]] = None
-    return "; ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
+def title(row: Row) -> str:
+    """A model's name, and whether its weights became NF4."""
+    return MODELS[row["model"]].title + ("" if row["kept"] else " (NF4)")
 
 
-def about(results: Results) -> str:
-    """The lines that name the script, the machines, the commits and days."""
-    script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
-    machine = textwrap.wrap(f"Machine: {machines(results)}.", births.WIDTH, break_on_hyphens=False)
-    return "\n".join([f"Script: [{script}](../{script}).", *machine, *births.lines(results)])
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/performance.md
+
+CPU = {"CPU": "{cpu}"}
+TIME = {**CPU, "ms": "{ms[ours]:median}", "of the floor": "{of_floor:percent}"}
+SPEEDS = "{tokens_per_second[ours]:spread} against {tokens_per_second[theirs]:spread}"
+MEMORY = {"peak memory of the process, MiB": "{peak_rss_mib[ours]:,} against {peak_rss_mib[theirs]:,}"}
+LOSSES = "{held_out_loss[ours]:losses} against {held_out_loss[theirs]:losses}"
+REAL_STEPS: Columns = {
+    "model": title,
+    "checkpointing": lambda row: "with" if row["checkpointing"] else "without",
+    **CPU,
+    "tokens a second, ours against PEFT's": SPEEDS,
+    "x": "{ours_over[theirs]:times}",
+    "of the floor of its products": "{of_floor:percent}",
+    **MEMORY,
+    "peer": "{peer_dtype}",
+    "bar": bars,
+}
+REAL_LOSSES: Columns = {
+    "model": title,
+    **CPU,
+    "steps": "{steps}",
+    "held-out loss, ours against PEFT's": LOSSES,
+    "bar": bars,
+}
+REAL_DECODING: Columns = {
+    "model": title,
+    "adapter": "{adapter}",
+    **CPU,
+    "ours": "{speeds[ours]:median}",
+    "transformers": "{speeds[theirs]:median}",
+    "llama.cpp": "{speeds[llama.cpp]:median}",
+}
+STEPS: Columns = {
+    "peer": lambda row: PEERS[row["peer"]],
+    **CPU,
+    "tokens a second, ours against the peer's": SPEEDS,
+    "x": "{ours_over[theirs]:times}",
+    "of the floor of its products": "{products[of_floor]:percent}",
+    **MEMORY,
+}
+DECODING: Columns = {"": lambda row: DECODERS[row["decoder"]], **CPU, "tokens a second": "{speed:spread}"}
+PRODUCTS: Columns = {
+    "": lambda row: fill(CASES[row["direction"]], row),
+    "M": "{m}",
+    **TIME,
+    **rivals("bf16", "fp32", "ours_fp32", "onednn_prepacked", "dequantize_into_buffer_linear"),
+    **rivals("bitsandbytes", "bitsandbytes_inference", "torchao", "ggml_iq4_nl"),
+    "bar": bars,
+}
+LORA: Columns = {"": "`lora_linear` r={r}, forward + backward, {n} x {k}, M={m}", **TIME, "bar": bars}
+QUANTIZING: Columns = {"": "{direction} {n} x {k}", **TIME, **rivals("copy", "bitsandbytes", "torchao"), "bar": bars}
+OPTIMIZERS: Columns = {
+    "": "{optimizer}, {case}",
+    **TIME,
+    **rivals("torch fused", "torch fused + clip_grad_norm_"),
+    **rivals("bitsandbytes AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit"),
+    "bar": bars,
+}
+SHARES: Columns = {
+    "out of memory": lambda row: f"{100 * row['paged_out']:g} %",
+    **CPU,
+    "ms": "{ms[ours]:spread}",
+    "MB moved a step": lambda row: number((row["bytes_in_a_step"] + row["bytes_out_a_step"]) / 1e6),
+    **rivals("torch fused", "bitsandbytes PagedAdamW", "torchao CPUOffloadOptimizer", "unpaged"),
+}
+PAGED_STEPS: Columns = {
+    "": lambda row: fill(CASES[row["case"]], row),
+    **CPU,
+    "ms": "{ms[ours]:spread}",
+    "of the disk's rate, measured at the start": "{of_floor:percent}",
+    "bar": bars,
+}
 
 
-def every(results: Results) -> list[Row]:
-    """The rows of all classes."""
-    return [row for result in results.values() for row in result["rows"]]
+def with_and_without_adapter(result: Result) -> Iterator[Row]:
+    """The rows of generating."""
+    for row in only(part="generate")(result):
+        speeds = row["tokens_per_second"]
+        for suffix, adapter in (("", "without"), ("+adapter", "with")):
+            there = {name: speeds[name + suffix] for name in speeds if name + suffix in speeds}
+            yield {**row, "adapter": adapter, "speeds": there}
 
 
-def products(results: Results) -> list[str]:
-    """The tables of linear-*.json."""
-    names = {name for row in every(results) for name in row["ours_over"]}
-    rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora", "fp32_lora")]
-    lines = [
-        "## Products with a 4-bit weight",
-        "",
-        "A row has the time of one product, the share of its floor, and the speed relative to each peer.",
-        "The floor is the longer of reading the bytes once and the operations at oneDNN's best rate in the same run.",
-        "Ratios are medians of paired rounds.",
-        "For M <= 16 the weights rotate over copies that take four times the cache.",
-        about(results),
-        "",
+def decoders(result: Result) -> list[Row]:
+    """A row for each side of a run."""
+    return [{"decoder": name, "speed": speed} for name, speed in result["rows"][0]["tokens_per_second"].items()]
+
+
+def sentences(result: Result) -> list[Row]:
+    """What the peers say of themselves."""
+    return [{"said": said.rstrip(".")} for note in result["notes"] for said in note.split(". ")]
+
+
+def pair(result: Result) -> list[Row]:
+    """The run with 8-bit states in a page file, and beside it the plain one."""
+    plain, coded = result["rows"]
+    return [{**coded, "plain": plain, "goals": bars(coded)}]
+
+
+PAIR = """\
+{plain[held_out_loss]:losses4} with 32-bit states in memory, {held_out_loss:losses4} with 8-bit states in a page file
+({goals})."""
+SHARED = "\nHere all parameters share one gradient, too; there each has its own."
+DISK = "{ceilings[disk_read_gb_per_s]:g} GB/s and writes {ceilings[disk_write_gb_per_s]:g} GB/s"
+PEER = """
+SmolLM2-135M, rank 16 on every linear layer, over NF4 with double quantization here.
+The peer's weights are those that its row names: dense where it does not say NF4.
+Both sides start from the same 16-bit weights and adapter tensors and take turns on the same batches.
+Speeds are medians with quartiles.
+{about}"""
+SECTIONS = {
+    "real": section(
+        """
+        ## Real models
+
+        The files are those of `qlora demo --model`; ours trains on their own weights, or on NF4 where it says so.
+        The peer is transformers + PEFT on the same weights, decoded to the dtype in the table.
+        Its adapters are in that dtype too, its attention is sdpa, and its malloc keeps freed memory.
+        Steps are of four rows of 256 tokens, with rank 16 on every linear layer; speeds are medians with quartiles.
+        Peak memory is the process's from the end of its loading on, with the pages of the file that are in memory.
+        {about}
+        """,
+        by_class(REAL_STEPS, only(part="train")),
+        "The same on the demo's task, with adapters in fp32 on both sides and equal batches.",
+        by_class(REAL_LOSSES, only(part="learn")),
+        "Greedy decoding, tokens a second: ours, transformers in the peer's dtype, llama.cpp on the same file.",
+        by_class(REAL_DECODING, with_and_without_adapter),
+    ),
+    "train": section(
+        f"## Training\n\nTraining steps of four rows of 256 tokens.{PEER}", by_class({**STEPS, "bar": bars})
+    ),
+    "train_learn": section(
+        f"The same over {{first[steps]}} steps on answers, at most 256 tokens a row, with the held-out loss.{PEER}",
+        by_class({**STEPS, "held-out loss": LOSSES}),
+    ),
+    "generate": section(
+        """
+        ## Generation
+
+        Greedy decoding of SmolLM2-135M by transformers' `generate`: medians with quartiles.
+        {about}
+        """,
+        by_class(DECODING, decoders),
+        by_class({"": "", **CPU, "bar": bars}),
+    ),
+    "linear": section(
+        """
+        ## Products with a 4-bit weight
+
+        A row has the time of one product, the share of its floor, and the speed relative to each peer.
+        The floor is the longer of reading the bytes once and the operations at oneDNN's best rate in the same run.
+        Ratios are medians of paired rounds.
+        For M <= 16 the weights rotate over copies that take four times the cache.
+        {about}
+        """,
         "![Time of the forward product against M](linear.png)",
-        "",
-    ]
-    head = ["", "M", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
-    plain: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
-    others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
-    for cpu, result in results.items():
-        for row in result["rows"]:
-            ms, floor = number(row["ms"]["ours"][1]), f"{100 * row['of_floor']:.0f} %"
-            if row["direction"] in ("forward", "grad_input"):
-                what = {"forward": "forward", "grad_input": "input gradient"}[row["direction"]]
-                cells = [f"{what} {row['n']} x {row['k']}", str(row["m"]), ms, floor]
-                plain[cpu].append([*cells, *(faster(row, name) for name in rivals), bars(row)])
-            else:
-                what = f"`lora_linear` r={row['r']}, forward + backward"
-                others[cpu].append([f"{what}, {row['n']} x {row['k']}, M={row['m']}", ms, floor, bars(row)])
-    return [*lines, *side_by_side(head, plain, keys=2), *side_by_side(["", "ms", "of the floor", "bar"], others)]
+        by_class(PRODUCTS, only(direction=("forward", "grad_input"))),
+        by_class(LORA, only(direction="lora_forward_backward")),
+    ),
+    "quantize": section(
+        """
+        ## Quantizing
 
+        bf16 to NF4 with double quantization, and back into an `out` that was written before.
+        The floor is reading the input and writing the output once.
+        {about}
+        """,
+        by_class(QUANTIZING, only(quant_type="nf4", double_quant=True, dtype="bfloat16")),
+    ),
+    "optim": section(
+        """
+        ## Optimizer steps
 
-def quantizing(results: Results) -> list[str]:
-    """The table of quantize-*.json: NF4 with double quantization, bf16."""
-    chosen = {
-        cpu: [r for r in result["rows"] if r["quant_type"] == "nf4" and r["double_quant"] and r["dtype"] == "bfloat16"]
-        for cpu, result in results.items()
-    }
-    there = {name for rows in chosen.values() for row in rows for name in row["ours_over"]}
-    rivals = [name for name in ("copy", "bitsandbytes", "torchao") if name in there]
-    bodies = {
-        cpu: [
-            [
-                f"{row['direction']} {row['n']} x {row['k']}",
-                number(row["ms"]["ours"][1]),
-                f"{100 * row['of_floor']:.0f} %",
-                *(faster(row, name) for name in rivals),
-                bars(row),
-            ]
-            for row in rows
-        ]
-        for cpu, rows in chosen.items()
-    }
-    lines = [
-        "## Quantizing",
-        "",
-        "bf16 to NF4 with double quantization, and back into an `out` that was written before.",
-        "The floor is reading the input and writing the output once.",
-        about(results),
-        "",
-    ]
-    head = ["", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
-    return lines + side_by_side(head, bodies)
+        One step over fp32 parameters: {sizes}.
+        The floor is the step's bytes at the memory's best rate.
+        {about}
+        """,
+        by_class(OPTIMIZERS),
+        sizes=each("{case}: {parameters:,} in {tensors} tensors"),
+    ),
+    "paged": section(
+        """
+        ## Paged optimizer states
 
-
-def optimizers(results: Results) -> list[str]:
-    """The table of optim-*.json."""
-    rivals = list(dict.fromkeys(name for row in every(results) for name in row["ours_over"]))
-    bodies = {
-        cpu: [
-            [
-                f"{row['optimizer']}, {row['case']}",
-                number(row["ms"]["ours"][1]),
-                f"{100 * row['of_floor']:.0f} %",
-                *(faster(row, name) for name in rivals),
-                bars(row),
-            ]
-            for row in result["rows"]
-        ]
-        for cpu, result in results.items()
-    }
-    sizes = {r["case"]: f"{r['case']}: {r['parameters']:,} in {r['tensors']} tensors" for r in every(results)}
-    lines = [
-        "## Optimizer steps",
-        "",
-        f"One step over fp32 parameters: {'; '.join(sizes.values())}.",
-        "The floor is the step's bytes at the memory's best rate.",
-        about(results),
-        "",
-    ]
-    return lines + side_by_side(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], bodies)
-
-
-def training(results: Results) -> list[str]:
-    """The table of train-*.json or train_learn-*.json."""
-    learned = any("held_out_loss" in row for row in every(results))
-    floors = any("products" in row for row in every(results))
-    bodies: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
-    for cpu, result in results.items():
-        for row in result["rows"]:
-            speeds, memory = row["tokens_per_second"], row["peak_rss_mib"]
-            speed = f"{spread(speeds['ours'])} against {spread(speeds['theirs'])}"
-            cells = [PEERS[row["peer"]], speed, faster(row, "theirs")]
-            cells += [f"{100 * row['products']['of_floor']:.0f} %" if "products" in row else ""] * floors
-            cells.append(f"{memory['ours']:,} against {memory['theirs']:,}")
-            if learned:
-                sides = (" -> ".join(f"{v:.3f}" for v in row["held_out_loss"][name]) for name in ("ours", "theirs"))
-                cells.append(" against ".join(sides))
-            bodies[cpu].append([*cells, bars(row)] if not learned else cells)
-    what = ["## Training", "", "Training steps of four rows of 256 tokens."]
-    if learned:
-        steps = every(results)[0]["steps"]
-        what = [f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss."]
-    lines = [
-        *what,
-        "SmolLM2-135M, rank 16 on every linear layer, over NF4 with double quantization here.",
-        "The peer's weights are those that its row names: dense where it does not say NF4.",
-        "Both sides start from the same 16-bit weights and adapter tensors and take turns on the same batches.",
-        "Speeds are medians with quartiles.",
-        about(results),
-        "",
-    ]
-    head = ["peer", "tokens a second, ours against the peer's", "x", *["of the floor of its products"] * floors]
-    head += ["peak memory of the process, MiB", "held-out loss" if learned else "bar"]
-    return lines + side_by_side(head, bodies)
-
-
-def decoding(results: Results) -> list[str]:
-    """The table of generate-*.json."""
-    bodies = {
-        cpu: [[DECODERS[name], spread(values)] for name, values in result["rows"][0]["tokens_per_second"].items()]
-        for cpu, result in results.items()
-    }
-    asked = [["", cpu, bars(result["rows"][0])] for cpu, result in results.items()]
-    lines = [
-        "## Generation",
-        "",
-        "Greedy decoding of SmolLM2-135M by transformers' `generate`: medians with quartiles.",
-        about(results),
-        "",
-    ]
-    return [*lines, *side_by_side(["", "tokens a second"], bodies), *table(["", "CPU", "bar"], asked)]
-
-
-def paging(results: Results) -> list[str]:
-    """The tables of paged-*.json."""
-    shares = {cpu: [r for r in result["rows"] if r["case"] == "shares"] for cpu, result in results.items()}
-    first = next(iter(shares.values()))[0]
-    rivals = list(dict.fromkeys(name for rows in shares.values() for name in rows[0]["ours_over"]))
-    disks = [
-        f"{ceilings['disk_read_gb_per_s']:g} GB/s and writes {ceilings['disk_write_gb_per_s']:g} GB/s"
-        for ceilings in (result["ceilings"] for result in results.values())
-    ]
-    notes = dict.fromkeys(
-        f"{sentence.rstrip('.')}."
-        for result in results.values()
-        for note in result["notes"]
-        for sentence in note.split(". ")
-    )
-    lines = [
-        "## Paged optimizer states",
-        "",
-        f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them in the page file.",
-        f"The disk reads {'; '.join(disks)}.",
-        "Ratios here do not compare with the table of optimizer steps: between these steps the disk writes.",
-        *(["Here all parameters share one gradient, too; there each has its own."] * ("gradients" not in first)),
-        about(results),
-        *notes,
-        "",
+        An AdamW step over {first[parameters]:,} parameters with 32-bit states, a share of them in the page file.
+        The disk reads {disks}.
+        Ratios here do not compare with the table of optimizer steps: between these steps the disk writes.{shared}
+        {about}{notes}
+        """,
         "![Time of a step against the share of states out of memory](paged.png)",
-        "",
-    ]
-    names = {"large": "{parameters:,} parameters, states of {state_bytes:,} bytes under {budget_bytes:,}"}
-    bodies: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
-    others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+        by_class(SHARES, only(case="shares")),
+        by_class(PAGED_STEPS, only(case=("large", "idle"))),
+        disks=each(DISK, lambda result: [result]),
+        shared=each(SHARED, only(case="shares", gradients=None)),  # of old results
+        notes=each("\n{said}.", sentences, ""),
+    ),
+    "paged_learn": section(
+        """
+        Held-out loss of SmolLM2-135M over {first[steps]} steps:
+        {runs}
+        {about}
+        """,
+        runs=each(PAIR, pair, "\n"),
+    ),
+}
+
+
+def performance(folder: Path) -> str:
+    """The text of docs/performance.md."""
+    said = f"""\
+Ratios come from runs in which both sides take turns: they carry over to another machine better than times.
+A bar is a goal that this project set itself.
+{births.FOOTNOTE}"""
+    if not any("amx" in results_of(name, folder) for name in SECTIONS):
+        said += "\nThe AMX kernels are tested where there is AMX; no speed on this page is from such a processor."
+    made = (of(name, part)(folder) for name, part in SECTIONS.items())
+    return "\n\n".join([said, *filter(None, made), goals.page(folder)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md: training of real models, and of SmolLM2-135M as it was measured last
+
+SPEED: Columns = {"CPU class": "{cpu}", "speed": "{ours_over[theirs]:times} x"}
+RATES = "{tokens_per_second[ours]:median} / {tokens_per_second[theirs]:median}"
+PEAKS = "{peak_rss_mib[ours]:,} / {peak_rss_mib[theirs]:,}"
+OF_MODELS: Columns = {
+    "GGUF file, against PEFT on its 16-bit form": title,
+    **SPEED,
+    "tokens a second, ours / PEFT": RATES,
+    "peak memory, MiB, ours / PEFT": PEAKS,
+    "held-out loss, ours / PEFT": "{learn[held_out_loss][ours]:end} / {learn[held_out_loss][theirs]:end}",
+    "decoding, ours / 16 bits / llama.cpp": lambda row: " / ".join(
+        number(row["generate"][name][1]) for name in ("ours", "theirs", "llama.cpp") if name in row["generate"]
+    ),
+}
+OF_PEERS: Columns = {
+    "peer of SmolLM2-135M": lambda row: PEERS[row["peer"]],
+    **SPEED,
+    "tokens a second, ours / peer": RATES,
+    "peak memory, MiB, ours / peer": PEAKS,
+}
+
+
+def models(results: Results) -> str:
+    """A row for each model that was trained with checkpointing; nothing before one was."""
+    rows = []
     for cpu, result in results.items():
-        for row in shares[cpu]:
-            moved = (row["bytes_in_a_step"] + row["bytes_out_a_step"]) / 1e6
-            cells = [f"{100 * row['paged_out']:g} %", spread(row["ms"]["ours"]), number(moved)]
-            bodies[cpu].append([*cells, *(faster(row, name) for name in rivals)])
-        for row in (r for r in result["rows"] if r["case"] in ("large", "idle")):
-            what = names.get(row["case"], "{optimizer}, without pressure, {parameters:,} parameters").format(**row)
-            reached = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
-            others[cpu].append([what, spread(row["ms"]["ours"]), reached, bars(row)])
-    head = ["out of memory", "ms", "MB moved a step", *(f"x {NAMES.get(n, n)}" for n in rivals)]
-    lines += side_by_side(head, bodies)
-    return lines + side_by_side(["", "ms", "of the disk's rate, measured at the start", "bar"], others)
+        for row in only(part="train", checkpointing=True)(result):
+            others = {other["part"]: other for other in result["rows"] if other["model"] == row["model"]}
+            speeds = others.get("generate", {}).get("tokens_per_second", {})
+            rows.append({**others, **row, "cpu": cpu, "generate": speeds})
+    return table(OF_MODELS, rows) if rows else ""
 
 
-def paged_learning(results: Results) -> list[str]:
-    """One sentence from each paged_learn-*.json."""
-    lines = []
-    for cpu, result in results.items():
-        plain, coded = result["rows"]
-        losses = [" -> ".join(f"{value:.4f}" for value in row["held_out_loss"]) for row in (plain, coded)]
-        lines += [
-            f"Held-out loss of SmolLM2-135M over {plain['steps']} steps:",
-            f"{losses[0]} with 32-bit states in memory, {losses[1]} with 8-bit states in a page file",
-            f"({bars(coded)}).",
-            about({cpu: result}),
-            "",
-        ]
-    return lines
-
-
-SECTIONS = (
-    ("real", real_page.section),
-    ("train", training),
-    ("train_learn", training),
-    ("generate", decoding),
-    ("linear", products),
-    ("quantize", quantizing),
-    ("optim", optimizers),
-    ("paged", paging),
-    ("paged_learn", paged_learning),
-)
-
-
-def performance(folder: Path) -> list[str]:
-    """The tables of docs/performance.md."""
-    lines = [
-        "Ratios come from runs in which both sides take turns: they carry over to another machine better than times.",
-        "A bar is a goal that this project set itself.",
-        births.FOOTNOTE,
-    ]
-    if not any("amx" in results_of(name, folder) for name, _ in SECTIONS):
-        lines.append("The AMX kernels are tested where there is AMX; no speed on this page is from such a processor.")
-    lines.append("")
-    for name, write in SECTIONS:
-        results = results_of(name, folder)
-        if results:
-            lines += births.marked(name, write(results), results)
-    return lines + goals.page(folder)
-
-
-def little_memory(folder: Path) -> list[str]:
+def little_memory(folder: Path) -> str:
     """Of each shape the run in the least memory."""
     parts = []
     for shape, name in RESIDENCY.items():
@@ -367,89 +351,34 @@ def little_memory(folder: Path) -> list[str]:
             limit, cpu, row = min(limited, key=lambda found: found[:2])
             speed = number(row["tokens_per_second"])
             parts.append(f"{shape} trains under {limit:g} GiB at {speed} tokens a second ({cpu})")
-    about = "In little memory, with random weights in the shapes of Llama 3 ([how](docs/any-file.md)):"
-    return [about, f"{', '.join(parts)}."] if parts else []
+    said = "In little memory, with random weights in the shapes of Llama 3 ([how](docs/any-file.md)):"
+    return f"{said}\n{', '.join(parts)}." if parts else ""
 
 
-def summary(folder: Path) -> list[str]:
-    """README.md's tables of training, of SmolLM2-135M as it was measured last, the runs in little memory, and where all
-    figures and missed goals are."""
+def summary(folder: Path) -> str:
+    """The text of README.md: these tables, the runs in little memory, and where all figures and missed goals are."""
     real, found = results_of("real", folder), results_of("train", folder)
     newest = max((result["birth"]["date"] for result in found.values() if births.is_born(result)), default="")
-    results = {cpu: result for cpu, result in found.items() if not newest or result["birth"]["date"] == newest}
-    body = [
-        [
-            PEERS[row["peer"]],
-            cpu,
-            f"{faster(row, 'theirs')} x",
-            " / ".join(number(row["tokens_per_second"][side][1]) for side in ("ours", "theirs")),
-            " / ".join(f"{row['peak_rss_mib'][side]:,}" for side in ("ours", "theirs")),
-        ]
-        for cpu, result in results.items()
-        for row in result["rows"]
-        if not row["peer"].startswith("ours")
-    ]
-    head = ["peer of SmolLM2-135M", "CPU class", "speed", "tokens a second, ours / peer"]
-    tables = births.marked("real", real_page.headline(real), real)
-    tables += births.marked("train", table([*head, "peak memory, MiB, ours / peer"], body), results)
-    commits = [result["birth"] for each in (real, results) for result in each.values() if births.is_born(result)]
-    born = dict.fromkeys(f"{birth['commit'][:7]} of {birth['date']}" for birth in commits)
+    last = {cpu: result for cpu, result in found.items() if not newest or result["birth"]["date"] == newest}
+    rows = [{**row, "cpu": cpu} for cpu, result in last.items() for row in result["rows"]]
+    steps = table(OF_PEERS, (row for row in rows if not row["peer"].startswith("ours")))
+    tables = f"{births.marked('real', models(real), real)}\n\n{births.marked('train', steps, last)}"
+    footnote = f"\n{births.FOOTNOTE}" if births.MARK in tables else ""
     every_goal = goals.found(folder)
-    missed = sum(not goal.met for goal in every_goal)
-    return [
-        "Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.",
-        "",
-        *tables,
-        f"Commits: {', '.join(born)}.",
-        *([births.FOOTNOTE] if any(births.MARK in line for line in tables) else []),
-        f"[All figures](docs/performance.md); of {len(every_goal)} goals "
-        f"[{missed} are missed](docs/performance.md#missed-goals).",
-        *little_memory(folder),
-    ]
+    return f"""
+Training steps of four rows of 256 tokens, rank 16 on all linear layers; speed is the median of paired steps.
+
+{tables}
+
+Commits: {births.commits(real, last)}.{footnote}
+[All figures](docs/performance.md); of {len(every_goal)} goals \
+[{sum(not goal.met for goal in every_goal)} are missed](docs/performance.md#missed-goals).
+{little_memory(folder)}
+"""
 
 
-def replaced(text: str, lines: Sequence[str], script: str = "bench/readme.py") -> str:
-    """The page with other lines between the markers of a script.
-
-    Raises:
-        ValueError: the markers are not there, once each and in this order.
-    """
-    begin, end = f"<!-- {script} begins -->", f"<!-- {script} ends -->"
-    before, begun, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended or begin in rest or end in after:
-        raise ValueError(f"The page must hold {begin} and {end} once each, in this order.")
-    return before + "\n".join([begin, "", *lines, "", end]).replace("\n\n\n", "\n\n") + after
-
-
-def main() -> None:
-    """Write or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", action="store_true", help="put the figures into the pages")
-    action.add_argument("--check", action="store_true", help="exit 1 if a page has other figures")
-    action.add_argument("--marks", action="store_true", help="list the results whose code has changed since")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--performance", type=Path, default=ROOT / "docs/performance.md")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if arguments.marks:
-        print("\n".join(births.report(arguments.results)))
-        return
-    unborn = births.unborn(arguments.results)
-    if arguments.check and unborn:
-        sys.exit(f"no commit, date and versions in {', '.join(unborn)}: measure again with --json")
-    for page, make in ((arguments.readme, summary), (arguments.performance, performance)):
-        text = page.read_text(encoding="utf-8")
-        wanted = replaced(text, make(arguments.results))
-        if page == arguments.readme:
-            wanted = replaced(wanted, start_page.headline(results_of("start", arguments.results)), START)
-            wanted = wanted.replace("begins -->\n\n", "begins -->\n").replace("\n\n<!-- ", "\n<!-- ")  # 130 lines
-        if arguments.write:
-            page.write_text(wanted, encoding="utf-8")
-        elif births.without_marks(text) != births.without_marks(wanted):
-            sys.exit(f"{page} differs from {arguments.results}: run python bench/readme.py --write")
-
+README = Page(ROOT / "README.md", {"start_page.py": start_page.BLOCK, "readme.py": summary})
+PERFORMANCE = Page(ROOT / "docs/performance.md", {"readme.py": performance})
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, README, PERFORMANCE)

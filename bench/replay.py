@@ -7,20 +7,20 @@ the number of calls, is a sample. On a device without graphs the calls are timed
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
+from common import Seconds, interleaved
 
-Name = TypeVar("Name")
 Call = Callable[[], Any]
 
 
 def l2_bytes(device: torch.device) -> int:
-    """The L2 cache of a CUDA device; 1 MiB for any other."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1 << 20
+    """The L2 cache of a CUDA device; 16 KiB for any other."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1 << 14
 
 
 def copies(num_bytes: int, device: torch.device, most: int = 64) -> int:
@@ -79,13 +79,12 @@ class Replay:
         return float(start.elapsed_time(end)) / 1e3 / len(self.calls)
 
 
-def in_turns(replays: Mapping[Name, Replay], rounds: int) -> dict[Name, list[float]]:
+def in_turns(replays: Mapping[str, Replay], rounds: int) -> Seconds:
     """Samples of each contender in seconds, replayed in turns in a changing order, after one that does not count."""
-    for replay in replays.values():
-        replay.seconds()
-    seconds: dict[Name, list[float]] = {name: [] for name in replays}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name, replay in order.sample(list(replays.items()), len(replays)):
-            seconds[name].append(replay.seconds())
-    return seconds
+    samples: Seconds = {name: [] for name in replays}
+
+    def sample(name: str) -> None:
+        samples[name].append(replays[name].seconds())
+
+    interleaved({name: partial(sample, name) for name in replays}, rounds, warmup=1)
+    return {name: values[1:] for name, values in samples.items()}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import births
-from pages import table
-
-Results = Mapping[str, dict[str, Any]]  # CPU class -> what bench_start found there
+from pages import of
+from table_writer import Columns, Results, Row, every, table
 
 
 def minutes(seconds: float) -> str:
@@ -16,43 +14,45 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def rows(results: Results) -> list[list[str]]:
-    """A row for each command and CPU class."""
-    found = []
+def installing(row: Row) -> str:
+    """The time without nvcc and, where it was measured, with it."""
+    without = minutes(row["install_seconds"])
+    return f"{without} ({minutes(row['compiled']['install_seconds'])})" if row["compiled"] else without
+
+
+COLUMNS: Columns = {
+    "": "{command}",
+    "CPU class": "{cpu}",
+    "download": lambda row: f"{(row['index_mb'] + row['model_mb']) / 1e3:.1f} GB",
+    "with torch's CPU build": lambda row: f"{(row['download_mb'] + row['model_mb']) / 1e3:.2f} GB",
+    "minutes to install (with `nvcc`)": installing,
+    "to run": lambda row: minutes(row["run_seconds"]),
+}
+
+
+def rows(results: Results) -> Iterable[Row]:
+    """A row for each command and CPU class, with that of the same where nvcc compiled."""
     for name in ("demo", "test"):
         for cpu, result in results.items():
             by_nvcc = {row["nvcc"]: row for row in result["rows"] if row["command"] == name}
-            if False not in by_nvcc:
-                continue
-            row, compiled = by_nvcc[False], by_nvcc.get(True)
-            install = minutes(row["install_seconds"])
-            install += f" ({minutes(compiled['install_seconds'])})" if compiled else ""
-            size, small = ((row[key] + row["model_mb"]) / 1e3 for key in ("index_mb", "download_mb"))
-            found.append([name, cpu, f"{size:.1f} GB", f"{small:.2f} GB", install, minutes(row["run_seconds"])])
-    return found
+            if False in by_nvcc:
+                yield {**by_nvcc[False], "cpu": cpu, "compiled": by_nvcc.get(True)}
 
 
-def shown(results: Results) -> list[str]:
-    """What the demo prints, of the first class that has it."""
-    for result in results.values():
-        for row in result["rows"]:
-            if row["command"] == "demo" and not row["nvcc"]:
-                return str(row["printed"]).splitlines()
-    return []
+def headline(results: Results) -> str:
+    """The table under the two commands, and what the demo prints, of the first class that has it."""
+    printed = [row["printed"] for row in every(results) if row["command"] == "demo" and not row["nvcc"]]
+    return f"""
+{table(COLUMNS, rows(results))}
+
+On two cores without a cache, the demo's model counted (commit {births.commits(results)}).
+The task is to write the first line of a docstring of Python's standard library; `--model` takes a larger
+[file](docs/any-file.md#try-it-on-a-real-file):
+
+~~~
+{printed[0] if printed else ""}
+~~~
+"""
 
 
-def headline(results: Results) -> list[str]:
-    """The table under the two commands, and what the demo prints."""
-    head = ["", "CPU class", "download", "with torch's CPU build", "minutes to install (with `nvcc`)", "to run"]
-    born = (result["birth"] for result in results.values())
-    commits = ", ".join(dict.fromkeys(f"{birth['commit'][:7]} of {birth['date']}" for birth in born))
-    return [
-        *births.marked("start", table(head, rows(results)), results),
-        f"On two cores without a cache, the demo's model counted (commit {commits}).",
-        "The task is to write the first line of a docstring of Python's standard library; `--model` takes a larger",
-        "[file](docs/any-file.md#try-it-on-a-real-file):",
-        "",
-        "~~~",
-        *shown(results),
-        "~~~",
-    ]
+BLOCK = of("start", headline)

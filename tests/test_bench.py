@@ -1,4 +1,4 @@
-"""The benches' own arithmetic, and that README.md and docs/performance.md have the committed results' figures."""
+"""The benches' own arithmetic, committed rows, and that the pages have the committed results' figures."""
 
 from __future__ import annotations
 
@@ -7,31 +7,49 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import any_file_page
+import bench_residency
 import bench_start
 import ceilings
 import common
 import goals
+import gpu_page
 import isa_env
+import memory_page
 import pages
+import plots
 import pytest
+import quality_page
 import readme
+import scaling_page
+import shipping_page
 import torch
+from births import without_marks
 from children import Child
 from common import Bar
 from laws import ROOT
 from sentences import Check
+from table_writer import by_class, spread
 
 BENCH = ROOT / "bench"
 RESULTS = [file for cpu in pages.CLASSES for file in sorted((BENCH / "results").glob(f"*-{cpu}.json"))]
+PAGES = [
+    readme.README,
+    readme.PERFORMANCE,
+    *(each.PAGE for each in (any_file_page, gpu_page, memory_page, quality_page, scaling_page, shipping_page)),
+]
 
 
-def test_quartiles_and_ratios() -> None:
-    assert common.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
-    assert common.quartiles([7.0]) == (7.0, 7.0, 7.0)
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def test_ratios() -> None:
+    assert common.ratios([5.0, 1.0, 3.0, 2.0, 4.0], [1.0] * 5) == (2.0, 3.0, 4.0)  # quartiles
     # A machine that doubles its time half-way: the ratio of the medians would be off, the paired one is not.
     assert common.ratios([1.0, 1.0, 2.0, 2.0], [2.0, 2.0, 4.0, 4.0]) == (0.5, 0.5, 0.5)
     # Of unequal counts the rounds that both ran in are paired.
@@ -54,13 +72,15 @@ def test_slow_rivals_are_spared_but_not_those_to_keep() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"ours": 5, "slow": 2, "slow_but_kept": 5}
 
 
-def test_a_bar_is_met_on_its_own_side() -> None:
+def test_timings_are_in_milliseconds_and_bars_are_met_on_their_own_side() -> None:
     faster, slower = [Bar("rival", limit, faster=True) for limit in (2.0, 2.1)], [Bar("rival", 0.5), Bar("rival", 0.49)]
-    bars = [*faster, *slower, Bar("absent", 1.0)]
-    found = common.verdicts({"ours": [1.0, 1.0, 1.0], "rival": [2.0, 2.0, 2.0]}, bars)
-    assert [row["value"] for row in found] == [2.0, 2.0, 0.5, 0.5, None]
-    assert [row["met"] for row in found] == [True, False, True, False, None]
-    assert [row["bar"] for row in found] == [bar.limit for bar in bars]
+    bars = [*faster, *slower, Bar("absent", 1.0), Bar("floor", 2.0)]
+    row = common.timings({"ours": [0.002] * 3, "rival": [0.004] * 3}, bars, floor=0.001)
+    assert row["ms"] == {"ours": [2.0] * 3, "rival": [4.0] * 3} and row["ours_over"] == {"rival": [0.5] * 3}
+    assert (row["floor_ms"], row["of_floor"]) == (1.0, 0.5)
+    found = [(bar["bar"], bar["value"], bar["met"]) for bar in row["bars"]]
+    assert found[:4] == [(2.0, 2.0, True), (2.1, 2.0, False), (0.5, 0.5, True), (0.49, 0.5, False)]
+    assert found[4:] == [(1.0, None, None), (2.0, 2.0, True)]
 
 
 def test_floor_is_the_longer_of_bytes_and_operations() -> None:
@@ -71,61 +91,21 @@ def test_floor_is_the_longer_of_bytes_and_operations() -> None:
     assert ceilings.floor(measured, read=1e9, flops=1e11) == pytest.approx(1.0)
 
 
-def test_timings_are_in_milliseconds_and_reach_a_share_of_the_floor() -> None:
-    row = common.timings({"ours": [0.002] * 3, "rival": [0.004] * 3}, [Bar("rival", 1.0)], floor=0.001)
-    assert row["ms"] == {"ours": [2.0] * 3, "rival": [4.0] * 3}
-    assert row["ours_over"] == {"rival": [0.5] * 3}
-    assert (row["floor_ms"], row["of_floor"], row["bars"][0]["met"]) == (1.0, 0.5, True)
-
-
-def test_the_cache_is_the_largest_that_the_kernel_lists(tmp_path: Path) -> None:
-    for index, size in enumerate(("32K", "1024K", "32768K")):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(size + "\n", encoding="utf-8")
-    assert common.cache_bytes(str(tmp_path)) == 32 << 20
-    assert common.cache_bytes(str(tmp_path / "none")) == 32 << 20
-
-
 def test_prepacked_is_the_plain_product() -> None:
     weight, x = torch.randn(96, 64), torch.randn(5, 64)
     assert common.relative_error(ceilings.prepacked(weight, 5)(x), x.double() @ weight.double().t()) < 1e-6
 
 
-def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    result: dict[str, Any] = {"rows": [{"ms": {"ours": [1.0, 2.0, 3.0]}, "bars": []}], "note": "a, b"}
-    common.write_json(str(tmp_path / "r.json"), result)
-    text = (tmp_path / "r.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"birth": common.birth(), **result}
-    assert '"ours": [1.0, 2.0, 3.0]' in text
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine, processes
 
 
-def test_a_result_without_a_name_is_called_by_its_cpu_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    result = {"bench": "train", "machine": {"cpu_isa": "avx2"}, "birth": {"commit": "kept"}}
-    common.write_json("", result)
-    common.write_json("", result, "train_learn")
-    common.write_json(None, result)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train-avx2.json", "train_learn-avx2.json"]
-    assert pages.results_of("train", tmp_path) == {"avx2": result}
-
-
-def test_classes_stand_side_by_side() -> None:
-    bodies = {"avx512": [["a", "1"], ["b", "2"]], "avx2": [["b", "3"], ["c", "4"]]}
-    alone = pages.side_by_side(["", "ms"], {"avx2": bodies["avx2"]})
-    assert alone == ["|  | CPU | ms |", "|---|---|---|", "| b | avx2 | 3 |", "| c | avx2 | 4 |", ""]
-    assert pages.side_by_side(["", "ms"], bodies) == [
-        "|  | CPU | ms |",
-        "|---|---|---|",
-        "| a | avx512 | 1 |",
-        "| b | avx512 | 2 |",
-        "| b | avx2 | 3 |",
-        "| c | avx2 | 4 |",
-        "",
-    ]
+def test_the_cache_is_the_largest_that_the_kernel_lists(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "65536K", "1024K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n", encoding="utf-8")
+    assert common.cache_bytes(str(tmp_path)) == 64 << 20
+    assert common.cache_bytes(str(tmp_path / "none")) == 32 << 20
 
 
 @pytest.mark.skipif("avx2" not in isa_env.SETTINGS, reason="an x86-64 CPU's instructions")
@@ -153,6 +133,26 @@ def test_the_start_bench_finds_both_commands_of_the_readme() -> None:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def test_a_written_result_reads_back_from_the_file_of_its_cpu_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    rows: list[dict[str, Any]] = [{"ms": {"ours": [1.0, 2.0, 3.0]}, "bars": []}]
+    result = {"bench": "train", "machine": {"cpu_isa": "avx2"}, "rows": rows, "note": "a, b"}
+    common.write_json("", result)
+    common.write_json("", {**result, "birth": {"commit": "kept"}}, "train_learn")
+    common.write_json(None, result)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train-avx2.json", "train_learn-avx2.json"]
+    assert pages.results_of("train", tmp_path) == {"avx2": {"birth": common.birth(), **result}}
+    assert pages.results_of("train_learn", tmp_path)["avx2"]["birth"] == {"commit": "kept"}
+    assert '"ours": [1.0, 2.0, 3.0]' in (tmp_path / "train-avx2.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_row_matched_the_reference(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -162,48 +162,11 @@ def test_every_committed_row_matched_the_reference(file: Path) -> None:
     for row in () if file.stem.startswith("start-") else result["rows"]:  # the former computes nothing of its own
         # Of a run that had no other to be compared with, nothing is said.
         assert row["match"] is True or (row["match"] is None and row["same_adapter"] is None), row
-        assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])
-
-
-def test_the_pages_have_the_figures_of_the_results() -> None:
-    names, classes = zip(*(file.stem.rsplit("-", 1) for file in RESULTS), strict=True)
-    assert {"linear", "quantize", "optim", "train"} <= set(names) and set(classes) <= set(pages.CLASSES)
-    run = subprocess.run([sys.executable, BENCH / "readme.py", "--check"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.parametrize("option", ["--readme", "--performance"])
-def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    scripts = ("bench/start_page.py", "bench/readme.py") if option == "--readme" else ("bench/readme.py",)
-    blocks = (f"<!-- {script} begins -->\n1,000 times as fast\n<!-- {script} ends -->\n" for script in scripts)
-    page.write_text(f"before\n{''.join(blocks)}after\n", encoding="utf-8")
-    command = [sys.executable, str(BENCH / "readme.py"), option, str(page)]
-    assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 1
-    subprocess.run([*command, "--write"], check=True)
-    assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 0
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
-    with pytest.raises(ValueError, match="once each"):
-        readme.replaced("no markers", ["new"])
-
-
-@pytest.mark.parametrize(
-    ("picture", "result", "script"),
-    [
-        ("train", "train", "plot_train.py docs/train.png"),
-        ("quality", "quality-amx", "quality_page.py --write"),
-        ("memory", "estimate-amx", "plot_estimate.py bench/results/estimate-amx.json docs/memory.png"),
-        ("linear", "linear-avx512_bf16", "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png"),
-        ("paged", "paged-avx512_bf16", "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png"),
-        ("shipping", "shipping-avx512_bf16", "shipping_page.py --write"),
-    ],
-)
-def test_a_picture_is_of_the_committed_results(picture: str, result: str, script: str) -> None:
-    name, _, cpu = result.partition("-")
-    results: Any = pages.results_of(name)
-    digest = pages.source(results[cpu] if cpu else results)["Source"]
-    assert digest and digest.encode() in (ROOT / "docs" / f"{picture}.png").read_bytes(), f"run: python bench/{script}"
+        assert all(bar["met"] in (True, False, None) for bar in row["bars"])
+    if file.stem.startswith("residency"):
+        before = json.dumps(result)
+        bench_residency.judge(result)
+        assert json.dumps(result) == before, "ratios and bars follow from the measurements"
 
 
 def test_a_missed_bar_is_listed_as_missed(sentence: Check) -> None:
@@ -215,3 +178,51 @@ def test_a_missed_bar_is_listed_as_missed(sentence: Check) -> None:
     bars = [{"met": True}, {"met": False}, {"met": None}]
     assert goals.met_bars({"bars": bars}) == [True, False]
     assert goals.met_bars({"bars": bars, "either_bar": True}) == [True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def test_classes_stand_side_by_side_and_empty_columns_are_left_out() -> None:
+    rows = {"avx512": [{"case": "a", "ms": [1, 2, 3]}, {"case": "b"}], "avx2": [{"case": "b", "ms": [1e3, 2e3, 4e3]}]}
+    columns = {"": "{case}", "CPU": "{cpu}", "ms": "{ms:spread}", "none has it": "{gone}"}
+    assert by_class(columns)({cpu: {"rows": found} for cpu, found in rows.items()}).splitlines() == [
+        "|  | CPU | ms |",
+        "|---|---|---|",
+        "| a | avx512 | 2 (1-3) |",
+        "| b | avx512 |  |",
+        f"| b | avx2 | {spread([1e3, 2e3, 4e3])} |",
+    ]
+    assert spread([1e3, 2e3, 4e3]) == "2,000 (1,000-4,000)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path.stem)
+def test_a_page_is_what_its_script_writes_over_other_figures(page: pages.Page) -> None:
+    text = without_marks(page.path.read_text(encoding="utf-8"))
+    other = reduce(lambda old, script: pages.between(old, script, "1,000 times as fast"), page.blocks, text)
+    assert without_marks(page.make(other)) == text, f"run the script of {page.path} with --write"
+
+
+def test_the_check_sees_another_figure_and_no_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    block = "<!-- bench/readme.py begins -->\n1,000 times as fast\n<!-- bench/readme.py ends -->\n"
+    page.write_text(f"before\n{block}after\n", encoding="utf-8")
+
+    def status(action: str) -> int:
+        command = [sys.executable, str(BENCH / "readme.py"), "--performance", str(page), action]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert [status(action) for action in ("--check", "--write", "--check")] == [1, 0, 0]
+    text = without_marks(page.read_text(encoding="utf-8"))
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
+    page.write_text(text.replace("| avx2 |", "| avx2 † |"), encoding="utf-8")
+    assert status("--check") == 0
+    with pytest.raises(ValueError, match="once each"):
+        pages.between("no markers", "readme.py", "new")
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_picture_is_of_the_committed_results(name: str) -> None:
+    digest = plots.source(plots.results_for(name))
+    assert digest.encode() in (ROOT / "docs" / f"{name}.png").read_bytes(), f"run: python bench/plots.py {name}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -46,10 +47,10 @@ def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len({row.index("(") for row in rows}) == 1  # a table
 
 
-def test_the_rival_has_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    for dtype in ("float32", "bfloat16"):
-        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype]) == 0
-        assert f"dequantize_4bit, against a copy in {dtype}" in capsys.readouterr().out
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rival_has_the_dtype(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype]) == 0
+    assert f"dequantize_4bit, against a copy in {dtype}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -79,20 +80,13 @@ def test_doctor_names_the_kernel_of_each_shape(
     assert all("rows of the weight" in row["kernel"] for row in kernels)
 
     # On a CUDA device: what the plan says, asked with the card's facts.
-    asked = []
-
-    def plan(question: tuple[int, ...]) -> tuple[int, ...]:
-        asked.append(question)
-        return (2, 64, 128, 1, 3, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0)
-
-    properties = SimpleNamespace(
-        name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, is_integrated=False
-    )
+    plan = MagicMock(side_effect=lambda asked: (2, 64, 128, 1, 3, 0, 0) if asked[0] > 16 else (0, 4, 16, 1, 0, 0, 0))
+    card = {"name": "A GPU", "major": 9, "minor": 0, "total_memory": 80 << 30, "multi_processor_count": 132}
+    properties = SimpleNamespace(**card, is_integrated=False)
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    module = ModuleType("_cuda")
-    module.has_concurrent_managed_access, module.plan_matmul = lambda number: True, plan  # type: ignore[attr-defined]
+    module = SimpleNamespace(has_concurrent_managed_access=lambda number: True, plan_matmul=plan)
     monkeypatch.setattr(_library, "module_for", lambda device: module)
     _cuda_kernels.facts.cache_clear()
     _cuda_products.plan_of.cache_clear()
@@ -108,4 +102,5 @@ def test_doctor_names_the_kernel_of_each_shape(
         "2 layers, 16 tokens: gemv 4x16",
         "2 layers, 512 tokens: tile 64x128",
     ]
-    assert asked[0][:3] == (1, 32, 64) and asked[0][-3:] == (90, 132, 0)
+    (asked,) = plan.call_args_list[0].args
+    assert asked[:3] == (1, 32, 64) and asked[-3:] == (90, 132, 0)

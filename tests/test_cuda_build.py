@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,7 +105,7 @@ def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.M
         assert _cuda_kernels._loaded.__wrapped__() is None
 
 
-def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> ModuleType:
+def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> SimpleNamespace:
     """Devices of these compute capabilities, kernels for ``images`` alone. Returns the module that they share."""
     current = [0]
 
@@ -118,8 +118,7 @@ def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], imag
     def image_error() -> str:
         return "" if capabilities[current[0]] in images else "cudaErrorNoKernelImageForDevice"
 
-    module = ModuleType("_cuda")
-    monkeypatch.setattr(module, "image_error", image_error, raising=False)
+    module = SimpleNamespace(image_error=image_error)
     monkeypatch.setattr(errors, "_warned", set())
     monkeypatch.setattr(_cuda_kernels, "_loaded", lambda: module)
     monkeypatch.setattr(_cuda_kernels, "launching", launching)
@@ -168,10 +167,15 @@ def test_the_device_gives_the_bits_of_the_cpu(cuda: Any, double_quant: bool, dty
             assert same_bytes(out.cpu(), truth), (block_size, numel)
 
 
-def compile_against(version: int, source: str) -> subprocess.CompletedProcess[str]:
+def compiled(*options: str, source: str) -> subprocess.CompletedProcess[str]:
+    """By the C++ compiler, with the declarations of CUDA's runtime that stand in tests/cuda_12."""
     folders = (f"-I{ROOT / folder}" for folder in ("cpp", ".", "tests/cuda_12"))
-    command = [str(COMPILER), "-std=c++20", "-fsyntax-only", *WARNINGS, *folders, f"-DCUDART_VERSION={version}"]
-    return subprocess.run([*command, "-x", "c++", "-"], input=source, capture_output=True, text=True)
+    command = [str(COMPILER), "-std=c++20", *folders, *options, "-x", "c++", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True)
+
+
+def check(version: int, source: str) -> subprocess.CompletedProcess[str]:
+    return compiled("-fsyntax-only", *WARNINGS, f"-DCUDART_VERSION={version}", source=source)
 
 
 @compiles
@@ -179,8 +183,15 @@ def compile_against(version: int, source: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("file", ["managed_store.cc", "pinned_store.cc", "page_store.cc"])
 def test_the_page_stores_compile_with_both_signatures(file: str, version: int) -> None:
     """Those of CUDA 12 and of CUDA 13, without a toolkit."""
-    done = compile_against(version, f'#include "cuda/{file}"\n')
+    done = check(version, f'#include "cuda/{file}"\n')
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@compiles
+@pytest.mark.parametrize("version", [12080, 13000])
+def test_the_declarations_differ_by_version(version: int) -> None:
+    call = "return cudaMemPrefetchAsync(nullptr, 1, 0, nullptr);" if version == 13000 else "return cudaMemLocation{};"
+    assert check(version, f"#include <cuda_runtime_api.h>\nauto f() {{ {call} }}\n").returncode != 0
 
 
 # A runtime in which setting a device makes a context there, as since CUDA 12; a store of device 1 lives and dies in a
@@ -235,19 +246,7 @@ int main() {
 
 @compiles
 def test_a_store_makes_no_context_on_another_device(tmp_path: Path) -> None:
-    source, program = tmp_path / "contexts.cc", tmp_path / "contexts"
-    source.write_text(CONTEXTS)
-    folders = (f"-I{ROOT / folder}" for folder in ("cpp", ".", "tests/cuda_12"))
-    files = str(source), str(ROOT / "cuda/page_store.cc")
-    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", *folders, *files, "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    program = str(tmp_path / "contexts")
+    done = compiled("-O1", "-pthread", str(ROOT / "cuda/page_store.cc"), "-o", program, source=CONTEXTS)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert subprocess.run([str(program)]).returncode == 0
-
-
-@compiles
-@pytest.mark.parametrize("version", [12080, 13000])
-def test_the_declarations_differ_by_version(version: int) -> None:
-    call = "return cudaMemPrefetchAsync(nullptr, 1, 0, nullptr);" if version == 13000 else "return cudaMemLocation{};"
-    done = compile_against(version, f"#include <cuda_runtime_api.h>\nauto f() {{ {call} }}\n")
-    assert done.returncode != 0
+    assert subprocess.run([program]).returncode == 0

@@ -133,7 +133,7 @@ LAWS = list(dict.fromkeys(law for law, _ in BREACHES))
 
 
 def law_name(value: object) -> str:
-    return getattr(value, "__name__", "")
+    return next((name for name, law in vars(laws).items() if law is value), "")
 
 
 @pytest.mark.parametrize("law", LAWS, ids=law_name)

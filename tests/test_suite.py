@@ -76,7 +76,7 @@ def test_a_program_that_is_here_is_no_reason() -> None:
 def test_a_skip_for_no_listed_reason_fails_the_run(body: str, words: list[str], code: int, tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(f"import pytest\ndef test_one():\n    {body}\ndef test_two():\n    pass\n")
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.append({str(TESTS)!r})\npytest_plugins = ['skips']\n")
-    for more in ([], ["-n", "2"]):
+    for more in ([], ["-n", "2"])[: 1 + ("pytest.skip" in body)]:  # reports of other processes count as well
         command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path), *words, *more]
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)

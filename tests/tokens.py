@@ -1,4 +1,4 @@
-"""How much code the Python package is: `python tests/tokens.py` prints it by unit.
+"""How much code the Python package is.
 
 Counted are the tokens of `tokenize`, without comments and docstrings, and the lines that hold them: what a reader has
 to parse, however it is wrapped. A string is one token, an f-string too (Python 3.12 made it several).
@@ -10,7 +10,6 @@ import ast
 import io
 import tokenize
 from collections.abc import Iterable
-from pathlib import Path
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 OPENS, CLOSES = (
@@ -44,18 +43,3 @@ def sizes(files: Iterable[tuple[str, str]]) -> dict[str, tuple[int, int]]:
         before = found.get(unit, (0, 0))
         found[unit] = before[0] + tokens, before[1] + lines
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
-
-
-def main() -> None:
-    """Print the table."""
-    import laws
-
-    package = laws.ROOT / laws.PACKAGE
-    paths = ((path, f"{laws.PACKAGE}{path.relative_to(package)}") for path in sorted(package.rglob("*.py")))
-    found = sizes((laws.unit_of(name), Path(path).read_text(encoding="utf-8")) for path, name in paths)
-    for unit, (tokens, lines) in [*found.items(), ("sum", tuple(map(sum, zip(*found.values(), strict=True))))]:
-        print(f"{unit:20} {tokens:8,} tokens {lines:7,} lines {tokens / max(lines, 1):6.2f}")
-
-
-if __name__ == "__main__":
-    main()

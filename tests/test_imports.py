@@ -1,12 +1,21 @@
-"""Modules and names of release 0.1 are found under their old paths, with a warning that has the new one."""
+"""Imports: old paths of release 0.1 give what moved, with a warning; ours follows what other packages import."""
 
 from __future__ import annotations
 
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+
+def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, where nothing is imported yet."""
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
 
 # Old module, name, new module.
 MOVED = [
@@ -46,11 +55,42 @@ def test_a_name_is_found_where_it_was(old: str, name: str, new: str) -> None:
 
 
 def test_the_usual_statements_work_and_name_their_line() -> None:
-    """In a process of its own, where nothing of the old package is imported yet."""
     code = "import qlora_native.hf.load\nfrom qlora_native.hf.source import open_source\n"
     code += "from qlora_native.hf import fuse\n"
     code += "print(qlora_native.hf.load.load_model is qlora_native.load_model, fuse.fuse is qlora_native.fuse)"
-    done = subprocess.run([sys.executable, "-Wdefault", "-c", code], capture_output=True, text=True, check=True)
+    done = run(code, "-Wdefault")
     assert done.stdout == "True True\n"
     lines = [line.partition(": DeprecationWarning")[0] for line in done.stderr.splitlines() if "is now" in line]
     assert lines == ["<string>:2", "<string>:4", "<string>:4"]
+
+
+HOOK = """
+import sys
+sys.path.insert(0, {folder!r})
+import qlora_native._import_hooks as late
+late.REGISTRIES = {{"outer.registry": "follower", "outer.other": "broken"}}
+late.watch()
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import outer.registry, outer.other
+loader = outer.registry.__loader__
+print(outer.registry.followed, outer.other.value, type(loader).__name__, outer.registry.__spec__.loader is loader)
+print(*[str(one.message) for one in caught if "qlora" in str(one.message)])
+"""
+
+
+def test_ours_follows_and_a_failure_of_ours_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "registry.py").write_text("followed = False\n")
+    (tmp_path / "outer" / "other.py").write_text("value = 7\n")
+    (tmp_path / "follower.py").write_text("from outer import registry\nregistry.followed = True\n")
+    (tmp_path / "broken.py").write_text("from outer.other import gone\n")
+    first, second = run(HOOK.format(folder=str(tmp_path))).stdout.splitlines()
+    assert first == "True 7 SourceFileLoader True"
+    assert second.startswith("qlora_native does not fit") and "outer (cannot import name 'gone'" in second
+
+
+def test_dir_has_what_is_imported_when_it_is_first_used() -> None:
+    code = "import qlora_native as qn; print({*qn.__all__} - {*dir(qn)}, 'load_model' in vars(qn))"
+    assert run(code).stdout == "set() False\n"
