@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import tiny
 from helpers import demo_model_or_skip
+from tiny import write_jsonl
+from tiny_models import edit_config
 from transformers import AutoTokenizer
 
 from qlora_native.data.check import iter_findings
@@ -53,7 +55,10 @@ def begins_twice(tokenizer: Any) -> None:
 
 
 NO_TURN = tiny.CHAT_TEMPLATE.partition("{% if add_generation_prompt")[0]
-MISTAKES: list[tuple[str, str, Rows, Prepare | None, dict[str, Any]]] = [
+PAIRS = [{"prompt": f"what is {color}? ", "completion": thing} for color, thing in tiny.FACTS]
+NO_MISTAKE = "none"
+# The name, where people reported it, rows, changes to the tokenizer, limits.
+CASES: list[tuple[str, str, Rows, Prepare | None, dict[str, Any]]] = [
     ("no-end-token", "huggingface/trl#1623", FACTS, without_end, {}),
     ("masked-labels", "unslothai/unsloth#2900", [*FACTS, *ASKED], None, {}),
     ("truncated-answers", "huggingface/trl#6025", FACTS, None, {"max_length": 12}),
@@ -63,11 +68,9 @@ MISTAKES: list[tuple[str, str, Rows, Prepare | None, dict[str, Any]]] = [
     ("beyond-positions", "huggingface/transformers#14384", FACTS, None, {"positions": 15}),
     ("beyond-embedding", "huggingface/transformers#11102", FACTS, None, {"embeddings": 200}),
     ("trained-held-out", "OpenRLHF/OpenRLHF#1089", [*FACTS, *FACTS], None, {}),
-]
-CORRECT: list[tuple[str, Rows]] = [
-    ("chat", FACTS),
-    ("texts", TEXTS),
-    ("prompt-completion", [{"prompt": f"what is {color}? ", "completion": thing} for color, thing in tiny.FACTS]),
+    (NO_MISTAKE, "chat", FACTS, None, {}),
+    (NO_MISTAKE, "texts", TEXTS, None, {}),
+    (NO_MISTAKE, "prompt-completion", PAIRS, None, {}),
 ]
 
 
@@ -76,28 +79,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("check") / "model")
 
 
-def found(model: Path, folder: Path, rows: Rows, prepare: Prepare | None = None, **options: Any) -> list[str]:
-    """The names of the mistakes in rows of which the last quarter is held out."""
+@pytest.mark.parametrize(("name", "report", "rows", "prepare", "limits"), CASES, ids=[case[1] for case in CASES])
+def test_a_mistake_is_found_by_its_name_and_no_other(
+    name: str, report: str, rows: Rows, prepare: Prepare | None, limits: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Of rows of which the last quarter is held out."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     if prepare is not None:
         prepare(tokenizer)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    loaded = load_dataset(folder / "rows.jsonl", tokenizer, max_length=options.pop("max_length", 256))
+    limits = {"positions": 256, "embeddings": 300, **limits}
+    loaded = load_dataset(
+        write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, max_length=limits.pop("max_length", 256)
+    )
     train, held_out = loaded.split(round(0.25 * len(loaded)))
-    limits = {"positions": 256, "embeddings": 300, **options}
-    return [finding.name for finding in iter_findings(train, held_out, tokenizer, **limits)]
-
-
-@pytest.mark.parametrize(("name", "report", "rows", "prepare", "options"), MISTAKES, ids=[case[0] for case in MISTAKES])
-def test_a_mistake_is_found_by_its_name(
-    name: str, report: str, rows: Rows, prepare: Prepare | None, options: dict[str, Any], model: Path, tmp_path: Path
-) -> None:
-    assert found(model, tmp_path, rows, prepare, **options) == [name], report
-
-
-@pytest.mark.parametrize(("name", "rows"), CORRECT, ids=[case[0] for case in CORRECT])
-def test_a_correct_set_has_none(name: str, rows: Rows, model: Path, tmp_path: Path) -> None:
-    assert found(model, tmp_path, rows) == []
+    found = [finding.name for finding in iter_findings(train, held_out, tokenizer, **limits)]
+    assert found == ([] if name == NO_MISTAKE else [name]), report
 
 
 def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
@@ -116,9 +112,7 @@ def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
 def test_the_command_and_the_run_name_them(
     model: Path, tmp_path: Path, mistake: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, rows in (("copied", COPIED), ("facts", FACTS)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    copied, facts = tmp_path / "copied.jsonl", tmp_path / "facts.jsonl"
+    copied, facts = (write_jsonl(tmp_path / "copied.jsonl", COPIED), write_jsonl(tmp_path / "facts.jsonl", FACTS))
     assert "copied.jsonl: answer-in-prompt: " in mistake("data", "check", copied, "--model", model)
     assert "name its folder with --model DIR" in mistake("data", "check", facts)
     assert main(["data", "check", str(copied), "--model", str(model), "--json"]) == 2
@@ -128,47 +122,34 @@ def test_the_command_and_the_run_name_them(
     (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: {copied}}}\noutput_dir: {tmp_path / 'run'}\n")
     assert main(["train", str(tmp_path / "run.yaml"), "--steps", "1"]) == 0
     assert "data check: answer-in-prompt: " in capsys.readouterr().out
-    config = json.loads((model / "config.json").read_text())
-    short = tmp_path / "short"
-    short.mkdir()
-    for path in model.iterdir():
-        (short / path.name).symlink_to(path)
-    (short / "config.json").unlink()
-    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    short = Path(shutil.copytree(model, tmp_path / "short"))
+    edit_config(short, max_position_embeddings=16)
     words = ["--model", short, "--output_dir", tmp_path / "short-run", "--steps", "1"]
     assert "set data.max_length to 16" in mistake("train", tmp_path / "run.yaml", *words)
 
 
 NEW = [chat(f"what <|new|> {color}?", thing) for color, thing in tiny.FACTS]
-TOKENS: list[tuple[str, list[Any], Rows, Rows, list[str]]] = [  # trainable_tokens, rows, held-out rows, findings
-    ("trained", ["<|new|>"], NEW[:8], NEW[8:], []),
-    ("lacking", [], NEW[:8], FACTS[8:], ["beyond-embedding"]),
-    ("lacking-held-out", [], FACTS[:8], NEW[8:], ["beyond-embedding"]),
-    ("others-trained", ["<|user|>", 4], NEW[:8], FACTS[8:], ["beyond-embedding"]),
-]
+TOKENS: dict[str, tuple[list[Any], Rows, Rows, list[str]]] = {  # trainable_tokens, rows, held-out rows, findings
+    "trained": (["<|new|>"], NEW[:8], NEW[8:], []),
+    "lacking": ([], NEW[:8], FACTS[8:], ["beyond-embedding"]),
+    "lacking-held-out": ([], FACTS[:8], NEW[8:], ["beyond-embedding"]),
+    "others-trained": (["<|user|>", 4], NEW[:8], FACTS[8:], ["beyond-embedding"]),
+}
 
 
-@pytest.mark.parametrize(("name", "trained", "rows", "held_out", "expected"), TOKENS, ids=[case[0] for case in TOKENS])
+@pytest.mark.parametrize("case", TOKENS)
 def test_the_command_looks_for_tokens_beyond_the_embedding(
-    name: str,
-    trained: list[Any],
-    rows: Rows,
-    held_out: Rows,
-    expected: list[str],
-    model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a tokenizer with a token more than the model of 300, unless it is the run that adds it."""
+    trained, rows, held_out, expected = TOKENS[case]
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     if expected:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         tokenizer.add_tokens(["<|new|>"], special_tokens=True)
         tokenizer.save_pretrained(folder)
-    files = {"train": rows, "eval": held_out}
-    for key, part in files.items():
-        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    data = {key: str(tmp_path / f"{key}.jsonl") for key in files}
+    parts = {"train": rows, "eval": held_out}
+    data = {key: str(write_jsonl(tmp_path / f"{key}.jsonl", part)) for key, part in parts.items()}
     values = {"model": str(folder), "data": data, "lora": {"trainable_tokens": trained}}
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     assert main(["data", "check", str(tmp_path / "run.yaml"), "--json"]) == (2 if expected else 0)
