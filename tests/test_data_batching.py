@@ -50,9 +50,6 @@ def test_permutations_differ_by_key_and_hold_every_position() -> None:
     orders = [tuple(permutation(40, *key)) for key in ((0,), (1,), (-1,), (2**63,), (0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == len(orders)
     assert all(sorted(order) == list(range(40)) for order in orders)
-    first = np.array([permutation(10, seed)[0] for seed in range(2000)])
-    counts = np.bincount(first, minlength=10)
-    assert 140 < np.min(counts) <= np.max(counts) < 260, "each position comes first about 200 times"
     assert permutation(0, 1).tolist() == []
 
 
