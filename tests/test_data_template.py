@@ -253,8 +253,8 @@ CASES: dict[str, Case] = {
     "a prompt after <s>": plain("<s>q: [[yes</s>]]", prompt="q: ", completion="yes", adds_bos=True),
     "an empty prompt after <s>": plain("<s>[[yes</s>]]", prompt="", completion="yes", adds_bos=True),
 }
-OVER = {"merges": [("Ġ", "y"), ("Ċ", "Ċ")]}
-TRIMMED = {"trims_offsets": True, "merges": [("Ġ", "y")]}
+OVER: dict[str, Any] = {"merges": [("Ġ", "y"), ("Ċ", "Ċ")]}
+TRIMMED: dict[str, Any] = {"trims_offsets": True, "merges": [("Ġ", "y")]}
 FAST: dict[str, Case] = {  # with offsets alone
     "a block as wide as it is": case(
         BLOCK.replace("ENDS", "'<|im_end|>\n'").replace("AFTER", ""),
