@@ -349,9 +349,6 @@ def test_it_goes_on_where_the_other_ended(
     assert settings[0] == settings[1]
     written = yaml.safe_load((after.adapter_dir / "config.yaml").read_text())["lora"]
     assert (written["r"], written["alpha"]) == (settings[0]["r"], settings[0]["lora_alpha"])
-    tensors = [load_file(each.adapter_dir / TENSORS) for each in (before, after)]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert any(not torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     again = TrainConfig.from_file(after.adapter_dir / "config.yaml")  # which has every key
     assert again.lora.adapter == str(before.adapter_dir)
     if kind == "plain":  # of another library: the same function

@@ -294,8 +294,6 @@ def test_from_one_end_to_the_other(
     every = dict(model.named_parameters())
     assert set(report.dense) == set(every) - set(ours)
     assert report.bytes_4bit == sum(weight.nbytes for weight in ours.values())
-    assert f"{100 * report.share_4bit:.1f} %" in str(report)
-    assert next(iter(report.dense)) in str(report)
 
     theirs.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(theirs))
