@@ -15,13 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lora_model import fill
-from tiny_models import dense_twin, distance, logits, make, save
-from torch import nn
+from tiny_models import dense_twin, distance, fill, logits, make, save
 
 import qlora_native as qn
 from qlora_native.lora import LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
-from qlora_native.lora.tokens import token_rows
 from qlora_native.models.load import load_model
 
 peft = pytest.importorskip("peft")
@@ -30,23 +27,12 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = {"q_proj": 4, r"layers\.1\..*up_proj": 2}
 
 
-def peft_model(base: nn.Module, **options: Any) -> Any:
-    """The base wrapped by peft, with values in every lora_B."""
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(8)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return model.eval()
-
-
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {}),
     ("GPT2", {}),
     ("Qwen2", {}),
-    ("Llama", {"rslora": True, "alpha": 5}),
     ("Llama", {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]}),  # short names would select too much
-    ("Llama", {"rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}}),
+    ("Llama", {"rslora": True, "alpha": 5, "rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}}),
     ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("Llama", {"target_modules": ["q_proj"], "trainable_tokens": [3, 9, 5]}),
     ("Llama", {"trainable_tokens": {"lm_head": [4], "embed_tokens": [3]}}),
@@ -63,12 +49,7 @@ def test_ours_loads_in_peft(tmp_path: Path, kind: str, options: dict[str, Any]) 
     model = load_model(folder, dtype=torch.float32)
     twin = dense_twin(folder, model)[0]
     plain = logits(model)
-    add_lora(model, LoraConfig(**{"r": 8, "seed": 0, **options}))
-    fill(model)
-    if "modules_to_save" in options:
-        model.lm_head.weight.data.normal_(0, 0.1)
-    for part in token_rows(model).values():
-        part.trainable_tokens_delta.data.normal_(0, 0.1)
+    fill(add_lora(model, LoraConfig(**{"r": 8, "seed": 0, **options})))
     save_adapter(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()
     assert distance(logits(theirs), logits(model)) < 1e-5
@@ -88,10 +69,10 @@ def test_ours_loads_in_peft(tmp_path: Path, kind: str, options: dict[str, Any]) 
 
 THEIRS: list[dict[str, Any]] = [
     {"target_modules": "all-linear"},
-    {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 5},
     {"target_modules": r".*\.1\.(self_attn|mlp)\.(q|up)_proj"},  # a string is a regular expression
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     {"target_modules": "all-linear", "rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}},
+    {"target_modules": "all-linear", "rank_pattern": RANKS, "use_rslora": True, "lora_alpha": 5},
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]},  # of the input embedding alone
     {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7], "embed_tokens": [3, 4]}},
@@ -104,13 +85,8 @@ THEIRS: list[dict[str, Any]] = [
 def test_theirs_loads_here(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = save(tmp_path / "base")
     model = load_model(folder, dtype=torch.float32)
-    theirs = peft_model(dense_twin(folder, model)[0], r=8, **options)
-    if "modules_to_save" in options:
-        for parameter in theirs.base_model.model.lm_head.modules_to_save.parameters():
-            parameter.data.normal_(0, 0.1)
-    for name, parameter in theirs.named_parameters():
-        if "trainable_tokens" in name:
-            parameter.data.normal_(0, 0.1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, **options)
+    theirs = fill(peft.get_peft_model(dense_twin(folder, model)[0], config)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     assert load_adapter(model, tmp_path / "adapter") is model
     assert distance(logits(model), logits(theirs)) < 1e-5
@@ -128,20 +104,21 @@ def test_the_files_are_as_peft_writes_them(tmp_path: Path) -> None:
     model = load_model(folder)  # bf16: the adapter is fp32 all the same
     add_lora(model, LoraConfig(r=4, alpha=16, dropout=0.05))
     save_adapter(model, tmp_path / "ours")
-    peft_model(make(), r=4, target_modules="all-linear").save_pretrained(tmp_path / "theirs")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / name / TENSORS) for name in ("ours", "theirs"))
     forms = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (ours, theirs)]
     assert forms[0] == forms[1]
     with safe_open(tmp_path / "ours" / TENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    written = json.loads((tmp_path / "ours" / CONFIG).read_text())
     known = json.loads((tmp_path / "theirs" / CONFIG).read_text())
-    assert set(config) <= set(known), "peft warns about keys that it does not know"
-    assert config["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert set(written) <= set(known), "peft warns about keys that it does not know"
+    assert written["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
     for key in ("peft_type", "task_type", "bias", "use_dora", "fan_in_fan_out", "init_lora_weights"):
-        assert config[key] == known[key], key
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 16, 0.05)
-    assert config["base_model_name_or_path"] == str(folder)
+        assert written[key] == known[key], key
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 16, 0.05)
+    assert written["base_model_name_or_path"] == str(folder)
 
 
 def test_loading_into_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
-"""Calibrated quantization of one weight: the error of each method, bad statistics, bitsandbytes as the reader."""
+"""Calibrated quantization of one weight: the error of each method, bad statistics, bitsandbytes as the reader; and the
+tokens of calibration data, the same ones every time."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from helpers import same_bytes, same_weight
+from helpers import same_bytes, same_bytes_under_threads, same_weight
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native import reference
+from qlora_native.calibration.data import CalibrationData, as_calibration, take_tokens
 from qlora_native.calibration.quantize import METHODS, CalibratedWeight, quantize_calibrated
 
 N, K = 48, 192
@@ -88,14 +94,8 @@ def test_rows_that_are_no_multiple_of_the_block(inputs: torch.Tensor, method: st
 
 
 def test_threads_do_not_change_the_bytes(inputs: torch.Tensor) -> None:
-    t, hessian, before = weight(), inputs.t() @ inputs, torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 4):
-        torch.set_num_threads(threads)
-        results.append(quantize_calibrated(t, "gptq", hessian=hessian).weight)
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-    assert same_weight(results[0], results[1]) and same_weight(results[0], results[2])
+    t = weight()
+    same_bytes_under_threads(lambda: list(qn.to_bnb(calibrated(inputs, t, "gptq").weight).values()), (1, 2, 4))
 
 
 def test_dead_channels_and_a_hessian_of_low_rank(inputs: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ def test_bad_arguments(inputs: torch.Tensor) -> None:
     nan, lopsided, negative, infinite = hessian.clone(), hessian.clone(), moment.clone(), t.clone()
     nan[3, 4], negative[7], infinite[2, 5] = float("nan"), -1.0, float("inf")
     lopsided[0, 1] += hessian.max()
-    cases: tuple[tuple[dict[str, Any], str], ...] = (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "mse"}, "method is 'mse': expected one of rtn, wmse, gptq"),
         ({"method": "wmse"}, "needs the second moments"),
         ({"method": "gptq", "moment": moment}, "needs the hessian"),
@@ -158,7 +158,7 @@ def test_bad_arguments(inputs: torch.Tensor) -> None:
         ({"method": "gptq", "hessian": hessian, "damping": -1.0}, "damping is -1.0"),
         ({"weight": t[0], "method": "rtn"}, r"weight is \[192\]: expected two dimensions"),
         ({"weight": infinite, "method": "rtn"}, r"element \[2, 5\] of the \[48, 192\] tensor is inf"),
-    )
+    ]
     for options, words in cases:
         with pytest.raises(ValueError, match=words):
             quantize_calibrated(**{"weight": t, **options})
@@ -188,3 +188,120 @@ def test_bitsandbytes_decodes_and_saves_the_same(inputs: torch.Tensor, double_qu
             truth = x.double() @ w.dequantize().double().t()
             assert float((y.double() - truth).norm() / truth.norm()) < 6e-3
             assert float((qn.linear(x, w).double() - truth).norm() / truth.norm()) < 6e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+TEXTS = [f"what is {color}? {thing} and nothing else, number {n}" for n in range(8) for color, thing in tiny.FACTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def take(given: Any, tokenizer: Any = None, method: str = "wmse", positions: int | None = 256) -> Any:
+    return take_tokens(as_calibration(given), method, lambda: tokenizer, 300, positions)
+
+
+def test_texts_become_sequences_in_an_order_of_the_seed(tokenizer: Any) -> None:
+    def taken(seed: int) -> Any:
+        return take(CalibrationData(TEXTS, rows=4, length=32, seed=seed), tokenizer)
+
+    one = taken(0)
+    assert (one.ids.shape, one.ids.dtype) == ((4, 32), torch.int64)
+    assert torch.equal(one.ids, taken(0).ids)
+    brought = CalibrationData(TEXTS, rows=4, length=32, tokenizer=tokenizer)
+    assert torch.equal(one.ids, take(brought, None).ids)
+    assert one.sha256 == taken(0).sha256 != taken(1).sha256
+    assert one.describe() == {"sha256": one.sha256, "rows": 4, "length": 32, "tokens": 128, "seed": 0}
+    # Whole documents, each ended by the end token, one after another.
+    texts = tokenizer.decode(take(CalibrationData(TEXTS, rows=1, length=128), tokenizer).ids[0]).split("<|end|>")
+    assert len(texts) > 2 and set(texts[:-1]) < set(TEXTS)
+
+
+def test_a_file_gives_the_rows_that_training_sees(tokenizer: Any, tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "rows.jsonl")
+    text = tokenizer.decode(take(CalibrationData(path, rows=2, length=40), tokenizer).ids.flatten())
+    assert text.count("<|user|>") >= 3 and text.count("<|assistant|>") >= 3
+    plain = tiny.write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in TEXTS])
+    from_file = take(CalibrationData(plain, rows=4, length=32, seed=3), tokenizer)
+    assert torch.equal(from_file.ids, take(CalibrationData(TEXTS, rows=4, length=32, seed=3), tokenizer).ids)
+
+
+def test_long_documents_give_their_first_tokens_and_more_only_where_needed(tokenizer: Any) -> None:
+    documents = [torch.full((100,), number) for number in range(3)]
+    few = take(CalibrationData(documents, rows=3, length=20)).ids
+    assert sorted(few.unique().tolist()) == [0, 1, 2]
+    assert torch.equal(few, few[:, :1].expand(-1, 20))
+    all_of_it = take(CalibrationData(documents, rows=15, length=20)).ids
+    assert all_of_it.flatten().bincount().tolist() == [100, 100, 100]
+
+
+def test_defaults(tokenizer: Any) -> None:
+    long = [torch.arange(200).repeat(100)] * 8
+    assert take(long, positions=None).ids.shape == (16, 512)
+    assert take(long, method="gptq", positions=None).ids.shape == (128, 512)
+    assert take(long).ids.shape == (16, 256)  # no longer than the model takes
+    short = take([torch.arange(200).repeat(15)], positions=None)  # 3000 tokens, of 8192 wanted
+    assert short.ids.shape == (5, 512)
+    assert short.wanted == 8192
+
+
+def test_a_tensor_is_taken_as_it_is() -> None:
+    ids = torch.arange(60, dtype=torch.int32).view(4, 15)
+    assert torch.equal(take(ids).ids, ids.long())
+
+
+def test_drawn_sequences_are_kept_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "kept.safetensors"
+    documents = [torch.arange(200).repeat(30)]
+    drawn = take(CalibrationData(documents, rows=4, length=20, seed=7, keep=file), positions=None)
+    again = take(file, positions=None)
+    assert torch.equal(again.ids, drawn.ids)
+    assert again.describe() == drawn.describe()
+    assert again.describe()["seed"] == 7
+    with pytest.raises(ValueError, match="leave rows and length out"):
+        take(CalibrationData(file, rows=2))
+
+
+def test_errors_have_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    def refused(source: Any, match: str, kind: type[Exception] = qn.UserError, **options: Any) -> None:
+        with pytest.raises(kind, match=match):
+            take(source, tokenizer, **options)
+
+    refused(["too short"], r"calibration: \d+ tokens of text, expected at least 2,048 to calibrate wmse \(16 sequences")
+    refused(["too short"], "expected at least 8,192 to calibrate gptq", method="gptq")
+    refused([], "calibration: 0 tokens of text")
+    refused(["", "  \n"], "calibration: 0 tokens of text")
+    refused(CalibrationData(TEXTS, rows=1, length=300), "sequences of 300 tokens, but the model has 256 positions")
+    refused([torch.full((4000,), 300)], "token numbers from 300 to 300, but the model's lie from 0 to 299")
+    refused(CalibrationData(TEXTS, rows=0), "rows is 0", ValueError)
+    refused([torch.ones(3, 3)], r"entry 0 of the list is a tensor \[3, 3\] of torch.float32", ValueError)
+    refused([3], "entry 0 of the list is a int", ValueError)
+    ids = torch.arange(60).view(4, 15)
+    for wrong in (ids[0], ids.float(), ids[:0]):
+        refused(wrong, r"calibration is a tensor .* \[rows, length\]", ValueError)
+    refused(CalibrationData(ids, rows=2), "leave rows and length out", ValueError)
+    refused(tmp_path / "none.jsonl", "no such data file")
+    (tmp_path / "header.safetensors").write_bytes(b"not one")
+    save_file({"weight": torch.ones(2, 3)}, tmp_path / "other.safetensors")
+    save_file({"input_ids": torch.ones(2, 3)}, tmp_path / "floats.safetensors")
+    for name, match in {
+        "none": ":? cannot be read: No such file",
+        "header": ":? cannot be read: .*header",
+        "other": ":? cannot be read: .*input_ids",
+        "floats": r":? input_ids is \[2, 3\] of torch.float32: expected token numbers",
+    }.items():
+        refused(tmp_path / f"{name}.safetensors", rf"{name}\.safetensors{match}")
+    path = tmp_path / "rows.jsonl"
+    for text, match in {
+        '{"id": 3, "score": 0.5}': ":1.*(score|id)",
+        "": ".*the file has no rows",
+        '{"text": "a"}': r": \d+ tokens of text, expected at least 2,048",
+    }.items():
+        path.write_text(text)
+        refused(path, rf"rows\.jsonl{match}")

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from helpers import same_bytes, same_bytes_under_threads
 from safetensors.torch import load_file, save_file
 from sentences import Check
-from tiny_models import distance, edit_tensors, logits, save, tokens
+from test_load_memory import measure, write_model
+from tiny_models import assert_same, distance, edit_tensors, logits, save, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -82,36 +84,45 @@ def input_of(weight: Tensor, truths: list[tuple[Tensor, Tensor]]) -> Tensor:
     return x
 
 
+MIXTRAL = {"num_local_experts": 4}
+SLIDING = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "changes", "method"),
     [
-        ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
-        ("Gemma3Text", {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-        ("Phi3", {}),
-        ("GPT2", {}),  # transposed
-        ("Olmo2", {}),  # the first linears see the hidden states themselves
-        ("Falcon", {"new_decoder_architecture": False}),  # attention and MLP side by side
-        ("Mixtral", {"num_local_experts": 4}),
-        ("Mamba", {}),
+        ("Llama", {"attention_bias": True, "tie_word_embeddings": True}, "gptq"),
+        ("Gemma3Text", SLIDING, "gptq"),
+        ("Phi3", {}, "gptq"),
+        ("GPT2", {}, "gptq"),  # transposed
+        ("Olmo2", {}, "gptq"),  # the first linears see the hidden states themselves
+        ("Falcon", {"new_decoder_architecture": False}, "gptq"),  # attention and MLP side by side
+        ("Mixtral", MIXTRAL, "gptq"),
+        ("Mamba", {}, "gptq"),
+        ("Llama", {}, "wmse"),
+        ("Mixtral", MIXTRAL, "wmse"),
     ],
     ids=lambda value: str(value)[:10],
 )
 def test_statistics_are_those_of_the_whole_model(
-    tmp_path: Path, seen: Seen, kind: str, changes: dict[str, Any]
+    tmp_path: Path, seen: Seen, kind: str, changes: dict[str, Any], method: str
 ) -> None:
+    """The first token of a sequence counts four times for wmse, but in an expert, to which positions are unknown."""
     save(tmp_path, kind, **changes)
-    model = load_model(tmp_path, dtype=torch.float32, method="gptq", calibration=IDS)
-    truths = list(inputs_of_the_whole_model(tmp_path))
-    assert len(seen) > 0
-    for weight, method, moment, hessian in seen:
+    ids = IDS if method == "gptq" else IDS.repeat(1, 6)[:, :200]  # so that every expert gets enough of them
+    model = load_model(tmp_path, dtype=torch.float32, method=method, calibration=ids)
+    counts = torch.ones(ids.shape, dtype=torch.float64)
+    counts[:, 0] = 1 if method == "gptq" else 4
+    truths = list(inputs_of_the_whole_model(tmp_path, ids))
+    for weight, used, moment, hessian in seen:
         x = input_of(weight, truths)
-        assert method == "gptq"
-        expected = x.t() @ x / len(x)
-        assert distance(hessian.double(), expected) < 1e-5
-        assert distance(moment.double(), expected.diagonal()) < 1e-5
-    assert (model.load_report.method, model.load_report.fell_back) == ("gptq", {})
+        by = counts.flatten() if len(x) == counts.numel() else torch.ones(len(x))
+        assert distance(moment.double(), (by[:, None] * x.square()).sum(0) / len(x)) < 1e-5
+        assert used == method and (hessian is not None) == (method == "gptq")
+        assert hessian is None or distance(hessian.double(), x.t() @ x / len(x)) < 1e-5
+    assert (model.load_report.method, model.load_report.fell_back) == (method, {})
     stacks = 2 * 2 * 4 if kind == "Mixtral" else 0
-    assert len(seen) == sum(isinstance(module, QuantizedLinear) for module in model.modules()) + stacks
+    assert len(seen) == sum(isinstance(module, QuantizedLinear) for module in model.modules()) + stacks > 0
     plain = load_model(tmp_path, dtype=torch.float32)
     shapes, expected_shapes = ([(name, p.shape) for name, p in one.named_parameters()] for one in (model, plain))
     assert shapes == expected_shapes
@@ -120,51 +131,22 @@ def test_statistics_are_those_of_the_whole_model(
             assert torch.equal(buffer, model.get_buffer(name)), name
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
-def test_the_first_token_of_a_sequence_counts_four_times_for_wmse(tmp_path: Path, seen: Seen, kind: str) -> None:
-    save(tmp_path, kind)
-    long = IDS.repeat(1, 6)[:, :200]  # so that every expert gets enough of them
-    load_model(tmp_path, dtype=torch.float32, method="wmse", calibration=long)
-    counts = torch.ones(long.shape, dtype=torch.float64)
-    counts[:, 0] = 4
-    truths = list(inputs_of_the_whole_model(tmp_path, long))
-    assert len(seen) > 0
-    for weight, method, moment, hessian in seen:
-        x = input_of(weight, truths)
-        assert (method, hessian) == ("wmse", None)
-        # An expert gets tokens without their positions.
-        by = counts.flatten() if len(x) == counts.numel() else torch.ones(len(x))
-        assert distance(moment.double(), (by[:, None] * x.square()).sum(0) / len(x)) < 1e-5
-
-
+@pytest.mark.parametrize("method", ["wmse", "gptq"])
 def test_the_bytes_do_not_depend_on_threads_nor_on_where_hidden_states_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     save(tmp_path, "Mixtral", torch.bfloat16, num_local_experts=4, hidden_size=320, intermediate_size=96)
-    before = torch.get_num_threads()
 
-    def state(threads: int, method: str) -> dict[str, Tensor]:
-        torch.set_num_threads(threads)
-        try:
-            model = load_model(tmp_path, method=method, calibration=IDS, fuse=False)
-            assert torch.get_num_threads() == threads
-        finally:
-            torch.set_num_threads(before)
-        return model.state_dict()
+    def state() -> list[Tensor]:
+        threads = torch.get_num_threads()
+        model = load_model(tmp_path, method=method, calibration=IDS, fuse=False)
+        assert torch.get_num_threads() == threads
+        return list(model.state_dict().values())
 
-    for method in ("wmse", "gptq"):
-        one = state(1, method)
-        assert_same(one, state(3, method))
-        with monkeypatch.context() as patch:
-            patch.setattr(calibrated, "MOST_IN_MEMORY", 0)
-            patch.setattr(calibrated._C, "lies_in_memory", lambda folder: False)
-            assert_same(one, state(2, method))
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    one = same_bytes_under_threads(state, (1, 3))
+    monkeypatch.setattr(calibrated, "MOST_IN_MEMORY", 0)
+    monkeypatch.setattr(calibrated._C, "lies_in_memory", lambda folder: False)
+    assert all(map(same_bytes, state(), one))
 
 
 def test_the_methods_lose_less_in_the_order_of_their_cost(tmp_path: Path) -> None:
@@ -239,17 +221,12 @@ def test_hidden_states_that_overflow_are_settings(tmp_path: Path) -> None:
 # Kept beside the weights
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A gptq model in a folder of its own."""
-    folder = tmp_path_factory.mktemp("saved")
-    base = save(folder / "base", dtype=torch.bfloat16, intermediate_size=128)  # bitsandbytes needs whole blocks a row
-    model = load_model(base, method="gptq", calibration=IDS)
-    model.save_pretrained(folder / "four")
-    return folder / "four"
+def test_method_and_data_are_kept_through_every_way_to_save(tmp_path: Path) -> None:
+    saved = tmp_path / "four"
+    # bitsandbytes needs whole blocks a row
+    base = save(tmp_path / "base", dtype=torch.bfloat16, intermediate_size=128)
+    load_model(base, method="gptq", calibration=IDS).save_pretrained(saved)
 
-
-def test_method_and_data_are_kept_through_every_way_to_save(saved: Path, tmp_path: Path) -> None:
     def settings(folder: Path) -> Any:
         return json.loads((folder / "config.json").read_text())["quantization_config"]["qlora_native"]
 
@@ -274,20 +251,6 @@ def test_method_and_data_are_kept_through_every_way_to_save(saved: Path, tmp_pat
     assert given.load_report.calibration == first["calibration"]
     with pytest.raises(qn.UserError, match="is 4-bit already: method 'wmse' needs"):
         load_model(saved, calibration=IDS)
-
-
-def test_bitsandbytes_reads_it(saved: Path) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    theirs = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
-    ours = load_model(saved, fuse=False)
-    negative = 0
-    for path, module in theirs.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            decoded = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            quantized = ours.get_submodule(path).quantized
-            negative += int((quantized.scales() < 0).sum())
-            assert torch.equal(decoded, quantized.dequantize()), path
-    assert negative > 100  # signed scales are what could go wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,3 +431,32 @@ def test_a_run_with_too_few_rows_to_calibrate_rounds_and_says_so(
     assert "method: rtn" in (tmp_path / "run" / "adapter" / "config.yaml").read_text()
     assert main([*words, "--steps", "2", "--resume"]) == 0
     assert "after step 1" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory beyond plain loading: a layer in 16 bits, its statistics, work on it
+
+HIDDEN, INNER, LAYERS, VOCAB = 768, 2304, 2, 4096
+ROWS, LENGTH, THREADS = 16, 128, 2
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["wmse", "gptq"])
+def test_peak_is_the_plain_one_and_a_layer(tmp_path: Path, method: str) -> None:
+    _, largest = write_model(tmp_path, HIDDEN, INNER, LAYERS, VOCAB)
+    ids = f"torch.arange({ROWS * LENGTH}).view({ROWS}, {LENGTH})"
+    peak, _, num_bytes, _ = measure(tmp_path, f"load_model(sys.argv[1], method={method!r}, calibration={ids})")
+    plain = (num_bytes + largest) * 1.1
+    layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+    hidden = 2 * ROWS * LENGTH * HIDDEN
+    statistics, factors = 0, 0
+    if method == "gptq":
+        statistics = 4 * (3 * HIDDEN**2 + INNER**2)
+        factors = 10 * INNER**2  # one at a time: in fp64, and as the loop over columns reads it
+    # A sequence in flight, parts of a weight in fp32, and what the heap of each thread keeps.
+    work = THREADS * (24 if method == "gptq" else 12) * 2**20
+    figures = f"{method}: peak {peak:,} bytes; plain {plain:,.0f}, layer {layer:,}, statistics {statistics:,}"
+    print(figures)
+    assert peak <= plain + layer + hidden + statistics + factors + work, figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice, pairwise
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from qlora_native.data import batching
-from qlora_native.data.batching import BatchSampler, PackedBatchSampler, collate, permutation
+from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, mixed_rows, permutation
 from qlora_native.errors import UserError
 
 
@@ -49,9 +50,6 @@ def test_permutations_differ_by_key_and_hold_every_position() -> None:
     orders = [tuple(permutation(40, *key)) for key in ((0,), (1,), (-1,), (2**63,), (0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == len(orders)
     assert all(sorted(order) == list(range(40)) for order in orders)
-    first = np.array([permutation(10, seed)[0] for seed in range(2000)])
-    counts = np.bincount(first, minlength=10)
-    assert 140 < np.min(counts) <= np.max(counts) < 260, "each position comes first about 200 times"
     assert permutation(0, 1).tolist() == []
 
 
@@ -80,19 +78,12 @@ def test_same_seed_and_epoch_give_the_same_order_whatever_the_global_generators_
 
 
 def test_the_order_of_a_small_epoch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A checkpoint holds a position only, so this order must never change.
+    # A checkpoint holds a position only, so this order must never change. A window is at most a quarter of the epoch.
     sizes = [5, 1, 9, 3, 7, 2, 8, 4, 6, 10, 11, 15, 13, 12, 14, 17, 16, 19, 18, 22, 21, 20, 23]
-    keys = [splitmix64((splitmix64(splitmix64(splitmix64(4) ^ 1) ^ 0) + at) % 2**64) for at in range(23)]
-    shuffled = sorted(range(23), key=keys.__getitem__)
-    windows = [shuffled[at : at + 6] for at in (0, 6, 12, 18)]
-    grouped = [sorted(window, key=lambda row: -sizes[row]) for window in windows]
-    batches = [window[at : at + 3] for window in grouped for at in range(0, len(window), 3)]
-    start = splitmix64(splitmix64(splitmix64(4) ^ 1) ^ 1)
-    order = sorted(range(8), key=lambda at: splitmix64((start + at) % 2**64))
-    expected = [batches[index] for index in order]
-    assert BatchSampler(sizes, 3, seed=4).batches(1) == expected, "a window is at most a quarter of the epoch"
-    monkeypatch.setattr(batching, "WINDOW_BATCHES", 2)
-    assert BatchSampler(sizes, 3, seed=4).batches(1) == expected
+    expected = [[22, 21, 2], [4, 0, 1], [6, 8, 7], [20, 11, 9], [17, 18, 16], [14, 5], [19, 15, 12], [13, 10, 3]]
+    for window in (batching.WINDOW_BATCHES, 2):
+        monkeypatch.setattr(batching, "WINDOW_BATCHES", window)
+        assert BatchSampler(sizes, 3, seed=4).batches(1) == expected
 
 
 def test_grouping_by_length_saves_most_of_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,28 +107,20 @@ def test_the_first_batch_of_all_needs_the_most_memory() -> None:
 # ---- the position
 
 
-def test_an_epoch_ends_and_the_next_begins() -> None:
-    sampler = BatchSampler(lengths(10), 4, seed=5)
-    assert list(islice(sampler, 3)) == sampler.batches(0)
-    assert (sampler.epoch, sampler.batch) == (1, 0)
-    assert list(islice(sampler, 3)) == sampler.batches(1)
-    endless = list(islice(BatchSampler(lengths(10), 4, seed=5), 8))
-    assert endless == [*sampler.batches(0), *sampler.batches(1), *sampler.batches(2)[:2]]
-    next(sampler).clear()  # a batch handed out is the caller's own
-    assert sum(map(len, sampler.batches(2))) == 10
-
-
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
-def test_resuming_goes_on_with_the_batch_after_the_last(done: int) -> None:
-    whole = list(islice(BatchSampler(lengths(11), 4, seed=5), 10))
-    first = BatchSampler(lengths(11), 4, seed=5)
+def test_epochs_follow_each_other_and_go_on_after_any_batch(done: int) -> None:
+    def sampler() -> BatchSampler:
+        return BatchSampler(lengths(11), 4, seed=5)
+
+    whole = [batch for epoch in range(4) for batch in sampler().batches(epoch)]
+    first, resumed = sampler(), sampler()
     seen = list(islice(first, done))
     saved = json.loads(json.dumps(first.state_dict()))
-    assert (saved["epoch"], saved["batch"]) == divmod(done, 3)
-
-    resumed = BatchSampler(lengths(11), 4, seed=5)
+    assert (first.epoch, first.batch) == (saved["epoch"], saved["batch"]) == divmod(done, 3)
     resumed.load_state_dict(saved)
-    assert seen + list(islice(resumed, 10 - done)) == whole
+    assert seen + list(islice(resumed, 12 - done)) == whole
+    next(resumed).clear()  # a batch handed out is the caller's own
+    assert sum(map(len, resumed.batches(4))) == 11
 
 
 @pytest.mark.parametrize(
@@ -181,6 +164,57 @@ def test_a_broken_state_is_refused() -> None:
     for broken in ({"batch": 3}, {"batch": -1}, {"epoch": -1}):
         with pytest.raises(ValueError, match=r"epoch -?\d has no batch"):
             sampler.load_state_dict({**sampler.state_dict(), **broken})
+
+
+# ---- several files with weights
+
+LENGTHS = np.arange(3, 23)
+FILE = np.repeat([0, 1, 2], [12, 5, 3])  # of 20 rows
+WEIGHTS = [1, 2, 1]  # 5, 10 and 5 rows an epoch
+
+
+def test_an_epoch_has_each_files_share_and_every_row_comes_before_one_comes_again() -> None:
+    seen = np.concatenate([mixed_rows((FILE, WEIGHTS), 7, epoch) for epoch in range(12)])
+    by_epoch = seen.reshape(12, 20)
+    assert all(np.bincount(FILE[rows]).tolist() == [5, 10, 5] for rows in by_epoch)
+    for number, size in enumerate((12, 5, 3)):
+        stream = seen[FILE[seen] == number]
+        for start in range(0, len(stream) - size + 1, size):
+            assert sorted(stream[start : start + size]) == np.flatnonzero(number == FILE).tolist()
+    assert not np.array_equal(by_epoch[0], by_epoch[1])
+    assert np.array_equal(mixed_rows((FILE, [3, 6, 3]), 7, 5), by_epoch[5]), "proportions alone count"
+    assert not np.array_equal(mixed_rows((FILE, WEIGHTS), 8, 5), by_epoch[5])
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [1e-3, 5, 1e3], [0.7, 0.2, 0.1], [1e-9, 1e-9, 1]])
+def test_shares_are_exact_to_a_row(weights: list[float]) -> None:
+    counts = np.bincount(FILE[mixed_rows((FILE, weights), 0, 3)], minlength=3)
+    assert counts.sum() == 20 and np.all(np.abs(counts - 20 * np.array(weights) / sum(weights)) <= 1)
+
+
+def make(packed: bool, weights: Any = WEIGHTS, file: np.ndarray = FILE) -> Sampler:
+    sampler: Sampler = PackedBatchSampler(LENGTHS, 2, 32, seed=1) if packed else BatchSampler(LENGTHS, 3, seed=1)
+    sampler.mix = None if weights is None else (file, weights)
+    return sampler
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_sampler_resumes_in_an_epoch_and_with_these_weights_alone(packed: bool) -> None:
+    sampler = make(packed)
+    batches = sampler
+    epoch = [next(batches) for _ in range(sampler.count(0))]
+    flat = [row for batch in epoch for item in batch for row in (item if packed else [item])]
+    assert Counter(FILE[flat].tolist()) == {0: 5, 1: 10, 2: 5}
+    next(batches)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    rest = [next(batches) for _ in range(10)]
+    resumed = make(packed)
+    resumed.load_state_dict(state)
+    again = resumed
+    assert [next(again) for _ in range(10)] == rest
+    for other in (make(packed, [1, 1, 1]), make(packed, None), make(packed, file=FILE[::-1])):
+        with pytest.raises(UserError, match="cannot be resumed: .* other weights"):
+            other.load_state_dict(state)
 
 
 # ---- tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import tracemalloc
@@ -10,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sentences import Check
-from test_data_template import NO_SYSTEM, byte_tokenizer, marked
+from test_data_template import NO_SYSTEM, byte_tokenizer, im, marked
 
 from qlora_native.data.batching import BatchSampler, collate
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
-from qlora_native.data.template import Encoded, padding_id
+from qlora_native.data.template import Encoded
 from qlora_native.errors import UserError
 
 
@@ -35,26 +35,34 @@ def shown(tokenizer: Any, dataset: TokenizedDataset, index: int) -> str:
     return marked(tokenizer, Encoded(row["input_ids"].tolist(), row["labels"].tolist()))
 
 
-EXCHANGE = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]\n"
 HEADER = 1 + 5 + 1 + 2 + 1 + 10  # tokens of an exchange before its answer, the question being one byte
+MESSAGES = [{"role": "user", "content": 'q, "r"\ns'}, {"role": "assistant", "content": "a"}]
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+TOOL = {"type": "function", "function": {"name": "im_start", "parameters": {}}}  # a name that the template renders
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "messages": ({"messages": MESSAGES, "tools": [TOOL]}, im('u:q, "r"\ns', "a!a")),
+    "sharegpt": ({"conversations": TURNS, "system": "s"}, im("s:s", "u:q", "a!a")),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "output": "a", "history": [["p", "o"]]},
+        im("u:p", "a!o", "u:q\n\ni", "a!a"),
+    ),
+    "prompt-completion": ({"prompt": "q: ", "completion": "a"}, "q: [[a<|im_end|>]]"),
+    "text": ({"text": "ab,c\n"}, "a[[b,c\n<|im_end|>]]"),
+}
 
 
-@pytest.mark.parametrize(
-    ("format", "row", "text"),
-    [
-        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, EXCHANGE),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, EXCHANGE),
-        ("alpaca", {"instruction": "q", "input": "", "output": "a"}, EXCHANGE),
-        ("prompt-completion", {"prompt": "q: ", "completion": "a"}, "q: [[a<|im_end|>]]"),
-        ("text", {"text": "abc"}, "a[[bc<|im_end|>]]"),
-    ],
-)
-def test_every_format_from_file_to_tokens(tmp_path: Path, format: str, row: dict[str, Any], text: str) -> None:
+@pytest.mark.parametrize("format", ROWS)
+def test_every_format_from_file_to_tokens(tmp_path: Path, format: str) -> None:
     tokenizer = byte_tokenizer()
-    dataset = load_dataset(jsonl(tmp_path, row, row), tokenizer)
-    assert (dataset.stats.format, dataset.stats.inferred) == (format, True)
-    assert [shown(tokenizer, dataset, index) for index in range(2)] == [text, text]
-    forced = load_dataset(jsonl(tmp_path, {**row, "text": "abc", "extra": 1}), tokenizer, format=format)
+    row, text = ROWS[format]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
+        csv.writer(file).writerows([row, cells, cells])
+    for path in (jsonl(tmp_path, row, row), tmp_path / "rows.csv"):
+        dataset = load_dataset(path, tokenizer)
+        assert (dataset.stats.format, dataset.stats.inferred) == (format, True)
+        assert [shown(tokenizer, dataset, index) for index in range(len(dataset))] == [text, text]
+    forced = load_dataset(jsonl(tmp_path, {"text": "abc", **row, "extra": 1}), tokenizer, format=format)
     assert (forced.stats.format, forced.stats.inferred) == (format, False)
     assert shown(tokenizer, forced, 0) == text
 
@@ -98,7 +106,7 @@ def test_counts_of_kept_truncated_and_dropped_rows(tmp_path: Path, sentence: Che
 
 
 def test_the_default_template_and_moved_system_messages_are_described(tmp_path: Path, sentence: Check) -> None:
-    file = jsonl(tmp_path, {**alpaca("q", "a"), "system": "s"})
+    file = jsonl(tmp_path, {**alpaca("q", "a"), "system": "s"}, alpaca("q", "a"))
     plain = load_dataset(file, byte_tokenizer(None, eos="</s>"), format="alpaca")
     assert plain.stats.template == "default"
     sentence(plain.stats.describe())
@@ -164,21 +172,6 @@ def test_split_holds_out_the_same_rows_for_the_same_seed(tmp_path: Path) -> None
     for bad in (20, 21):
         with pytest.raises(UserError, match=f"20 usable rows: holding {bad} out"):
             whole.split(bad)
-
-
-def test_batches_of_tensors_from_a_file(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    dataset = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 11))), tokenizer)
-    sampler = BatchSampler(dataset.lengths, 4, seed=0)
-    seen = 0
-    for rows in sampler.batches(0):
-        batch = collate([dataset[index] for index in rows], padding_id(tokenizer))
-        assert batch["input_ids"].shape[1] % 8 == 0
-        seen += int((batch["labels"] != -100).sum())
-        padded = batch["attention_mask"] == 0
-        assert torch.all(batch["labels"][padded] == -100)
-        assert int(batch["attention_mask"].sum()) == int(dataset.lengths[rows].sum())
-    assert seen == dataset.stats.trained_tokens
 
 
 def test_memory_is_bounded_however_long_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Adapters of ``qlora train`` against PEFT and plain torch on the decoded weights: the same values after some steps,
-under the names that PEFT gives them."""
+under the names that PEFT gives them; and runs that start from an adapter, ``qlora train --adapter DIR``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import peft
 import peft.optimizers
 import pytest
 import runs
+import tiny
 import torch
 import torch.nn.functional as F
+import yaml
 from gguf_files import write_gguf
 from pydantic import ValidationError
 from runs import Crash, crash_at, metrics
 from safetensors.torch import load_file
+from sentences import Check
 from tiny_models import dense_twin, distance, logits, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -33,7 +38,7 @@ from qlora_native.tool.cli.main import main
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.estimate import Estimator, Setting
 from qlora_native.tool.train import prepare
-from qlora_native.tool.train.loop import Trainer
+from qlora_native.tool.train.loop import Trainer, TrainSummary
 from qlora_native.tool.train.setup import learning_rate, make_sampler, prepare_model
 from qlora_native.weights.open import load_tokenizer
 
@@ -46,7 +51,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_files(tmp_path_factory.mktemp("files"), rows=8)
+    folder = runs.write_files(tmp_path_factory.mktemp("files"), rows=8)
+    for name, count in {"many": 24, "more": 9, "held": 7}.items():
+        tiny.write_rows(folder / f"{name}.jsonl", count)
+    return folder
 
 
 def config_of(files: Path, out: Path, lora: dict[str, Any], **train: Any) -> TrainConfig:
@@ -193,11 +201,7 @@ def test_new_tokens_are_rows_that_are_trained_and_merged(tmp_path: Path) -> None
     (files / "train.jsonl").write_text(lines)
     trainer = Trainer(config_of(files, tmp_path / "out", NEW), quiet=True)
     folder, model = trainer.train().adapter_dir, trainer.model.eval()
-    assert (model.config.vocab_size, model.lm_head.out_features, len(load_tokenizer(files / "model"))) == (
-        302,
-        302,
-        300,
-    )
+    assert model.config.vocab_size == model.lm_head.out_features == 2 + len(load_tokenizer(files / "model"))
     assert load_tokenizer(files / "model", folder).convert_tokens_to_ids(NEW["trainable_tokens"]) == [300, 2, 301]
     base = load_model(files / "model", dtype=torch.float32)
     table = base.model.embed_tokens.weight.clone()
@@ -283,7 +287,7 @@ def test_what_does_not_go_with_whole_modules(trained: dict[str, Any], other: dic
         TrainConfig.from_values(values)
 
 
-def test_tokens_whose_rows_cannot_be_trained(files: Path, tmp_path: Path, sentence: Callable[[str], None]) -> None:
+def test_tokens_whose_rows_cannot_be_trained(files: Path, tmp_path: Path, sentence: Check) -> None:
     for lora in (
         {"trainable_tokens": [300]},  # the tokenizer has no such token
         {**TOKENS, "modules_to_save": ["lm_head"]},
@@ -297,9 +301,94 @@ def test_tokens_whose_rows_cannot_be_trained(files: Path, tmp_path: Path, senten
         with pytest.raises(ValueError) as error:
             add_lora(load_model(files / "model"), LoraConfig(trainable_tokens=wrong))
         sentence(str(error.value))
-    with pytest.raises(ValueError) as error:
-        sharded(files / "model", lora=LoraConfig(seed=0, trainable_tokens=[2]))
-    sentence(str(error.value))
-    with pytest.raises(ValueError) as error:
-        sharded(files / "model", lora=LoraConfig(seed=0, modules_to_save=["lm_head"]))
-    sentence(str(error.value))
+    for unsharded in ({"trainable_tokens": [2]}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ValueError) as error:
+            sharded(files / "model", lora=LoraConfig(seed=0, **unsharded))
+        sentence(str(error.value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From an adapter
+
+LORA = {"r": 8, "alpha": 24, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 4}}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": LORA,
+    "whole": {**LORA, "rslora": True, "modules_to_save": ["lm_head"]},
+    "tokens": {**LORA, "trainable_tokens": ["<|new|>", "<|user|>"]},
+}
+
+
+def run(
+    files: Path, out: Path, lora: dict[str, Any], rows: str = "more", on_step: Any = None, **train: Any
+) -> TrainSummary:
+    data = {"train": str(files / f"{rows}.jsonl"), "eval": str(files / "held.jsonl")}
+    resume = train.pop("resume", None)
+    options = {"steps": 6, "batch_size": 4, "grad_accum": 1, "lr": 1e-3, "samples": 0, **train}
+    values = {**runs.settings(files, out, data, lora, **options), "resume": resume}
+    return Trainer(TrainConfig.from_values(values), quiet=True, on_step=on_step).train()
+
+
+@pytest.fixture(scope="module")
+def first(files: Path) -> Callable[[str], TrainSummary]:
+    """The run whose adapter others start from, by kind."""
+    return lru_cache(lambda kind: run(files, files / kind, KINDS[kind], "many"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_where_the_other_ended(
+    files: Path, tmp_path: Path, first: Callable[[str], TrainSummary], kind: str
+) -> None:
+    before = first(kind)
+    after = run(files, tmp_path / "out", {"adapter": str(before.adapter_dir), "dropout": 0.1})
+    assert before.loss_after is not None and before.loss_before is not None and after.loss_after is not None
+    assert after.loss_before == pytest.approx(before.loss_after, abs=1e-6)
+    assert after.loss_after < before.loss_after < before.loss_before
+    # What it is: the layers, ranks and scales of the first, in the config too.
+    settings = [json.loads((each.adapter_dir / "adapter_config.json").read_text()) for each in (before, after)]
+    assert settings[1].pop("lora_dropout") == 0.1 and settings[0].pop("lora_dropout") == 0.0
+    assert settings[0] == settings[1]
+    written = yaml.safe_load((after.adapter_dir / "config.yaml").read_text())["lora"]
+    assert (written["r"], written["alpha"]) == (settings[0]["r"], settings[0]["lora_alpha"])
+    again = TrainConfig.from_file(after.adapter_dir / "config.yaml")  # which has every key
+    assert again.lora.adapter == str(before.adapter_dir)
+    if kind == "plain":  # of another library: the same function
+        bases = [AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32) for _ in range(2)]
+        theirs = peft.PeftModel.from_pretrained(bases[0], after.adapter_dir).eval()
+        ours = load_adapter(bases[1], after.adapter_dir).eval()
+        assert float((logits(theirs) - logits(ours)).abs().max()) < 1e-4
+
+
+def test_it_can_be_stopped_and_resumed(files: Path, tmp_path: Path, first: Callable[[str], TrainSummary]) -> None:
+    """The checkpoint goes on, not the adapter that the run started from."""
+    start = {"adapter": str(first("plain").adapter_dir), "dropout": 0.3}
+    whole = run(files, tmp_path / "whole", start, save_every=2, keep=9)
+    with pytest.raises(Crash):
+        run(files, tmp_path / "parts", start, on_step=crash_at(5), save_every=2)
+    parts = run(files, tmp_path / "parts", start, save_every=2, resume="auto")
+    assert (whole.adapter_dir / TENSORS).read_bytes() == (parts.adapter_dir / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "given", ["--r 4", "--alpha 3 --rslora", "--target_modules [q_proj]", "--adapter {0}/gone", "--adapter {0}/plain"]
+)
+def test_what_the_adapter_decides_is_not_given_too(
+    files: Path, tmp_path: Path, first: Any, given: str, mistake: Callable[..., str], sentence: Check
+) -> None:
+    words = ["--model", files / "model", "--train", files / "more.jsonl", "--output_dir", tmp_path / "out"]
+    words += ["--adapter", first("plain").adapter_dir, *given.format(files).split()]
+    sentence(mistake("train", *words).replace(str(files), "FILES"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_the_command_line(
+    files: Path, tmp_path: Path, first: Callable[[str], TrainSummary], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = first("plain")
+    words = ["--model", str(files / "model"), "--train", str(files / "more.jsonl"), "--steps", "2"]
+    words += ["--eval", str(files / "held.jsonl"), "--adapter", str(before.adapter_dir)]
+    capsys.readouterr()
+    assert main(["train", *words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert f"held-out loss {before.loss_after:.4f}  " in capsys.readouterr().out.partition("step 1/2")[0]
+    words = ["export", str(files / "model"), "--adapter", str(tmp_path / "out" / "adapter"), "--to", "peft"]
+    assert main([*words, "--out", str(tmp_path / "peft")]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8

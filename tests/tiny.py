@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def write_model(folder: Path, **options: Any) -> Path:
     return folder
 
 
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_rows(path: Path, count: int = len(FACTS)) -> Path:
     """``count`` rows in the messages format; rows differ in length."""
     rows = []
@@ -56,5 +62,4 @@ def write_rows(path: Path, count: int = len(FACTS)) -> Path:
         color, thing = FACTS[number % len(FACTS)]
         question = f"what is {color}?" if number % 3 else f"say, what is {color} and good?"
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": thing}]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_jsonl(path, rows)

@@ -77,6 +77,15 @@ def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, f
     return twin, worst
 
 
+def fill(model: Any, seed: int = 3) -> Any:
+    """Values for what is zero in a new adapter, ours or PEFT's, or nothing would show; the same ones by name."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or (parameter.requires_grad and "lora_A" not in name):
+            generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def four_bit_layers(model: Any) -> dict[str, QuantizedLinear]:
     """The model's 4-bit linear layers by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
