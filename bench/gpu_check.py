@@ -49,9 +49,9 @@ class Group(NamedTuple):
     is_bash: bool = False
 
 
-TESTS = """tests/test_*4bit.py tests/test_*_step.py tests/test_gradient_norm.py tests/test_linear_cross_entropy.py \
-tests/test_rms_norm.py tests/test_rotary.py tests/test_swiglu.py tests/test_causal_attention.py \
-tests/test_cuda_build.py tests/test_paging_cuda.py"""
+TESTS = """tests/test_ops.py tests/test_*4bit.py tests/test_*_step.py tests/test_gradient_norm.py \
+tests/test_linear_cross_entropy.py tests/test_rms_norm.py tests/test_rotary.py tests/test_swiglu.py \
+tests/test_causal_attention.py tests/test_cuda_build.py tests/test_paging_cuda.py"""
 PRIMITIVES = """command -v nvcc >/dev/null || { echo 'there is no nvcc here'; exit 77; }
 nvcc -std=c++20 -arch="sm_$ARCH" --fmad=false --expt-relaxed-constexpr -Icpp -I. -Itests -o "$WORK/primitives" \
 tests/conformance/main.cu && "$WORK/primitives" >"$WORK/primitives.txt" &&

@@ -39,16 +39,6 @@ def test_values_are_those_described(dtype: torch.dtype, bits: int) -> None:
         assert torch.equal(reference.decode_state(-all_codes(SIGNED)).double(), -values)
 
 
-@both
-def test_every_code_comes_back(dtype: torch.dtype) -> None:
-    codes = all_codes(dtype)
-    start = 1 if dtype == UNSIGNED else 0  # an unsigned 0 in a block that is not all 0 becomes 1
-    for chunk in codes[start:].split(255):
-        block = torch.cat([reference.decode_state(chunk), torch.ones(256 - len(chunk))])
-        got, absmax = reference.encode_state(block, signed=dtype == SIGNED)
-        assert torch.equal(got[: len(chunk)], chunk) and absmax.tolist() == [1.0]
-
-
 def encode_grid(grid: torch.Tensor, signed: bool) -> torch.Tensor:
     """Codes relative to an absmax of 1: every block gets a 1."""
     blocks = torch.cat([grid.reshape(-1, 255), torch.ones(grid.numel() // 255, 1)], 1)
@@ -75,15 +65,6 @@ def test_encoding_is_nearest_and_monotone(dtype: torch.dtype) -> None:
     assert ((got - best) / step).max() < 4e-3  # of a step: the boundaries are rounded too
     if dtype == SIGNED:
         assert torch.equal(encode_grid(-grid, True), -codes)
-
-
-def test_resolution_is_that_of_a_dynamic_code() -> None:
-    """Rounding error of normally distributed values: a little below one percent of their magnitude, as the 256-value
-    table of Dettmers et al. has it (0.84 % signed in blocks of 256)."""
-    values = torch.randn(1 << 18)
-    codes, absmax = reference.encode_state(values, signed=True)
-    error = (reference.decode_state(codes, absmax) - values).abs().mean() / values.abs().mean()
-    assert 0.005 < float(error) < 0.02
 
 
 def test_blocks_of_zeros_and_of_what_is_not_finite() -> None:

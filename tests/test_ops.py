@@ -1,0 +1,192 @@
+"""What holds for every op: its schema and fake, derivatives, operands in any layout, the same bytes on any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from calls import CALLS, OPS, Sizes, calls, is_of_weight, layouts, op_of, overload_of, places, with_other
+from cases import FLOAT_DTYPES
+from helpers import SavedTensors, same_bytes, same_bytes_under_threads
+from torch import Tensor
+
+import qlora_native as qn
+from qlora_native.ops import _direct
+from qlora_native.ops._library import FROZEN, SCHEMAS
+from qlora_native.ops._operands import Weight
+
+pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
+
+# The arguments of each op that may want a gradient.
+DIFFERENTIABLE = {
+    "linear_4bit": (0, 1),
+    "linear_4bit_grad_input": (0,),
+    "lora_linear_4bit": (0, 1, 2, 3, 5),
+    "dense_linear": (0, 1, 2),
+    "dense_linear_grad_input": (0, 1),
+    "dense_linear_grad_weight": (0, 1),
+    "linear_cross_entropy": (0, 5, 7),
+    "causal_attention": (0, 1, 2),
+    "rms_norm": (0, 1),
+    "rotary": (0,),
+    "swiglu": (0, 1),
+}
+
+
+def test_every_op_is_called() -> None:
+    assert {op_of(call) for call in CALLS} == {*SCHEMAS}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(call: str) -> None:
+    """In bf16, beside which adapters, biases and scales are fp32."""
+    arguments = calls(dtype=torch.bfloat16)[call]()
+    for i in DIFFERENTIABLE.get(op_of(call), ()):
+        if isinstance(arguments[i], Tensor) and arguments[i].is_floating_point():
+            arguments[i].requires_grad_()
+    torch.library.opcheck(overload_of(call), tuple(arguments))
+
+
+# Rows of a head are multiplied by torch, in an order that depends on the strides.
+BY_TORCH = ("linear_cross_entropy rows", "linear_cross_entropy iq4_nl")
+
+
+def results(call: str, arguments: list[Any]) -> list[Tensor]:
+    """What a call returns, or the tensors that it wrote to."""
+    found = overload_of(call)(*arguments)
+    if isinstance(found, Tensor):
+        return [found]
+    return list(found or (tensor for _, _, tensor in places(arguments)))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in BY_TORCH])
+def test_layouts_change_no_byte(call: str) -> None:
+    def given() -> list[Any]:
+        torch.manual_seed(1)
+        return calls(dtype=torch.bfloat16)[call]()
+
+    expected = results(call, given())
+    for i, inner, tensor in places(given()):
+        if is_of_weight(call, given(), i):
+            continue
+        for layout, other in layouts(tensor):
+            if inner is not None and i > 1 and not other.is_contiguous():
+                continue  # the state of a parameter
+            found = results(call, with_other(given(), i, inner, other))
+            assert all(map(same_bytes, found, expected)), (i, layout)
+
+
+@pytest.mark.isa
+@pytest.mark.devices("cpu", "cuda")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_threads_and_repeats_change_no_byte(call: str, dtype: torch.dtype) -> None:
+    for m in (1, 3, 64, 301):
+        sizes = Sizes(m, 300, 512, 8, 70, ((10, 10), (700, 100), (40_001, 1)))
+        torch.manual_seed(1)
+        arguments = calls(sizes, dtype)[call]()
+
+        def run(arguments: list[Any] = arguments) -> list[Tensor]:
+            return results(call, [deepcopy(value) for value in arguments])
+
+        same_bytes_under_threads(run)
+
+
+class Kept(NamedTuple):
+    """For the gradients of ``wanted``, backward has ``arguments`` and tensors of the shapes ``beside``."""
+
+    wanted: tuple[int, ...]
+    arguments: tuple[int, ...]
+    beside: tuple[tuple[int, ...], ...] = ()
+
+
+KEPT = {
+    "linear_4bit": Kept((0, 1), (2, 3, 4, 5)),
+    "lora_linear_4bit plain": Kept((0, 2, 3), (0, 2, 3, 6, 7, 8, 9), ((3, 4),)),  # x A^T
+    "dense_linear": Kept((0,), (1,)),
+    "linear_cross_entropy": Kept((0,), (1,), ((3, 64), (0,))),  # the gradients themselves
+    "linear_cross_entropy rows": Kept((0, 5), (1,), ((3, 64), (4, 64))),
+    "causal_attention": Kept((0,), (0, 1, 2), ((2, 4, 5, 16), (2, 4, 5))),  # the output, and one number a row of it
+    "rms_norm": Kept((0,), (0, 1), ((3,),)),
+    "rotary": Kept((0,), (1, 2)),
+    "swiglu": Kept((0, 1), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("is_direct", [False, True], ids=["dispatcher", "direct"])
+@pytest.mark.parametrize("call", KEPT)
+def test_what_is_kept_for_backward(call: str, is_direct: bool) -> None:
+    wanted, kept, beside = KEPT[call]
+    arguments = calls(dtype=torch.bfloat16)[call]()
+    for i in wanted:
+        arguments[i].requires_grad_()
+    with SavedTensors() as saved:
+        if is_direct and op_of(call) in FROZEN:
+            _direct.call(op_of(call), *arguments[:-9], Weight(*arguments[-9:]))
+        elif is_direct:
+            _direct.call(op_of(call), *arguments)
+        else:
+            overload_of(call)(*arguments)
+    found = {t.data_ptr(): tuple(t.shape) for t in saved.tensors}
+    assert [found.pop(arguments[i].data_ptr()) for i in kept]
+    assert sorted(found.values()) == sorted(beside)
+
+
+class Derivative(NamedTuple):
+    """A function of leaves of these shapes, of which the first ``twice`` have second derivatives."""
+
+    function: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    twice: int
+
+
+def weight() -> qn.QuantizedWeight:
+    return qn.quantize(torch.linspace(-1, 1, 48).view(6, 8), block_size=32)
+
+
+def both_forms(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, x_lora: Tensor) -> Tensor:
+    w = weight()
+    return qn.lora_linear(x, w, a, b, 0.5, bias, x_lora) + qn.lora_linear(x, w, a, b, 0.5)
+
+
+def loss(h: Tensor, dense: Tensor) -> Tensor:
+    return qn.linear_cross_entropy(h, dense, torch.tensor([0, 10, -100, 3, 3, 7]))
+
+
+def loss_of_rows(h: Tensor, rows: Tensor) -> Tensor:
+    labels, ids = torch.tensor([0, 5, -100, 3, 3, 1]), torch.tensor([5, 1])
+    return qn.linear_cross_entropy(h, torch.linspace(-1, 1, 30).double().view(6, 5), labels, -100, rows, ids)
+
+
+def rotated(x: Tensor) -> Tensor:
+    cos, sin = torch.linspace(-2, 2, 24, dtype=torch.float64).view(2, 1, 3, 4)  # both halves of the angles differ
+    return OPS.rotary(x, cos, sin, False)
+
+
+DERIVATIVES = {
+    "linear_4bit": Derivative(lambda x, bias: qn.linear(x, weight(), bias) ** 2, ((3, 8), (6,)), 2),
+    "lora_linear_4bit": Derivative(both_forms, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
+    "dense_linear": Derivative(OPS.dense_linear, ((3, 5), (4, 5), (4,)), 3),
+    "linear_cross_entropy": Derivative(loss, ((6, 5), (11, 5)), 0),
+    "linear_cross_entropy rows": Derivative(loss_of_rows, ((6, 5), (2, 5)), 0),
+    "swiglu": Derivative(OPS.swiglu, ((3, 5), (3, 5)), 2),
+    "rms_norm": Derivative(lambda x, gain: OPS.rms_norm(x, gain, 1e-5)[0], ((3, 7), (7,)), 1),
+    "rotary": Derivative(rotated, ((1, 2, 3, 4),), 1),
+    "causal_attention": Derivative(
+        lambda q, k, v: OPS.causal_attention(q, k, v, 0.4)[0], ((1, 2, 4, 4), (1, 1, 4, 4), (1, 1, 4, 4)), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives(name: str) -> None:
+    function, shapes, twice = DERIVATIVES[name]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(function, leaves)
+    for leaf in leaves[twice:]:
+        leaf.requires_grad_(False)
+    assert not twice or torch.autograd.gradgradcheck(function, leaves)
