@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -26,31 +24,21 @@ with safe_open(FILE, "pt") as _file:
     KEYS = sorted(_file.keys())
 
 PATTERN = re.compile(r"(q/([^/]+)/(nf4|fp4)/bs(\d+)/dq([01])(?:/(?:bfloat16|float16|float32))?)/packed$")
-
-
-class Case(NamedTuple):
-    base: str
-    name: str
-    quant_type: str
-    block: str
-    nested: str
-
-
-CASES = [Case(*match.groups()) for match in map(PATTERN.match, KEYS) if match]
+CASES = [match.groups() for match in map(PATTERN.match, KEYS) if match]
 # Zero, tiny and non-finite blocks differ between bitsandbytes' back ends: our rule for them has tests of its own.
 OWN_RULE = ("nonfinite_f32", "tiny_f32", "zeroblock_f32", "allzero_f32", "allzero_partial_bf16")
+NAMES = ("base", "case", "quant_type", "block", "nested")
 
 
-def stored_weight(golden: dict[str, Tensor], case: Case) -> QuantizedWeight:
-    base = case.base
-    x, packed = golden[f"in/{case.name}"], golden[f"{base}/packed"]
+def stored_weight(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str) -> QuantizedWeight:
+    x, packed = golden[f"in/{case}"], golden[f"{base}/packed"]
     return QuantizedWeight(
         packed.contiguous().view(torch.uint8).reshape(-1),
         golden[f"{base}/absmax"],
         shape=x.shape,
         dtype=x.dtype,
-        quant_type=case.quant_type,
-        block_size=int(case.block),
+        quant_type=quant_type,
+        block_size=int(block),
         nested_absmax=golden.get(f"{base}/nested_absmax"),
         nested_offset=golden.get(f"{base}/nested_offset"),
     )
@@ -66,13 +54,14 @@ def test_tables(golden: dict[str, Tensor]) -> None:
     assert same_bytes(_native.boundaries(1), golden["bounds/fp4_cuda_abs"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=attrgetter("base"))
-def test_dequantized(golden: dict[str, Tensor], case: Case) -> None:
-    weight, base = stored_weight(golden, case), case.base
+@pytest.mark.parametrize(NAMES, CASES)
+def test_dequantized(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str, nested: str) -> None:
+    weight = stored_weight(golden, base, case, quant_type, block)
     if f"{base}/absmax_fp32" in golden:
         assert same_bytes(weight.scales(), golden[f"{base}/absmax_fp32"])
-    forms = ("dequant", "dequant_float32", "dequant_float16")
-    names = [f"{base}/{form}" for form in forms if f"{base}/{form}" in golden]
+    names = [
+        f"{base}/{name}" for name in ("dequant", "dequant_float32", "dequant_float16") if f"{base}/{name}" in golden
+    ]
     assert names
     for name in names:
         assert same_values(weight.dequantize(golden[name].dtype), golden[name].reshape(weight.shape)), name
@@ -80,20 +69,20 @@ def test_dequantized(golden: dict[str, Tensor], case: Case) -> None:
     assert wrong is None or not same_values(weight.dequantize(wrong.dtype), wrong.reshape(weight.shape))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in OWN_RULE], ids=attrgetter("base"))
-def test_quantized(golden: dict[str, Tensor], case: Case) -> None:
-    x, theirs = golden[f"in/{case.name}"], stored_weight(golden, case)
-    quantize = partial(qn.quantize, x, quant_type=case.quant_type, block_size=int(case.block))
-    ours = quantize(double_quant=case.nested == "1")
-    if case.quant_type == "nf4":
+@pytest.mark.parametrize(NAMES, [row for row in CASES if row[1] not in OWN_RULE])
+def test_quantized(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str, nested: str) -> None:
+    theirs = stored_weight(golden, base, case, quant_type, block)
+    ours = qn.quantize(golden[f"in/{case}"], quant_type=quant_type, block_size=int(block), double_quant=nested == "1")
+    if quant_type == "nf4":
         assert same_bytes(ours.packed, theirs.packed)
     else:  # bitsandbytes' CPU swaps the two zeros and shifts some boundaries by an ulp: then both are as near to x
-        plain = quantize(double_quant=False)
-        our_error, their_error = (
-            (w.dequantize(torch.float32) - x.float()).abs() for w in (plain, plain.with_packed(theirs.packed))
-        )
-        assert (our_error <= their_error + 1e-6 * x.float().abs().max()).all()
-    if case.nested == "0":
+        x = golden[f"in/{case}"].float()
+        plain = qn.quantize(golden[f"in/{case}"], quant_type="fp4", block_size=int(block), double_quant=False)
+        our_error = (plain.dequantize(torch.float32) - x).abs()
+        plain.packed = theirs.packed
+        their_error = (plain.dequantize(torch.float32) - x).abs()
+        assert (our_error <= their_error + 1e-6 * x.abs().max()).all()
+    if nested == "0":
         assert same_bytes(ours.absmax, theirs.absmax)
     else:  # theirs went through a 16-bit look-up: neighbors at most
         spread = theirs.scales().max() - theirs.scales().min()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -96,24 +96,17 @@ def test_threads_and_repeats_change_no_byte(call: str, dtype: torch.dtype) -> No
         same_bytes_under_threads(run)
 
 
-class Kept(NamedTuple):
-    """For the gradients of ``wanted``, backward has ``arguments`` and tensors of the shapes ``beside``."""
-
-    wanted: tuple[int, ...]
-    arguments: tuple[int, ...]
-    beside: tuple[tuple[int, ...], ...] = ()
-
-
-KEPT = {
-    "linear_4bit": Kept((0, 1), (2, 3, 4, 5)),
-    "lora_linear_4bit plain": Kept((0, 2, 3), (0, 2, 3, 6, 7, 8, 9), ((3, 4),)),  # x A^T
-    "dense_linear": Kept((0,), (1,)),
-    "linear_cross_entropy": Kept((0,), (1,), ((3, 64), (0,))),  # the gradients themselves
-    "linear_cross_entropy rows": Kept((0, 5), (1,), ((3, 64), (4, 64))),
-    "causal_attention": Kept((0,), (0, 1, 2), ((2, 4, 5, 16), (2, 4, 5))),  # the output, and one number a row of it
-    "rms_norm": Kept((0,), (0, 1), ((3,),)),
-    "rotary": Kept((0,), (1, 2)),
-    "swiglu": Kept((0, 1), (0, 1)),
+# For the gradients of these arguments, backward has those arguments, and tensors of these shapes beside them.
+KEPT: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]]] = {
+    "linear_4bit": ((0, 1), (2, 3, 4, 5), []),
+    "lora_linear_4bit plain": ((0, 2, 3), (0, 2, 3, 6, 7, 8, 9), [(3, 4)]),  # x A^T
+    "dense_linear": ((0,), (1,), []),
+    "linear_cross_entropy": ((0,), (1,), [(3, 64), (0,)]),  # the gradients themselves
+    "linear_cross_entropy rows": ((0, 5), (1,), [(3, 64), (4, 64)]),
+    "causal_attention": ((0,), (0, 1, 2), [(2, 4, 5, 16), (2, 4, 5)]),  # the output, and one number a row of it
+    "rms_norm": ((0,), (0, 1), [(3,)]),
+    "rotary": ((0,), (1, 2), []),
+    "swiglu": ((0, 1), (0, 1), []),
 }
 
 
@@ -134,14 +127,6 @@ def test_what_is_kept_for_backward(call: str, is_direct: bool) -> None:
     found = {t.data_ptr(): tuple(t.shape) for t in saved.tensors}
     assert [found.pop(arguments[i].data_ptr()) for i in kept]
     assert sorted(found.values()) == sorted(beside)
-
-
-class Derivative(NamedTuple):
-    """A function of leaves of these shapes, of which the first ``twice`` have second derivatives."""
-
-    function: Callable[..., Tensor]
-    shapes: tuple[tuple[int, ...], ...]
-    twice: int
 
 
 def weight() -> qn.QuantizedWeight:
@@ -167,17 +152,20 @@ def rotated(x: Tensor) -> Tensor:
     return OPS.rotary(x, cos, sin, False)
 
 
-DERIVATIVES = {
-    "linear_4bit": Derivative(lambda x, bias: qn.linear(x, weight(), bias) ** 2, ((3, 8), (6,)), 2),
-    "lora_linear_4bit": Derivative(both_forms, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
-    "dense_linear": Derivative(OPS.dense_linear, ((3, 5), (4, 5), (4,)), 3),
-    "linear_cross_entropy": Derivative(loss, ((6, 5), (11, 5)), 0),
-    "linear_cross_entropy rows": Derivative(loss_of_rows, ((6, 5), (2, 5)), 0),
-    "swiglu": Derivative(OPS.swiglu, ((3, 5), (3, 5)), 2),
-    "rms_norm": Derivative(lambda x, gain: OPS.rms_norm(x, gain, 1e-5)[0], ((3, 7), (7,)), 1),
-    "rotary": Derivative(rotated, ((1, 2, 3, 4),), 1),
-    "causal_attention": Derivative(
-        lambda q, k, v: OPS.causal_attention(q, k, v, 0.4)[0], ((1, 2, 4, 4), (1, 1, 4, 4), (1, 1, 4, 4)), 3
+# Functions of leaves of these shapes, of which so many, the first, have second derivatives.
+DERIVATIVES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int]] = {
+    "linear_4bit": (lambda x, bias: qn.linear(x, weight(), bias) ** 2, ((3, 8), (6,)), 2),
+    "lora_linear_4bit": (both_forms, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
+    "dense_linear": (OPS.dense_linear, ((3, 5), (4, 5), (4,)), 3),
+    "linear_cross_entropy": (loss, ((6, 5), (11, 5)), 0),
+    "linear_cross_entropy rows": (loss_of_rows, ((6, 5), (2, 5)), 0),
+    "swiglu": (OPS.swiglu, ((3, 5), (3, 5)), 2),
+    "rms_norm": (lambda x, gain: OPS.rms_norm(x, gain, 1e-5)[0], ((3, 7), (7,)), 1),
+    "rotary": (rotated, ((1, 2, 3, 4),), 1),
+    "causal_attention": (
+        lambda q, k, v: OPS.causal_attention(q, k, v, 0.4)[0],
+        ((1, 2, 4, 4), (1, 1, 4, 4), (1, 1, 4, 4)),
+        3,
     ),
 }
 
