@@ -99,16 +99,6 @@ def test_backward_twice() -> None:
     y.sum().backward()
 
 
-def test_autocast(device: str) -> None:
-    w = qn.quantize(torch.randn(40, 192))
-    x = torch.randn(5, 192, requires_grad=True)
-    with torch.autocast(device, torch.bfloat16):
-        y = qn.linear(x, w)
-    assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    assert x.grad is not None and x.grad.dtype == torch.float32
-
-
 @pytest.mark.devices("cpu", "cuda")
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()

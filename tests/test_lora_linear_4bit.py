@@ -139,27 +139,6 @@ def test_leading_dimensions() -> None:
     assert relative_error(y.reshape(6, 40), flat) < 1e-6
 
 
-def test_autocast(device: str) -> None:
-    operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32)
-    with torch.autocast(device, torch.bfloat16):
-        y = operands.ours()
-    assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    grad = operands.leaves["a"].grad
-    assert grad is not None and grad.dtype == torch.float32
-
-
-@pytest.mark.devices("cpu", "cuda")
-def test_compiles_without_breaks(backend: str) -> None:
-    torch._dynamo.reset()
-    operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, "bias")
-    leaves = list(operands.leaves.values())
-    expected = torch.autograd.grad(torch.relu(operands.ours()), leaves, operands.grad_y)
-    compiled = torch.compile(lambda: torch.relu(operands.ours()), fullgraph=True, backend=backend)
-    got = torch.autograd.grad(compiled(), leaves, operands.grad_y)
-    assert max(map(relative_error, got, expected)) < 1e-6
-
-
 @pytest.mark.devices("cpu")
 def test_compiled_passes_fit_into_cuda_graphs() -> None:
     """What torch.compile(mode="reduce-overhead") captures: forward and backward whole, of ops that a graph can hold."""

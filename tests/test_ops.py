@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from calls import CALLS, OPS, Sizes, calls, is_of_weight, layouts, op_of, overload_of, places, with_other
 from cases import FLOAT_DTYPES
-from helpers import SavedTensors, same_bytes, same_bytes_under_threads
+from helpers import SavedTensors, relative_error, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
 import qlora_native as qn
@@ -129,52 +130,70 @@ def test_what_is_kept_for_backward(call: str, is_direct: bool) -> None:
     assert sorted(found.values()) == sorted(beside)
 
 
-def weight() -> qn.QuantizedWeight:
-    return qn.quantize(torch.linspace(-1, 1, 48).view(6, 8), block_size=32)
-
-
-def both_forms(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, x_lora: Tensor) -> Tensor:
-    w = weight()
+def lora_linear(w: qn.QuantizedWeight, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, x_lora: Tensor) -> Tensor:
     return qn.lora_linear(x, w, a, b, 0.5, bias, x_lora) + qn.lora_linear(x, w, a, b, 0.5)
 
 
-def loss(h: Tensor, dense: Tensor) -> Tensor:
+def loss(_: qn.QuantizedWeight, h: Tensor, dense: Tensor) -> Tensor:
     return qn.linear_cross_entropy(h, dense, torch.tensor([0, 10, -100, 3, 3, 7]))
 
 
-def loss_of_rows(h: Tensor, rows: Tensor) -> Tensor:
+def loss_of_rows(_: qn.QuantizedWeight, h: Tensor, rows: Tensor) -> Tensor:
     labels, ids = torch.tensor([0, 5, -100, 3, 3, 1]), torch.tensor([5, 1])
     return qn.linear_cross_entropy(h, torch.linspace(-1, 1, 30).double().view(6, 5), labels, -100, rows, ids)
 
 
-def rotated(x: Tensor) -> Tensor:
+def rotary(_: qn.QuantizedWeight, x: Tensor) -> Any:
     cos, sin = torch.linspace(-2, 2, 24, dtype=torch.float64).view(2, 1, 3, 4)  # both halves of the angles differ
     return OPS.rotary(x, cos, sin, False)
 
 
-# Functions of leaves of these shapes, of which so many, the first, have second derivatives.
-DERIVATIVES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int]] = {
-    "linear_4bit": (lambda x, bias: qn.linear(x, weight(), bias) ** 2, ((3, 8), (6,)), 2),
-    "lora_linear_4bit": (both_forms, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
-    "dense_linear": (OPS.dense_linear, ((3, 5), (4, 5), (4,)), 3),
+# Functions of a weight [6, 8] and of leaves of these shapes, of which so many, the first, have second derivatives.
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int]] = {
+    "linear": (lambda w, x, bias: qn.linear(x, w, bias), ((3, 8), (6,)), 2),
+    "lora_linear": (lora_linear, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
+    "dense_linear": (lambda _, *x: OPS.dense_linear(*x), ((3, 5), (4, 5), (4,)), 3),
     "linear_cross_entropy": (loss, ((6, 5), (11, 5)), 0),
     "linear_cross_entropy rows": (loss_of_rows, ((6, 5), (2, 5)), 0),
-    "swiglu": (OPS.swiglu, ((3, 5), (3, 5)), 2),
-    "rms_norm": (lambda x, gain: OPS.rms_norm(x, gain, 1e-5)[0], ((3, 7), (7,)), 1),
-    "rotary": (rotated, ((1, 2, 3, 4),), 1),
-    "causal_attention": (
-        lambda q, k, v: OPS.causal_attention(q, k, v, 0.4)[0],
-        ((1, 2, 4, 4), (1, 1, 4, 4), (1, 1, 4, 4)),
-        3,
-    ),
+    "swiglu": (lambda _, *x: OPS.swiglu(*x), ((3, 5), (3, 5)), 2),
+    "rms_norm": (lambda _, *x: OPS.rms_norm(*x, 1e-5)[0], ((3, 7), (7,)), 1),
+    "rotary": (rotary, ((1, 2, 3, 4),), 1),
+    "causal_attention": (lambda _, *x: OPS.causal_attention(*x, 0.4)[0], ((1, 2, 4, 4), (1, 1, 4, 4), (1, 1, 4, 4)), 3),
 }
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
+def function_and_leaves(name: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    function, shapes, _ = FUNCTIONS[name]
+    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return partial(function, qn.quantize(torch.randn(6, 8), block_size=32)), leaves
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_derivatives(name: str) -> None:
-    function, shapes, twice = DERIVATIVES[name]
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    function, leaves = function_and_leaves(name, torch.float64)
     assert torch.autograd.gradcheck(function, leaves)
+    twice = FUNCTIONS[name][2]
     for leaf in leaves[twice:]:
         leaf.requires_grad_(False)
-    assert not twice or torch.autograd.gradgradcheck(function, leaves)
+    assert not twice or torch.autograd.gradgradcheck(lambda *x: function(*x) ** 2, leaves)
+
+
+@pytest.mark.parametrize("name", ["linear", "lora_linear"])
+def test_autocast(name: str, device: str) -> None:
+    function, leaves = function_and_leaves(name, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        y = function(*leaves)
+    assert y.dtype == torch.bfloat16
+    assert {grad.dtype for grad in torch.autograd.grad(y.sum(), leaves)} == {torch.float32}
+
+
+@pytest.mark.devices("cpu", "cuda")
+@pytest.mark.parametrize("name", ["linear", "lora_linear", "linear_cross_entropy"])
+def test_compiles_without_breaks(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    function, leaves = function_and_leaves(name, torch.float32)
+    compiled = torch.compile(lambda *x: torch.relu(function(*x)) * 2, fullgraph=True, backend=backend)
+    got, want = compiled(*leaves), torch.relu(function(*leaves)) * 2
+    assert relative_error(got, want) < 1e-6
+    gradients = (torch.autograd.grad(y.sum(), leaves) for y in (got, want))
+    assert max(map(relative_error, *gradients)) < 1e-6
