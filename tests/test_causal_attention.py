@@ -64,7 +64,7 @@ def test_as_near_the_truth_as_torch() -> None:
     theirs = partial(sdpa, is_causal=True, scale=0.125, enable_gqa=True)
 
     def errors(function: Any) -> list[float]:
-        return errors_in_fp64(function, lambda *x: reference.causal_attention(*x, 0.125)[0], *inputs)
+        return errors_in_fp64(function, lambda q, k, v: reference.causal_attention(q, k, v, 0.125)[0], *inputs)
 
     pairs = list(zip(errors(lambda *x: attention(*x, 0.125)[0]), errors(theirs), strict=True))
     assert all(a < 1.2 * b for a, b in pairs), pairs

@@ -33,7 +33,7 @@ K, N = 128, 48
 def on_each_device(test: Callable[..., None]) -> Callable[..., None]:
     """On a CPU, and the same way for CUDA tensors, whose part is played by CPU tensors over the emulator."""
     marks = pytest.mark.devices("cpu", "emulated"), pytest.mark.usefixtures("device")
-    return marks[0](marks[1](test))  # type: ignore[no-any-return]
+    return marks[0](marks[1](test))
 
 
 def layer(bias: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any) -> QuantizedLinear:
