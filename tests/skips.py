@@ -27,7 +27,6 @@ REASONS = {
     r"no (?P<program>demo) model in the cache: .*": "a download of 93 MB; .ci/run fetches it first",
     r"no git clone, in which paths are looked up": "reads the history; an unpacked sdist has none",
     r"root may write anywhere": "shows what a folder without permission does",
-    r"this CPU cannot flush subnormals": "checks that flushing them changes nothing",
     r"this kernel gives none|the system does not (list its|let a process choose) .*": "kernels differ",
     r"no tmpfs here|no file system may be mounted here": "containers differ in what they may mount",
     r"temporary files lie in memory here: .*|page files are Linux's, and .*": "needs temporary files on a disk",

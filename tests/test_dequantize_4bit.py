@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from cases import BLOCK_SIZES, FLOAT_DTYPES, GGUF_TYPES, QUANT_TYPES, WEIGHT_SHAPES
-from helpers import HALVES, bytes_of, gguf_truth, gguf_weight, refuses, same_bytes, signed
+from helpers import HALVES, bytes_of, gguf_truth, gguf_weight, refuses, same_bytes, same_values, signed
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.ops._operands import Weight
 from qlora_native.ops.dequantize_4bit import decode_panel
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
@@ -47,9 +46,7 @@ def test_infinite_and_nan_scales_of_foreign_checkpoints() -> None:
     w = qn.quantize(torch.randn(192), double_quant=False)
     w.absmax[0], w.absmax[1] = float("inf"), float("nan")
     for dtype in FLOAT_DTYPES:
-        got, want = w.dequantize(dtype), truth(w, dtype)
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(got.nan_to_num(nan=1.0), want.nan_to_num(nan=1.0))
+        assert same_values(w.dequantize(dtype), truth(w, dtype))
 
 
 def test_negative_scales_decode() -> None:
@@ -66,20 +63,18 @@ def test_negative_scales_decode() -> None:
 
 
 @pytest.mark.devices("cpu")
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(7, 65), (5, 96), (9, 128), (3, 31)])
-def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
-    w = qn.quantize(torch.randn(n, k), block_size=64)
-    whole = truth(w, dtype)
-    weight = Weight(*w.op_args())
-    for rows in ((0, n), (1, n - 1), (2, 3), (1, 1)):
-        for columns in ((0, k), (0, 1), (3, k - 2), (k - 1, k), (17, 30)):
-            panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
-            decode_panel(weight.pointers(), k, rows, columns, panel)
-            assert same_bytes(panel, whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_panels(quant_type: str) -> None:
+    """Those of NF4 and FP4 are tests/cpp/test_dequantize_4bit.cc's."""
+    w = gguf_weight(quant_type, (5, 512))
+    truth = gguf_truth(w)
+    columns = ((0, 512), (32, 96), (7, 500), (255, 257), (33, 40), (9, 9))
+    for dtype, (start, stop), (first, last) in itertools.product(FLOAT_DTYPES, ((0, 5), (2, 4), (1, 1)), columns):
+        panel = torch.empty(stop - start, last - first, dtype=dtype)
+        decode_panel(w.op_args().pointers(), 512, (start, stop), (first, last), panel)
+        assert same_bytes(panel, truth[start:stop, first:last].to(dtype))
 
 
-@pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_blocks_of_any_bytes(quant_type: str) -> None:
     """The bits of the ``gguf`` package, but for the payload of NaN: of random bytes, and of every byte everywhere."""
@@ -95,18 +90,6 @@ def test_gguf_blocks_of_any_bytes(quant_type: str) -> None:
         want = truth.to(dtype).masked_fill(truth.isnan(), 0.0)
         for got in (w.dequantize(dtype), reference.dequantize(dtype, *w.op_args())):
             assert torch.equal(got.isnan(), truth.isnan()) and same_bytes(got.masked_fill(got.isnan(), 0.0), want)
-
-
-@pytest.mark.devices("cpu")
-@pytest.mark.parametrize("quant_type", GGUF_TYPES)
-def test_gguf_panels(quant_type: str) -> None:
-    w = gguf_weight(quant_type, (5, 512))
-    truth = gguf_truth(w)
-    for dtype, columns in itertools.product(FLOAT_DTYPES, ((0, 512), (32, 96), (7, 500), (255, 257), (33, 40), (9, 9))):
-        for rows in ((0, 5), (2, 4), (1, 1)):
-            panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
-            decode_panel(w.op_args().pointers(), 512, rows, columns, panel)
-            assert same_bytes(panel, truth[rows[0] : rows[1], columns[0] : columns[1]].to(dtype).contiguous())
 
 
 @pytest.mark.devices("cpu", "emulated")
@@ -127,15 +110,8 @@ def test_out() -> None:
     for out in (torch.empty(6, 96), torch.empty(6, 96).half(), torch.empty(96, 6).t(), torch.empty(7, 97)[1:, 1:]):
         assert w.dequantize(out=out) is out
         assert same_bytes(out.contiguous(), truth(w, out.dtype))
-    refuses(r"out is torch.float32 \[5, 96\] on \w+(:0)?: expected .*\[6, 96\]", w.dequantize, out=torch.empty(5, 96))
     refuses("torch.float16, out is torch.float32", w.dequantize, torch.float16, out=torch.empty(6, 96))
     refuses(r"dtype is torch\.int8", w.dequantize, torch.int8)
-
-
-def test_tensors_that_do_not_belong_together_are_refused() -> None:
-    w = qn.quantize(torch.randn(6, 96))
-    w.absmax = w.absmax[:-1]
-    refuses(r"absmax is torch\.uint8 \[8\].*expected 9 contiguous", w.dequantize)
 
 
 @pytest.mark.devices("cpu")
@@ -163,10 +139,3 @@ def test_indices_beyond_32_bits() -> None:
     decode_panel(weight.op_args().pointers(), 64, (rows - 2, rows), (0, 64), panel)
     assert torch.equal(panel[0], torch.full((64,), -1.0))
     assert torch.equal(panel[1], torch.tensor([1.0, -1.0]).repeat(32))
-
-
-def test_opcheck() -> None:
-    for double_quant in (False, True):
-        w = qn.quantize(torch.randn(5, 65), double_quant=double_quant)
-        torch.library.opcheck(torch.ops.qlora_native.dequantize_4bit.default, (torch.bfloat16, *w.op_args()))
-        torch.library.opcheck(torch.ops.qlora_native.dequantize_4bit.out, (torch.empty(5, 65), *w.op_args()))

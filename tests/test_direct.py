@@ -30,6 +30,12 @@ from qlora_native.ops._operands import Weight
 K, N = 128, 48
 
 
+def on_each_device(test: Callable[..., None]) -> Callable[..., None]:
+    """On a CPU, and the same way for CUDA tensors, whose part is played by CPU tensors over the emulator."""
+    marks = pytest.mark.devices("cpu", "emulated"), pytest.mark.usefixtures("device")
+    return marks[0](marks[1](test))
+
+
 def layer(bias: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any) -> QuantizedLinear:
     torch.manual_seed(seed)
     made = QuantizedLinear.from_linear(torch.nn.Linear(K, N, bias=bias, dtype=dtype), **options)
@@ -42,8 +48,12 @@ def adapter_on(made: QuantizedLinear) -> lora.LoRALinear:
     return adapted
 
 
-def by_dispatcher(made: QuantizedLinear, x: Tensor) -> Tensor:
-    return torch.ops.qlora_native.linear_4bit(x, made.bias, *made.quantized.op_args())
+def by_dispatcher(made: QuantizedLinear | lora.LoRALinear, x: Tensor) -> Tensor:
+    if isinstance(made, QuantizedLinear):
+        return torch.ops.qlora_native.linear_4bit(x, made.bias, *made.quantized.op_args())
+    base: Any = made.base_layer
+    adapter = (None, made.lora_A, made.lora_B, 2.0, base.bias)
+    return torch.ops.qlora_native.lora_linear_4bit(x, *adapter, *base.quantized.op_args())[0]
 
 
 class Recorder(TorchDispatchMode):
@@ -75,13 +85,19 @@ FREE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+@on_each_device
 @pytest.mark.parametrize("state", OBSERVED)
-def test_steps_aside(state: str) -> None:
-    x = torch.randn(1, K)
-    assert unobserved(x)
+def test_steps_aside(state: str, request: pytest.FixtureRequest) -> None:
+    arguments = (torch.randn(3, K), None, layer().quantized.op_args())
+
+    def ways() -> tuple[bool, bool]:
+        return unobserved(arguments[0]), _direct.kernel_of("linear_4bit", arguments) is not None
+
+    free = (request.node.callspec.params["device"] == "cpu", True)
+    assert ways() == free
     with OBSERVED[state]():
-        assert not unobserved(x)
-    assert unobserved(x)
+        assert ways() == (False, False)
+    assert ways() == free
 
 
 @pytest.mark.parametrize("state", FREE)
@@ -148,14 +164,6 @@ def test_errors_are_those_of_the_op() -> None:
         made(torch.randn(1, K))
 
 
-def test_a_dispatch_mode_sees_the_op() -> None:
-    made, x = layer(), torch.randn(1, K)
-    made(x)
-    with Recorder() as recorder:
-        made(x)
-    assert any("linear_4bit" in name for name in recorder.seen)
-
-
 def test_follows_its_tensors() -> None:
     x = torch.randn(1, K, dtype=torch.bfloat16)
     made, other = layer(), layer(seed=1)
@@ -205,46 +213,35 @@ def test_compiled() -> None:
         assert same_bytes(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
-def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
-    made = layer(bias=True, dtype=dtype)
-    adapted = adapter_on(made)
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (3,), (40,), (1, 1), (2, 1), (2, 40)], ids=str)
+def test_training_takes_a_node_of_the_same_derivative(
+    shape: tuple[int, ...], adapter: torch.dtype, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    adapted = adapter_on(made := layer(bias=True, dtype=dtype))
     adapted.to(adapter)
-    for shape in ((1, 1, K), (3, K), (40, K), (0, K)):
-        x = torch.randn(shape).to(dtype)
-        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
-        with torch.no_grad():
-            got, expected = adapted(x), torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
-            assert same_bytes(got, expected)
-        assert adapted(x).requires_grad
-    with torch.no_grad(), Recorder() as recorder:
-        adapted(torch.randn(1, K).to(dtype))
-    assert any("lora_linear_4bit" in name for name in recorder.seen)
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_training_takes_a_node_of_the_same_derivative(tokens: int) -> None:
-    made = layer(bias=True)
-    adapted = adapter_on(made)
-    x, grad_y = torch.randn(tokens, K).bfloat16().requires_grad_(), torch.randn(tokens, N).bfloat16()
+    x, grad_y = torch.randn(*shape, K).to(dtype).requires_grad_(), torch.randn(*shape, N).to(dtype)
     leaves = [x, adapted.lora_A, adapted.lora_B]
-    arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
-    expected = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
-    got = adapted(x)
-    assert got.grad_fn is not None and type(got.grad_fn).__name__ == "lora_linear_4bit_cpuBackward"
-    assert type(expected.grad_fn) is not type(got.grad_fn)
-    assert same_bytes(got, expected)
+    expected, got = by_dispatcher(adapted, x), adapted(x)
+    key = {"cpu": "cpu", "emulated": "cuda"}[request.node.callspec.params["device"]]
+    assert type(got.grad_fn).__name__ == f"lora_linear_4bit_{key}Backward" != type(expected.grad_fn).__name__
+    assert same_bytes(got, expected) and same_bytes(made(x), by_dispatcher(made, x))
     assert all(map(same_bytes, *(torch.autograd.grad(y, leaves, grad_y) for y in (got, expected))))
+    with torch.no_grad():
+        assert same_bytes(adapted(x), by_dispatcher(adapted, x))
     with Recorder() as recorder:
         seen = adapted(x)
         torch.autograd.grad(seen, leaves, grad_y)
+        with torch.no_grad():
+            made(x)
     assert type(seen.grad_fn).__name__ == type(expected.grad_fn).__name__
-    assert any("lora_linear_4bit_backward" in name for name in recorder.seen)
+    for op in ("lora_linear_4bit.default", "lora_linear_4bit_backward.default", "linear_4bit.default"):
+        assert f"qlora_native.{op}" in recorder.seen
 
 
-@pytest.mark.devices("cpu", "emulated")
-@pytest.mark.usefixtures("device")
+@on_each_device
 @pytest.mark.parametrize("changed", ["a", "b", "packed", "absmax", "nested_absmax"])
 def test_an_operand_that_shrinks_before_backward_is_refused(changed: str) -> None:
     """Autograd saves leaves as they are, so that ``.data =`` puts other memory there."""
@@ -327,33 +324,6 @@ def test_what_the_kernel_cannot_take_costs_no_native_matrix_a_call(matrices: lis
         for module in (made, adapted):
             module(x), module(x)
     assert len(matrices) <= 1
-
-
-@pytest.mark.usefixtures("emulator")
-class TestOnCuda:
-    """The same way for CUDA tensors, whose part is played by CPU tensors over the emulator."""
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("tokens", [1, 40])
-    def test_same_bytes_and_gradients(self, dtype: torch.dtype, tokens: int) -> None:
-        adapted = adapter_on(made := layer(bias=True, dtype=dtype))
-        x, grad_y = torch.randn(2, tokens, K).to(dtype).requires_grad_(), torch.randn(2, tokens, N).to(dtype)
-        leaves = [x, adapted.lora_A, adapted.lora_B]
-        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, *made.quantized.op_args())
-        expected, got = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0], adapted(x)
-        assert got.grad_fn is not None and type(got.grad_fn).__name__ == "lora_linear_4bit_cudaBackward"
-        assert same_bytes(got, expected) and same_bytes(made(x), by_dispatcher(made, x))
-        assert all(map(same_bytes, *(torch.autograd.grad(y, leaves, grad_y) for y in (got, expected))))
-        with torch.no_grad():
-            assert same_bytes(adapted(x), expected)
-
-    @pytest.mark.parametrize("state", OBSERVED)
-    def test_steps_aside(self, state: str) -> None:
-        arguments = (torch.randn(3, K), None, layer().quantized.op_args())
-        assert _direct.kernel_of("linear_4bit", arguments) is not None
-        with OBSERVED[state]():
-            assert _direct.kernel_of("linear_4bit", arguments) is None
-        assert _direct.kernel_of("linear_4bit", arguments) is not None
 
 
 def test_keys_of_a_device() -> None:

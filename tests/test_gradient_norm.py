@@ -62,17 +62,3 @@ def test_not_finite_wherever_it_stands(dtype: torch.dtype, value: float) -> None
         assert not math.isfinite(float(OP(grads)))
     largest = torch.full((100_000,), torch.finfo(dtype).max, dtype=dtype)
     assert math.isfinite(float(OP([largest])))
-
-
-def test_non_contiguous() -> None:
-    grad = torch.randn(70, 90)
-    assert float(OP([grad.t()[::2]])) == float(OP([grad.t()[::2].contiguous()]))
-
-
-def test_opcheck() -> None:
-    torch.library.opcheck(OP.default, ([torch.randn(5), torch.randn(3, 4)],))
-
-
-def test_refuses_in_words() -> None:
-    with pytest.raises(ValueError, match="gradient 1 is torch.int64, torch.strided: expected float32"):
-        OP([torch.zeros(3), torch.zeros(3, dtype=torch.int64)])

@@ -13,7 +13,6 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
 from torch import nn
 
 from qlora_native.data import batching
@@ -111,10 +110,27 @@ def alone(model: nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:
     return total / count
 
 
-def packed_and_alone(
-    model: nn.Module, truth: nn.Module, rows: list[dict[str, Any]], at: int
-) -> tuple[float, float, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The losses of rows packed into two sequences and of each row alone, and both gradients of each parameter."""
+@pytest.mark.filterwarnings("ignore:.*the model's own logits")
+@pytest.mark.parametrize(
+    ("kind", "changes", "dtype"),
+    [
+        ("Llama", {}, torch.float32),
+        ("Llama", {"hidden_size": 128}, torch.bfloat16),  # native attention
+        ("Qwen2", {}, torch.float32),
+        ("Mistral", {"sliding_window": 7}, torch.float32),  # shorter than the rows
+        ("Gemma2", {"sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 16}, torch.float32),
+        ("Gemma3Text", {"sliding_window": 7, "head_dim": 16}, torch.float32),
+        ("Phi3", {}, torch.float32),
+        ("GPT2", {}, torch.float32),  # learned positions
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_rows_alone(
+    kind: str, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    exact = dtype == torch.float32
+    rows, at = (rows_of(13, 9, 20, 1, 5, 16), 4) if exact else (rows_of(130, 40, 70, 33), 2)
+    model = tiny_models.make(kind, dtype, **changes)
+    truth = copy.deepcopy(model).float()
     fuse(model)
     check_packing(model)
     batch = collate_packed([rows[:at], rows[at:]], pad_id=0)
@@ -122,42 +138,12 @@ def packed_and_alone(
     loss, expected = causal_lm_loss(model, batch), alone(truth, rows)
     loss.backward()
     expected.backward()
-    gradients = {}
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5 if exact else 5e-3)
     for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
         if wanted.grad is not None:
             assert got.grad is not None, name
-            gradients[name] = got.grad, wanted.grad
-    return loss.item(), expected.item(), gradients
-
-
-@pytest.mark.filterwarnings("ignore:.*the model's own logits")
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("Llama", {}),
-        ("Qwen2", {}),
-        ("Mistral", {"sliding_window": 7}),  # shorter than the rows
-        ("Gemma2", {"sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 16}),
-        ("Gemma3Text", {"sliding_window": 7, "head_dim": 16}),
-        ("Phi3", {}),
-        ("GPT2", {}),  # learned positions
-    ],
-)
-def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str, changes: dict[str, Any]) -> None:
-    model = tiny_models.make(kind, **changes)
-    loss, expected, gradients = packed_and_alone(model, copy.deepcopy(model), rows_of(13, 9, 20, 1, 5, 16), 4)
-    assert abs(loss - expected) <= 1e-5 * abs(expected)
-    for name, (got, wanted) in gradients.items():
-        assert float((got - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-7, name
-
-
-def test_in_bf16_native_attention_is_that_of_the_rows_alone() -> None:
-    truth = tiny_models.make(hidden_size=128)
-    truth.load_state_dict({name: value.bfloat16().float() for name, value in truth.state_dict().items()})
-    model = copy.deepcopy(truth).bfloat16()
-    loss, expected, gradients = packed_and_alone(model, truth, rows_of(130, 40, 70, 33), 2)
-    assert loss == pytest.approx(expected, rel=5e-3)
-    assert all(relative_error(got, wanted) < 5e-2 for got, wanted in gradients.values())
+            difference = float((got.grad - wanted.grad).norm())
+            assert difference <= (1e-5 if exact else 5e-2) * float(wanted.grad.norm()) + 1e-7, name
 
 
 def test_without_positions_that_start_again_the_comparison_fails() -> None:

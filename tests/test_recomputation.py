@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOAT_DTYPES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,66 +50,53 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def gradients(layers: list[Layer], run: Callable[[Layer, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+Run = Callable[[Layer, Tensor], Tensor]
+
+
+def checkpointed(run: Run) -> Run:
+    return lambda layer, x: checkpoint(run, layer, x, use_reentrant=False)
+
+
+def gradients(layers: list[Layer], run: Run, dtype: torch.dtype) -> list[Tensor]:
     """Of the input and of all adapters, by layers that ``run`` calls."""
     torch.manual_seed(1)
-    start = torch.randn(TOKENS, SIZE).to(dtype).requires_grad_()
-    x: Tensor = start
+    x = start = torch.randn(TOKENS, SIZE).to(dtype).requires_grad_()
     for layer in layers:
         x = run(layer, x)
     parameters = [matrix for layer in layers for pair in layer.adapters for matrix in pair]
     return list(torch.autograd.grad(x.float().square().sum(), [start, *parameters]))
 
 
-def checkpointed(layer: Layer, x: Tensor) -> Tensor:
-    result: Tensor = checkpoint(layer, x, use_reentrant=False)
-    return result
-
-
 @pytest.mark.parametrize("is_last_adapted", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_the_last_product_of_a_layer_is_not_computed_again(
     products: list[bool], is_last_adapted: bool, dtype: torch.dtype
 ) -> None:
-    torch.manual_seed(0)
     layers = [Layer(is_last_adapted) for _ in range(3)]
     expected = gradients(layers, Layer.__call__, dtype)
     assert (products.count(True), products.count(False)) == (9, 9)
     products.clear()
-    found = gradients(layers, checkpointed, dtype)
+    found = gradients(layers, checkpointed(Layer.__call__), dtype)
     assert (products.count(True), products.count(False)) == (9 + 6, 9)  # three a layer again, but for the last
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    assert all(map(torch.equal, found, expected))
 
 
-def test_a_gradient_within_a_checkpoint() -> None:
-    torch.manual_seed(0)
-    layer = Layer(is_last_adapted=True)
-
-    def penalized(layer: Layer, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            inner = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(layer(inner).float().square().sum(), inner)
-        return layer(x) * slope.to(x.dtype).mean()
-
-    expected = gradients([layer], penalized, torch.float32)
-    found = gradients([layer], lambda layer, x: checkpoint(penalized, layer, x, use_reentrant=False), torch.float32)
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+def penalized(layer: Layer, x: Tensor) -> Tensor:
+    """A gradient within."""
+    with torch.enable_grad():
+        inner = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(layer(inner).float().square().sum(), inner)
+    return layer(x) * slope.to(x.dtype).mean()
 
 
-def test_checkpoints_in_a_checkpoint_and_dropout() -> None:
-    torch.manual_seed(0)
+def dropped(layer: Layer, x: Tensor) -> Tensor:
+    """A checkpoint within, and dropout."""
+    (a, b), _ = layer.adapters
+    seen = torch.nn.functional.dropout(x, 0.5)
+    return checkpointed(Layer.__call__)(layer, x) + qn.lora_linear(x, layer.weights[0], a, b, 0.5, x_lora=seen)
+
+
+@pytest.mark.parametrize(("run", "dtype"), [(penalized, torch.float32), (dropped, torch.bfloat16)])
+def test_what_a_checkpoint_may_hold(run: Run, dtype: torch.dtype) -> None:
     layers = [Layer(is_last_adapted=True) for _ in range(2)]
-
-    def dropped(layer: Layer, x: Tensor) -> Tensor:
-        (a, b), _ = layer.adapters
-        seen = torch.nn.functional.dropout(x, 0.5)
-        return checkpointed(layer, x) + qn.lora_linear(x, layer.weights[0], a, b, 0.5, x_lora=seen)
-
-    torch.manual_seed(2)
-    expected = gradients(layers, dropped, torch.bfloat16)
-    torch.manual_seed(2)
-    nested = gradients(layers, lambda layer, x: checkpoint(dropped, layer, x, use_reentrant=False), torch.bfloat16)
-    for got, wanted in zip(nested, expected, strict=True):
-        assert torch.equal(got, wanted)
+    assert all(map(torch.equal, gradients(layers, checkpointed(run), dtype), gradients(layers, run, dtype)))

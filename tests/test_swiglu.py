@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SavedTensors, errors_in_fp64, refuses, same_bytes_under_threads, same_values
+from helpers import errors_in_fp64, same_values
 from torch import Tensor
 
 from qlora_native import reference
@@ -41,35 +41,3 @@ def test_the_exponential_over_its_whole_range() -> None:
     got = swiglu(edges, torch.ones(10))
     assert (got[1:5].abs() < 1e-35).all() and got[5] == 0
     assert same_values(got[6:], edges[6:])
-
-
-def test_keeps_only_its_inputs() -> None:
-    gate, up = (t.requires_grad_() for t in operands((8, 64), torch.bfloat16))
-    with SavedTensors() as saved:
-        swiglu(gate, up)
-    assert {t.data_ptr() for t in saved.tensors} == {gate.data_ptr(), up.data_ptr()}
-
-
-def test_strides_and_threads_do_not_matter() -> None:
-    gate, up = operands((300, 77), torch.bfloat16)
-    y = same_bytes_under_threads(lambda: swiglu(gate, up))
-    assert same_values(swiglu(gate.t().contiguous().t(), up), y)
-
-
-def test_gradcheck_twice() -> None:
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(swiglu, (gate, up))
-    assert torch.autograd.gradgradcheck(swiglu, (gate, up))
-
-
-def test_refuses_in_words() -> None:
-    message = r"up is torch.float32 \[4\] .*\[2, 4\]"
-    refuses(message, swiglu, torch.randn(2, 4), torch.randn(4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    gate, up = operands((3, 20), dtype)
-    backward = torch.ops.qlora_native.swiglu_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(gate), gate, up))
-    torch.library.opcheck(torch.ops.qlora_native.swiglu.default, (gate.requires_grad_(), up.requires_grad_()))
