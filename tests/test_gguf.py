@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,41 +15,19 @@ import transformers
 from adapters import IDS
 from gguf_files import MIX, write_gguf
 from helpers import demo_model_or_skip, relative_error
-from runs import Crash, crash_at, settings
-from test_export import KINDS, MORE, export, model_of
 from tiny_models import distance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.data.dataset import load_dataset
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.load import load_dense, load_model
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.nn import QuantizedEmbedding, QuantizedLinear
-from qlora_native.tool.cli import main
-from qlora_native.tool.cli._weights import as_trained
-from qlora_native.tool.evaluate.measure import measure
 from qlora_native.weights.files import mapped_part
 from qlora_native.weights.gguf import KEPT
 from qlora_native.weights.open import load_tokenizer, open_source
 
 gguf = pytest.importorskip("gguf")
-
-READ = [(kind, changes) for kind, changes in (*KINDS, *MORE) if kind != "Gemma"]  # which transformers has no config for
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("kind", "changes"), READ, ids=[f"{kind}-{len(changes)}" for kind, changes in READ])
-def test_what_export_writes_is_read_back(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    folder = model_of(tmp_path / "model", kind, **changes)
-    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    got = load_dense(tmp_path / "model.gguf", dtype=torch.float32)
-    assert distance(got(IDS).logits, expected(IDS).logits) < 1e-5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kept in the file's bytes
 
 
 @pytest.fixture(scope="module")
@@ -144,25 +121,6 @@ def test_the_trainers_of_transformers_and_trl(file: Path, tmp_path: Path) -> Non
         assert json.loads(stored)["base_model_name_or_path"] == str(file)
 
 
-def test_a_run_and_its_second_half(file: Path, tmp_path: Path) -> None:
-    tiny.write_rows(tmp_path / "train.jsonl")
-    (tmp_path / "model").symlink_to(file)
-    config = settings(tmp_path, tmp_path / "whole", {"packing": True, "max_length": 64}, steps=4, save_every=2)
-    config["model"] = str(file)
-    qn.Trainer(qn.TrainConfig.from_values(config)).train()
-    half = {**config, "output_dir": str(tmp_path / "half")}
-    with pytest.raises(Crash):
-        qn.Trainer(qn.TrainConfig.from_values(half), on_step=crash_at(3)).train()
-    qn.Trainer(qn.TrainConfig.from_values({**half, "resume": "auto"})).train()
-    whole, again = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "half"))
-    assert whole.read_bytes() == again.read_bytes()
-    given = dict.fromkeys(("quant_type", "block_size", "double_quant", "skip_modules"))
-    given |= {"model": file, "adapter": tmp_path / "half" / "adapter"}
-    assert as_trained(Namespace(**given)).options == {"quant_type": "keep", "block_size": 64, "double_quant": True}
-    card, stored = ((tmp_path / "half" / "adapter" / name).read_text() for name in ("README.md", "config.yaml"))
-    assert "GGUF file" in card and "type: keep" in stored
-
-
 @pytest.fixture(scope="module")
 def adapter(file: Path) -> Path:
     model = qn.add_lora(load_model(file), qn.LoraConfig(r=4, seed=1))
@@ -173,46 +131,26 @@ def adapter(file: Path) -> Path:
     return file.parent / "adapter"
 
 
-CONFIGS = ("config", "generation_config")
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main.main([*map(str, words), "--json"]) == 0
-    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return printed
-
-
 @torch.no_grad()
-def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsys: Any, mistake: Any) -> None:
-    tiny.write_rows(tmp_path / "rows.jsonl")
+def test_what_is_made_of_it(file: Path, adapter: Path, tmp_path: Path, printed: Any, mistake: Any) -> None:
+    """Beside what test_bases.py has of every kind of base."""
     model, twin = (qn.load_adapter(load_model(file, dtype=torch.float32), adapter) for _ in range(2))
     whole = qn.merge(twin, dtype=torch.float32)
     assert type(whole.lm_head) is torch.nn.Linear and distance(whole(IDS).logits, model(IDS).logits) < 1e-4
-
-    answers = run(capsys, "chat", file, "--adapter", adapter, "--prompt", "what is red?", "--max-tokens", 3)["answers"]
-    assert [answer["from"] for answer in answers] == ["base", "adapter"]
-    result = run(capsys, "eval", file, "--data", tmp_path / "rows.jsonl", "--adapter", adapter)
-    losses = {side["name"]: side["texts"]["rows.jsonl"]["loss"] for side in result["sides"]}
-    rows = load_dataset(tmp_path / "rows.jsonl", load_tokenizer(file))
-    decoded = measure(load_dense(file), rows, 1)[0].loss[0]
-    assert [*losses] == ["as it is", "as it is + adapter"]  # there is no 16-bit original
-    assert abs(decoded - losses["as it is"]) < 0.05 < abs(decoded - losses["as it is + adapter"])
-    estimate = run(capsys, "estimate", file, "--cpu", "--batch-size", 1)
+    estimate = printed("estimate", file, "--cpu", "--batch-size", 1)
     assert estimate["peak"]["weights"] == sum(part.packed.nbytes for part in four_bit_parts(model).values())
-
     for base in ("original", "dequantized"):
         words = ("--check",) if base == "original" else ()
-        run(capsys, "merge", file, adapter, "--out", tmp_path / base, "--base", base, "--to", "fp32", *words)
-        config, generation = (json.loads((tmp_path / base / f"{name}.json").read_text()) for name in CONFIGS)
+        out = tmp_path / base
+        printed("merge", file, adapter, "--out", out, "--base", base, "--to", "fp32", *words)
+        config, generation = (json.loads((out / f"{name}config.json").read_text()) for name in ("", "generation_"))
         assert config["architectures"] == ["LlamaForCausalLM"] and generation["eos_token_id"] == config["eos_token_id"]
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32)
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         assert distance(merged(IDS).logits, whole(IDS).logits) < 1e-5
     for target, command in (("16bit", "qlora export"), ("bitsandbytes", "qlora quantize")):
         assert command in mistake("convert", file, tmp_path / "converted", "--to", target)
-    run(capsys, "quantize", file, "--out", tmp_path / "nf4")
+    printed("quantize", file, "--out", tmp_path / "nf4")
     assert load_model(tmp_path / "nf4").model.layers[0].mlp.up_proj.quantized.quant_type == "nf4"
-    run(capsys, "export", adapter, "--to", "gguf-adapter", "--out", tmp_path / "adapter.gguf")
 
 
 def test_its_tokenizer_is_transformers_without_reading_twice(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,17 +89,12 @@ def test_blocks_with_nothing_to_search(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.Q4_K], ids=str)
 def test_threads_and_parts_do_not_matter(kind: Any) -> None:
     x = torch.randn(1024, 512)
-    same_bytes_under_threads(lambda: torch.from_numpy(encode(x, kind)))
-    parts = torch.cat([torch.from_numpy(encode(part, kind)) for part in x.split(37)])
-    assert same_bytes(parts, torch.from_numpy(encode(x, kind)))
+    whole = same_bytes_under_threads(lambda: torch.from_numpy(encode(x, kind)))
+    assert same_bytes(torch.cat([torch.from_numpy(encode(part, kind)) for part in x.split(37)]), whole)
 
 
-def test_no_worse_than_llama_cpp(request: pytest.FixtureRequest) -> None:
+def test_no_worse_than_llama_cpp(llama_cpp: Any) -> None:
     """By more than half a percent, which Q4_K may lose where runs of a block differ much in size."""
-    if not request.config.getoption("--llama-cpp"):
-        pytest.skip("--llama-cpp was not given; .ci/full gives it")
-    import llama_cpp
-
     quantize = ctypes.CDLL(str(next(Path(llama_cpp.__file__).parent.glob("lib*/libggml-base.*")))).ggml_quantize_chunk
     for kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.IQ4_NL):
         for name, x in rows().items():
