@@ -104,9 +104,9 @@ Edits = list[list[Any]]
 def write_sound(place: Path) -> None:
     """The sound files, two of which are read through links of their own."""
     import adapters
+    import damages
     import gguf_files
     import runs
-    import test_load_errors
     import tiny
     import yaml
     from safetensors.torch import load_file
@@ -120,7 +120,7 @@ def write_sound(place: Path) -> None:
     gguf_files.write_gguf(place / "kept.gguf", TYPES, **sizes)
     adapters.make_adapter(model, place / "adapter")
     shutil.copytree(model, place / "sharded")
-    test_load_errors.shard(place / "sharded")
+    damages.shard(place / "sharded")
     shutil.copytree(model, place / "four_bit", ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
     convert(model, place / "four_bit", "bitsandbytes")
     tiny.write_rows(place / "train.jsonl", 6)

@@ -14,7 +14,7 @@ import torch
 from adapters import write_model_and_adapter
 from helpers import gguf_weight
 from safetensors.torch import load_file, save_file
-from tiny_models import four_bit_layers
+from tiny_models import assert_same, four_bit_layers
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -53,9 +53,8 @@ def merge(files: Path, model: str, out: str, *words: str) -> Path:
 def test_outputs_move_as_the_adapter_moves_them(files: Path) -> None:
     """On the 4-bit base alone, whose scales stay; to nearest almost nothing would move."""
     words = ["--base", "dequantized"]
-    merged: Any = qn.load_model(
-        merge(files, "nf4", "folder/gptq-nf4", *words, "--calibration", str(files / CALIBRATION))
-    )
+    calibrated = merge(files, "nf4", "folder/gptq-nf4", *words, "--calibration", str(files / CALIBRATION))
+    merged: Any = qn.load_model(calibrated)
     nearest: Any = qn.load_model(merge(files, "nf4", "rtn-nf4", *words))
     assert (merged.load_report.method, nearest.load_report.method) == ("gptq", "rtn")
     model: Any = qn.load_adapter(qn.load_model(files / "nf4", fuse=False), files / "adapter")
@@ -120,13 +119,9 @@ def test_a_column_hands_on_what_it_lacks(quant_type: str) -> None:
     factor, order, _ = feedback_factor(hessian, DAMPING)  # type: ignore[misc]
     if weight.is_gguf:
         blocks = weight.packed.view(-1, _native.GGUF_BLOCKS[number][1])
-        elements = n * k // len(blocks)
-        fields = [
-            gguf_blocks.with_codes(blocks, torch.full((len(blocks), elements), code, dtype=torch.uint8), number).view(
-                -1
-            )
-            for code in range(len(gguf_blocks.levels(number)))
-        ]
+        codes = torch.arange(len(gguf_blocks.levels(number)), dtype=torch.uint8)[:, None, None]
+        codes = codes.expand(-1, len(blocks), n * k // len(blocks))
+        fields = [gguf_blocks.with_codes(blocks, code, number).view(-1) for code in codes]
     else:
         fields = [torch.full_like(weight.packed, 17 * code) for code in range(16)]
     values, aim, expected = torch.stack([with_codes(weight, field) for field in fields]), target.clone(), old.double()
@@ -201,9 +196,7 @@ def test_the_bytes_are_those_of_any_number_of_threads(files: Path) -> None:
     assert found[0] == found[1] == found[2]
     rounded = load_file(merge(files, "model", "rounded", *words) / "model.safetensors")
     stored = load_file(files / "threads-1" / "model.safetensors")
-    assert rounded.keys() == stored.keys()
-    for name, tensor in stored.items():
-        assert torch.equal(rounded[name], tensor), name
+    assert_same(rounded, stored)
 
 
 def test_gptq_is_merging_and_then_quantizing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,9 +209,7 @@ def test_gptq_is_merging_and_then_quantizing(files: Path, capsys: pytest.Capture
     words = [str(files / "sum"), "--method", "gptq", "--calibration", text, "--out", str(files / "expected")]
     assert main.main(["quantize", *words]) == 0
     expected, found = (load_file(folder / "model.safetensors") for folder in (files / "expected", out))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert_same(found, expected)
     assert qn.load_model(out).load_report.method == "gptq"
 
 
