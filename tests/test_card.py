@@ -8,7 +8,6 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
@@ -67,28 +66,20 @@ def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
     assert (folder / "out" / "best" / "README.md").is_file() == (folder / "out" / "best").is_dir()
 
 
-def test_chat_and_merge_take_the_run_at_its_word(run: Run, tmp_path: Path) -> None:
-    folder, _ = run
-    adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
-
-    def taken(**given: Any) -> dict[str, Any]:
-        base = as_trained(Namespace(model=folder / "model", adapter=adapter, **given))
-        assert base.path == folder / "model"
-        return base.options
-
-    assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
-    assert taken(block_size=128)["block_size"] == 128
-    shutil.copytree(adapter, tmp_path / "adapter")
-    adapter = tmp_path / "adapter"
-    (adapter / "config.yaml").write_text(config.read_text().replace("method: rtn\n", "method: gptq\n"))
-    assert (
-        merge_base(Namespace(model=folder / "model", adapter=adapter, base="original"))[1].options["block_size"] == 32
-    )
+def test_the_run_is_taken_at_its_word(run: Run, tmp_path: Path) -> None:
+    """Beside what test_bases.py shows with every command."""
+    given: dict[str, Any] = {"model": run[0] / "model", "adapter": tmp_path / "a"}
+    shutil.copytree(run[0] / "out" / "adapter", tmp_path / "a")
+    assert as_trained(Namespace(**given)).options == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
+    assert as_trained(Namespace(**given, block_size=128)).options["block_size"] == 128
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text().replace("method: rtn\n", "method: gptq\n"))
+    assert merge_base(Namespace(**given, base="original"))[1].options["block_size"] == 32
     with pytest.raises(UserError, match=r"made by gptq.*`qlora quantize \S+ --method gptq --calibration FILE --block-"):
-        taken()
+        as_trained(Namespace(**given))
     (tmp_path / "calibration.safetensors").touch()
     with pytest.raises(UserError, match=rf"--calibration {tmp_path}/calibration.safetensors --block-size 32 --out"):
-        taken()
+        as_trained(Namespace(**given))
 
 
 def test_the_folder_of_a_run_is_no_adapter(run: Run, mistake: Callable[..., str]) -> None:
@@ -108,39 +99,61 @@ def test_trackio_gets_every_line(run: Run) -> None:
         assert values[name] == pytest.approx(line[key])
 
 
+RECORDS: list[dict[str, Any]] = [
+    {"step": 3, "loss": 0.5, "lr": float("nan"), "samples": [{"answer": "x"}], "text": "x"},
+    {"step": 4, "eval_loss": 0.25},
+]
+LOGGED = [({"train/loss": 0.5}, 3), ({"eval/loss": 0.25}, 4)]
+
+
+def write_to(name: str, folder: Path) -> None:
+    (logger,) = make_loggers([name], folder / "run", {"lora": {"r": 3}})
+    for record in RECORDS:
+        logger.write(record)
+    logger.close()
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_the_other_loggers_get_it_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a stand-in with the functions of the package that are used; the package itself is tried below."""
     calls: list[tuple[Any, ...]] = []
-    functions = ("init", "log", "finish", "set_experiment", "start_run", "log_dict", "log_metrics", "end_run")
     package = ModuleType(name)
-    for function in functions:
-        setattr(
-            package,
-            function,
-            partial(lambda function, *given, **named: calls.append((function, given, named)), function),
-        )
+    for function in ("init", "log", "finish", "set_experiment", "start_run", "log_dict", "log_metrics", "end_run"):
+        setattr(package, function, lambda *given, function=function, **named: calls.append((function, given, named)))
     package.__spec__ = ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, name, package)
-    (logger,) = make_loggers([name], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "samples": [{"answer": "x"}]})
-    logger.write({"step": 4, "eval_loss": 0.25})
-    logger.close()
+    write_to(name, tmp_path)
     log, last = ("log", "finish") if name == "wandb" else ("log_metrics", "end_run")
-    logged = [(given[0], named["step"]) for function, given, named in calls if function == log]
-    assert logged == [({"train/loss": 0.5}, 3), ({"eval/loss": 0.25}, 4)] and calls[-1][0] == last
+    assert [(given[0], named["step"]) for function, given, named in calls if function == log] == LOGGED
+    assert calls[-1][0] == last
     assert "'run'" in str(calls) and "'r': 3" in str(calls) and "'qlora_native'" in str(calls)
+
+
+def test_tensorboard_itself(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write_to("tensorboard", tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert [({tag: event.value}, event.step) for tag in tags for event in events.Scalars(tag)] == LOGGED
 
 
 def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(tmp_path.as_uri())
-    (logger,) = make_loggers(["mlflow"], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5})
-    logger.close()
+    write_to("mlflow", tmp_path)
     (found,) = mlflow.search_runs(experiment_names=["qlora_native"], output_format="list")
-    assert found.info.run_name == "run" and found.data.metrics == {"train/loss": 0.5}
+    assert found.info.run_name == "run" and found.data.metrics == {"train/loss": 0.5, "eval/loss": 0.25}
+
+
+def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio")
+    write_to("trackio", tmp_path)
+    (run,) = trackio.Api().runs("qlora_native")
+    assert (run.name, run.config["lora"]) == ("run", {"r": 3})
+    (first, second) = trackio.SQLiteStorage.get_logs("qlora_native", "run")
+    assert (first["step"], first["train/loss"], second["step"], second["eval/loss"]) == (3, 0.5, 4, 0.25)
 
 
 def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,19 +168,6 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.name, run.project, run.config["lora"]) == ("run", "qlora_native", {"r": 3})
     logger.close()
     assert (summary["train/loss"], summary["eval/loss"]) == (0.5, 0.25)
-
-
-def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
-    trackio = pytest.importorskip("trackio")
-    (logger,) = make_loggers(["trackio"], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5})
-    logger.write({"step": 4, "eval_loss": 0.25})
-    logger.close()
-    (run,) = trackio.Api().runs("qlora_native")
-    assert (run.name, run.config["lora"]) == ("run", {"r": 3})
-    (first, second) = trackio.SQLiteStorage.get_logs("qlora_native", "run")
-    assert (first["step"], first["train/loss"], second["step"], second["eval/loss"]) == (3, 0.5, 4, 0.25)
 
 
 def test_a_logger_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:
@@ -187,17 +187,3 @@ def test_a_logger_that_is_not_there_is_reported_first(run: Run, mistake: Callabl
     # The logger of the config, without the stand-in.
     sentence(mistake(*words))
     sentence(mistake(*words, "--logging", "[comet]"))
-
-
-def test_tensorboard_gets_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (logger,) = make_loggers(["tensorboard"], tmp_path, {})
-    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "text": "x"})
-    logger.write({"step": 4, "eval_loss": 0.25})
-    logger.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["train/loss", "eval/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(4, 0.25)]

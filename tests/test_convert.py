@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bytes, same_values
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors, four_bit_layers, logits, make, save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
@@ -25,7 +24,6 @@ from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 from qlora_native.tool.cli.main import main
 from qlora_native.weights import stream
-from qlora_native.weights.files import StoredTensor
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import ModelShapes
 
@@ -104,15 +102,12 @@ def test_decoded_weights_are_the_reference(tmp_path: Path, kind: str, quant_type
     assert distance(logits(plain), logits(load_model(four, dtype=torch.float32))) < 1e-2
 
 
-def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
-    source = save(tmp_path / "source", dtype=torch.bfloat16)
-    theirs = made(tmp_path / "theirs", source, "bitsandbytes")
+def test_the_configs_of_the_two_forms_of_4_bits(tmp_path: Path) -> None:
+    """Whose bytes are the same, as those of bitsandbytes' own folders are below."""
+    theirs = made(tmp_path / "theirs", save(tmp_path / "source", dtype=torch.bfloat16), "bitsandbytes")
     ours = made(tmp_path / "ours", theirs, "qlora")
-    back = made(tmp_path / "back", ours, "bitsandbytes")
-    for folder in (ours, back):
-        check_same(folder, read(theirs))
+    assert config_of(made(tmp_path / "back", ours, "bitsandbytes")) == config_of(theirs)
     assert config_of(ours)["quantization_config"]["quant_method"] == "qlora_native"
-    assert config_of(back) == config_of(theirs)
     assert config_of(theirs)["quantization_config"] == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -124,11 +119,9 @@ def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
         "llm_int8_skip_modules": ["lm_head"],
         "qlora_native": {"method": "rtn"},
     }
-    expected = logits(load_model(theirs))
-    assert torch.equal(logits(load_model(ours)), expected)
     loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.bfloat16)
     assert isinstance(loaded.model.layers[0].mlp.up_proj, QuantizedLinear)
-    assert distance(logits(loaded).float(), expected.float()) < 1e-2
+    assert distance(logits(loaded).float(), logits(load_model(theirs)).float()) < 1e-2
 
 
 @pytest.mark.parametrize("target", ["bitsandbytes", "16bit"])
@@ -147,22 +140,15 @@ def test_shards_in_and_out(tmp_path: Path, target: str) -> None:
     tensors = read(folder)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) == report.num_bytes
     for file in files:
-        with safe_open(file, "pt") as opened:
-            assert all(index["weight_map"][name] == file.name for name in opened.keys())  # noqa: SIM118
-        assert file.stat().st_size < 90_000
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"} and len(raw) < 90_000
+        for name, entry in header.items():
+            assert index["weight_map"][name] == file.name
+            assert entry["data_offsets"][0] % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0
     assert tensors.keys() == index["weight_map"].keys()
     check_same(made(tmp_path / "one", tmp_path / "whole", target), tensors)
-
-
-def test_files_are_sound_safetensors(tmp_path: Path) -> None:
-    """Beyond what safetensors itself checks on reading (no holes, no overlaps): the alignment of header and tensors."""
-    out = made(tmp_path / "out", save(tmp_path / "source"), "bitsandbytes", double_quant=False)
-    raw = (out / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
-    for entry in header.values():
-        assert entry["data_offsets"][0] % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0
 
 
 def test_stacks_of_experts(tmp_path: Path) -> None:
@@ -249,18 +235,6 @@ def saved(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     return model.train()
 
 
-class ByReference(nn.Module):
-    """A 4-bit layer in plain torch: the reference's decoded weight, torch's own linear layer."""
-
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = reference.dequantize(dtype, *layer.quantized.op_args())
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -280,17 +254,11 @@ def test_what_bitsandbytes_saved_is_loaded_saved_and_converted(
         assert same_values(layer.quantized.dequantize(), decoded[path]), path
         assert same_values(reference.dequantize(dtype, *layer.quantized.op_args()), decoded[path]), path
     assert distance(logits(ours), expected) < near
-
     ours.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert config_of(tmp_path / "again")["quantization_config"] == config_of(folder)["quantization_config"]
 
-    plain = load_model(folder, dtype=dtype, fuse=False)
-    assert distance(logits(plain), expected) < near
-    for path in layers:
-        plain.set_submodule(path, ByReference(plain.get_submodule(path), dtype))
-    assert torch.equal(logits(plain.train()), expected)
-
+    assert distance(logits(load_model(folder, dtype=dtype, fuse=False)), expected) < near
     if dtype == torch.bfloat16:
         converted = made(tmp_path / "ours", folder, "qlora")
         back = made(tmp_path / "back", converted, "bitsandbytes")
@@ -349,21 +317,6 @@ def items_of(folder: Path, *transforms: Callable[[ModelShapes], Any], **options:
     meta = ModelShapes(source.config, torch.float32)
     made = [make(meta) for make in transforms]
     return {item.name: item for item in stream.stream(source, meta, made, **options)}
-
-
-def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> Tensor:
-        raise AssertionError("read too early")
-
-    def four_bit(meta: ModelShapes) -> Any:
-        options = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
-        return stream.rounding(meta, meta.four_bit_weights((), 64), options)
-
-    for name in ("read", "read_part"):
-        monkeypatch.setattr(StoredTensor, name, refused)
-    items = items_of(save(tmp_path), four_bit, lambda meta: stream.decoding(lambda name: True))
-    with pytest.raises(AssertionError, match="too early"):
-        next(items["model.layers.1.mlp.up_proj.weight"].rows())
 
 
 def test_a_weight_in_place_of_another_has_its_own_shape(tmp_path: Path) -> None:

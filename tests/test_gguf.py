@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -165,24 +166,22 @@ def test_its_tokenizer_is_transformers_without_reading_twice(file: Path, monkeyp
     assert found.special_tokens_map == expected.special_tokens_map
 
 
-@pytest.mark.parametrize("kind", ["folder", "floats", "method", "whole", "save", "sharded", "config"])
+GPTQ = {"data": {"train": "rows.jsonl"}, "quant": {"type": "keep", "method": "gptq"}}
+REFUSED: dict[str, Callable[[Path, Path], object]] = {  # of the file and a folder
+    "folder": lambda file, new: load_model(tiny.write_model(new / "model"), quant_type="keep"),
+    "floats": lambda file, new: load_model(write_gguf(new / "plain-floats.gguf", {}), quant_type="keep"),
+    "method": lambda file, new: load_model(file, quant_type="keep", method="wmse", calibration=["a"]),
+    "whole": lambda file, new: qn.add_lora(load_model(file), qn.LoraConfig(modules_to_save=["embed_tokens"])),
+    "save": lambda file, new: load_model(file).save_pretrained(new),
+    "sharded": lambda file, new: qn.distributed.load_model(file),
+    "config": lambda file, new: qn.TrainConfig.from_values({**GPTQ, "model": str(file)}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
-    with pytest.raises((qn.UserError, ValueError), match=r"keep|GGUF|quantized") as seen:  # noqa: PT012
-        if kind == "folder":
-            load_model(tiny.write_model(tmp_path / "model"), quant_type="keep")
-        elif kind == "floats":
-            load_model(write_gguf(tmp_path / "plain-floats.gguf", {}), quant_type="keep")
-        elif kind == "method":
-            load_model(file, quant_type="keep", method="wmse", calibration=["a"])
-        elif kind == "whole":
-            qn.add_lora(load_model(file), qn.LoraConfig(modules_to_save=["embed_tokens"]))
-        elif kind == "save":
-            load_model(file).save_pretrained(tmp_path)
-        elif kind == "sharded":
-            qn.distributed.load_model(file)
-        else:
-            values = {"model": str(file), "data": {"train": "rows.jsonl"}, "quant": {"type": "keep", "method": "gptq"}}
-            qn.TrainConfig.from_values(values)
+    with pytest.raises((qn.UserError, ValueError), match=r"keep|GGUF|quantized") as seen:
+        REFUSED[kind](file, tmp_path)
     sentence(str(seen.value).replace(str(file.parent), "DIR"))
 
 

@@ -24,6 +24,7 @@ from adapters import make_adapter, write_model_and_adapter
 from damages import CONFIG, CONVERT, EXPORT, LOAD, MERGE, PEFT, QUANTIZE, WEIGHTS, Damage
 from runs import settings
 from tiny_models import edit_tensors
+from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native import _io
@@ -111,14 +112,19 @@ def test_paths_that_are_no_model(tmp_path: Path, name: str, words: str) -> None:
         qn.load_model(tmp_path / name)
 
 
-def test_a_template_that_loops(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoTokenizer
+def prompt_of(folder: Path, text: str) -> str:
+    """What a chat template makes of a question."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = text
+    with at_most(SECONDS):
+        ids = template.ChatEncoder(tokenizer).prompt_ids([{"role": "user", "content": "a"}])
+    return str(tokenizer.decode(ids))
 
+
+def test_a_template_that_loops(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_limits, "MOST_SECONDS", 0.2)
-    tokenizer = AutoTokenizer.from_pretrained(sound / "model")
-    tokenizer.chat_template = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
-    with pytest.raises(qn.UserError, match="over 0.2 s"), at_most(SECONDS):
-        template.ChatEncoder(tokenizer).prompt_ids([{"role": "user", "content": "a"}])
+    with pytest.raises(qn.UserError, match="over 0.2 s"):
+        prompt_of(sound / "model", "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +137,9 @@ def test_a_template_that_loops(sound: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_template_with_one_huge_operation(sound: Path, text: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(sound / "model")
-    message = {"role": "user", "content": "a"}
-    tokenizer.chat_template = "{{ '-' * 3 ~ 2**3 * 2 ~ (7 | round(-1)) }}"
-    assert "---1610" in tokenizer.decode(template.ChatEncoder(tokenizer).prompt_ids([message]))
-    tokenizer.chat_template = text
-    with pytest.raises(qn.UserError, match="the chat template refuses"), at_most(SECONDS):
-        template.ChatEncoder(tokenizer).prompt_ids([message])
+    assert "---1610" in prompt_of(sound / "model", "{{ '-' * 3 ~ 2**3 * 2 ~ (7 | round(-1)) }}")
+    with pytest.raises(qn.UserError, match="the chat template refuses"):
+        prompt_of(sound / "model", text)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,42 +92,26 @@ def umask() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("bits", "name", "wrong"),
     [
-        ("exp_avg", torch.full((8,), float("nan"))),
-        ("exp_avg", torch.empty(8, device="meta")),
-        ("exp_avg_sq", torch.ones(8).to_sparse()),
-        ("exp_avg_sq", torch.full((8,), float("inf"))),
-        ("step", torch.tensor(-1.0)),
-        ("step", float("nan")),
-        *(("step", torch.tensor(number)) for number in (0.5, 1e30, float(1 << 31))),
-        ("exp_avg_sq", torch.full((8,), -1.0)),
-        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.bool, torch.int64, torch.complex64, torch.int8)),
-        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.float8_e4m3fn, torch.float64)),
+        (32, "exp_avg", torch.full((8,), float("nan"))),
+        (32, "exp_avg", torch.empty(8, device="meta")),
+        (32, "exp_avg_sq", torch.ones(8).to_sparse()),
+        *((32, "exp_avg_sq", torch.full((8,), number)) for number in (float("inf"), -1.0)),
+        (32, "step", float("nan")),
+        *((32, "step", torch.tensor(number)) for number in (-1.0, 0.5, 1e30, float(1 << 31))),
+        *((32, "exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.bool, torch.int64, torch.complex64, torch.int8)),
+        *((32, "exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.float8_e4m3fn, torch.float64)),
+        (8, "exp_avg", torch.ones(5000)),
+        (8, "exp_avg_sq", torch.ones(5000, dtype=torch.int8)),
+        *((8, "exp_avg_absmax", wrong) for wrong in (None, torch.ones(1), torch.ones(20, dtype=torch.bool))),
+        (8, "exp_avg_sq_absmax", torch.full((20,), -1.0)),
     ],
     ids=str,
 )
-def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
-    given = trained().state_dict()
-    given["state"] = {0: {**given["state"][0], name: wrong}}
-    with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
-        trained().load_state_dict(given)
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("exp_avg", torch.ones(5000)),
-        ("exp_avg_sq", torch.ones(5000, dtype=torch.int8)),
-        *(("exp_avg_absmax", wrong) for wrong in (None, torch.ones(1), torch.ones(20, dtype=torch.bool))),
-        ("exp_avg_sq_absmax", torch.full((20,), -1.0)),
-    ],
-    ids=str,
-)
-def test_coded_optimizer_states_that_are_no_codes(name: str, wrong: Any) -> None:
-    optimizer = AdamW([torch.nn.Parameter(torch.ones(5000))], bits=8)
-    given = optimizer.state_dict()
-    (group,) = optimizer.param_groups
+def test_optimizer_states_that_are_no_numbers_or_no_codes(bits: Any, name: str, wrong: Any) -> None:
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(8 if bits == 32 else 5000))], bits=bits)
+    given, (group,) = optimizer.state_dict(), optimizer.param_groups
     given["state"] = {0: {**optimizer._new_state(group["params"][0], group), name: wrong}}
     with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
         optimizer.load_state_dict(given)

@@ -121,13 +121,6 @@ def test_the_drift_of_logits_is_that_of_peft(files: Path, printed: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     for path, (weight, _) in exact(files / "model", files / "adapter").items():
         base.get_parameter(f"{path}.weight").data = qn.quantize(weight.bfloat16()).dequantize(torch.float32)
-    for row in result["weights"]:
-        merged = load_file(out / "model.safetensors")[f"{row['layer']}.weight"].double()
-        pairs = load_file(files / "adapter" / "adapter_model.safetensors")
-        a, b = (pairs[f"base_model.model.{row['layer']}.lora_{side}.weight"].double() for side in "AB")
-        total = base.get_parameter(f"{row['layer']}.weight").double() + SCALE * (b @ a)
-        error = float((merged - total).norm() / total.norm())
-        assert error == pytest.approx(row["error"], rel=1e-6) and error < 1e-6
     reference = peft.PeftModel.from_pretrained(base, files / "adapter")
     ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).float()  # as the check loads it
     kl, off, size = [], 0.0, 0.0

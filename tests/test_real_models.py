@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qlora_native.tool.cli import main
 from qlora_native.tool.cli.demo import demo_config
 from qlora_native.tool.cli.demo_models import MODELS
 from qlora_native.tool.cli.standard_library import write_split
@@ -22,7 +22,7 @@ def test_a_real_model(
     name: str,
     real_model: Callable[[str], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    printed: Callable[..., dict[str, Any]],
     record_property: Callable[[str, object], None],
 ) -> None:
     """Ten steps lower the held-out loss, and chat, eval and export find the weights that were trained on."""
@@ -43,29 +43,24 @@ def test_a_real_model(
     predicted, measured = sum(memory["predicted"].values()), memory["measured"] + memory["mapped"]
     assert 0.9 < predicted / measured < 1.25 or not memory["measured"], memory
     del trainer
-    capsys.readouterr()
 
-    adapter = str(summary.adapter_dir)
-    words = ["--adapter", adapter, "--prompt", "What is 2 + 2?", "--max-tokens", "8", "--json"]
-    assert main.main(["chat", str(path), *words]) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    adapter = summary.adapter_dir
+    words: tuple[object, ...] = ("--adapter", adapter, "--prompt", "What is 2 + 2?", "--max-tokens", 8)
+    answers = printed("chat", path, *words)["answers"]
     assert [answer["from"] for answer in answers] == ["base", "adapter"]
     assert name == "gemma-270m" or "4" in answers[0]["text"]  # that one was not taught to answer
 
-    report = ["--report", str(tmp_path / "report"), "--json"]
-    assert main.main(["eval", str(path), "--data", str(held_out), "--adapter", adapter, *report]) == 0
-    sides = json.loads(capsys.readouterr().out)["sides"]
+    words = ("--data", held_out, "--adapter", adapter, "--report", tmp_path / "report")
+    sides = printed("eval", path, *words)["sides"]
     losses = {side["name"]: side["texts"]["heldout.jsonl"]["loss"] for side in sides}
     *_, base, trained = losses.values()
     assert base == pytest.approx(summary.loss_before, abs=0.01), losses
     assert trained == pytest.approx(summary.loss_after, abs=0.01), losses
 
     if about.keep:
-        out = tmp_path / "adapter.gguf"
-        assert main.main(["export", adapter, "--to", "gguf-adapter", "--out", str(out)]) == 0
-        reader = gguf.GGUFReader(out)
+        printed("export", adapter, "--to", "gguf-adapter", "--out", tmp_path / "adapter.gguf")
+        reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
         assert reader.fields["general.type"].contents() == "adapter" and len(reader.tensors) % 14 == 0  # 7 layers, A, B
     else:
-        out = tmp_path / "exported"
-        assert main.main(["export", str(path), "--adapter", adapter, "--to", "peft", "--out", str(out)]) == 0
-        assert (out / "adapter_model.safetensors").is_file()
+        printed("export", path, "--adapter", adapter, "--to", "peft", "--out", tmp_path / "exported")
+        assert (tmp_path / "exported" / "adapter_model.safetensors").is_file()

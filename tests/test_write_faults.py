@@ -32,29 +32,15 @@ TRAINED = {
     "train, paging": ({}, {"r": 400, **LORA}, {"save_every": 2, "page_budget": 1 << 20, "keep": 1}),
 }
 RESUMED = ", resumed"
+GGUF = "export {model} --adapter {adapter} --out {out}/new.gguf --to "
 OTHERS = {
-    "quantize": ["quantize", "{model}", "--out", "{out}/new", "--shard-size", "60KB"],
-    "quantize, calibrated": [
-        *("quantize", "{model}", "--out", "{out}/new", "--method", "wmse", "--calibration", "{rows}"),
-        *("--calibration-rows", "2", "--calibration-length", "8"),
-    ],
-    "merge": ["merge", "{model}", "{adapter}", "--out", "{out}/new", "--shard-size", "60KB"],
-    "export to gguf": ["export", "{model}", "--adapter", "{adapter}", "--to", "gguf", "--out", "{out}/new.gguf"],
-    "export to gguf-adapter": [
-        *(
-            "export",
-            "{model}",
-            "--adapter",
-            "{adapter}",
-            "--to",
-            "gguf-adapter",
-            "--base",
-            "original",
-            "--out",
-            "{out}/new.gguf",
-        )
-    ],
-    "export to peft": ["export", "{model}", "--adapter", "{adapter}", "--to", "peft", "--out", "{out}/new"],
+    "quantize": "quantize {model} --out {out}/new --shard-size 60KB",
+    "quantize, calibrated": "quantize {model} --out {out}/new --method wmse --calibration {rows} "
+    "--calibration-rows 2 --calibration-length 8",
+    "merge": "merge {model} {adapter} --out {out}/new --shard-size 60KB",
+    "export to gguf": GGUF + "gguf",
+    "export to gguf-adapter": GGUF + "gguf-adapter --base original",
+    "export to peft": "export {model} --adapter {adapter} --to peft --out {out}/new",
 }
 ERRORS = {Fault.ONCE: errno.EIO, Fault.FULL: errno.ENOSPC}
 KILLS = (Fault.KILL, Fault.TORN)
@@ -73,7 +59,7 @@ def tree(folder: Path) -> Tree:
 
 
 def contents(path: Path) -> bytes:
-    """The bytes; of report.json what is the same in a continuation, without memory and notes."""
+    """The bytes; of report.json what is the same in a continuation."""
     if path.name != "report.json":
         return path.read_bytes()
     return json.dumps({**json.loads(path.read_text()), "config": "", "memory": None, "notes": None}).encode()
@@ -130,11 +116,8 @@ class Case:
         try:
             sentences = [line for line in outcome.printed.splitlines() if line.startswith("qlora")]
             if fault not in KILLS and not how:
-                assert (
-                    outcome.code == (2 if sentences else 0)
-                    and len(sentences) <= 1
-                    and "Traceback" not in outcome.printed
-                )
+                assert outcome.code == (2 if sentences else 0)
+                assert len(sentences) <= 1 and "Traceback" not in outcome.printed
                 assert fault is not Fault.SHORT or not sentences
             else:
                 assert outcome.code in (-9, 0)
@@ -218,7 +201,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], C
                     case("train").run()
                     shutil.copytree(folder / "out" / "adapter", adapter)
                 names = {"model": files / "model", "rows": files / "train.jsonl", "adapter": adapter, "out": folder}
-                made[name] = Case(commands, folder, [word.format(**names) for word in OTHERS[name]])
+                made[name] = Case(commands, folder, OTHERS[name].format(**names).split())
         return made[name]
 
     yield case
