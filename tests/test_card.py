@@ -82,12 +82,6 @@ def test_the_run_is_taken_at_its_word(run: Run, tmp_path: Path) -> None:
         as_trained(Namespace(**given))
 
 
-def test_the_folder_of_a_run_is_no_adapter(run: Run, mistake: Callable[..., str]) -> None:
-    folder, _ = run
-    refused = mistake("merge", folder / "model", folder / "out", "--out", folder / "new")
-    assert f"did you mean {folder / 'out' / 'adapter'}?" in refused
-
-
 def test_trackio_gets_every_line(run: Run) -> None:
     folder, calls = run
     (first, options), *logs, (last, _) = calls
