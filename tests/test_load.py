@@ -44,11 +44,9 @@ def test_the_same_model_but_for_its_4bit_layers(
 ) -> None:
     model = load_model(save(tmp_path, kind, torch.bfloat16, **changes), dtype=torch.float32)
     twin, worst = dense_twin(tmp_path, model)
-    assert len(four_bit_layers(model)) == layers
-    assert worst < 0.12
+    assert len(four_bit_layers(model)) == layers and worst < 0.12
     assert distance(logits(model), logits(twin)) < 1e-5
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert model.config.dtype == torch.float32
     buffers = dict(twin.named_buffers())  # the rotary tables among them, which no file holds
     for name, buffer in model.named_buffers():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import runs
 import yaml
+from adapters import make_adapter
 from helpers import needs_page_files
 from write_faults import Commands, Fault, Outcome
 
@@ -188,20 +189,15 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], C
     build, made = tmp_path_factory.mktemp("build"), dict[str, Case]()
     files = runs.write_files(tmp_path_factory.mktemp("files"), num_hidden_layers=1)
     folder = build / "faults"
+    names = {"model": files / "model", "rows": files / "train.jsonl", "out": folder}
+    names["adapter"] = make_adapter(files / "model", build / "adapter")
     commands = Commands(folder, build)
 
     def case(name: str) -> Case:
-        if name not in made:
-            if name.removesuffix(RESUMED) in TRAINED:
-                made[name] = Training(commands, folder, name, files, build)
-            else:
-                adapter = build / "adapter"
-                if not adapter.is_dir():
-                    case("train").reset()
-                    case("train").run()
-                    shutil.copytree(folder / "out" / "adapter", adapter)
-                names = {"model": files / "model", "rows": files / "train.jsonl", "adapter": adapter, "out": folder}
-                made[name] = Case(commands, folder, OTHERS[name].format(**names).split())
+        if name not in made and name in OTHERS:
+            made[name] = Case(commands, folder, OTHERS[name].format(**names).split())
+        elif name not in made:
+            made[name] = Training(commands, folder, name, files, build)
         return made[name]
 
     yield case
