@@ -68,26 +68,27 @@ def losses_of(run: Path) -> list[float]:
     return [line["eval_loss"] for line in read_metrics(run / "metrics.jsonl") if "eval_loss" in line]
 
 
-def config_of(files: Path, kind: str) -> Path:
-    model, quant, _ = KINDS[kind]
-    out = files / kind
-    quant = quant | ({"calibration": str(files / "text.jsonl")} if quant.get("method") in ("wmse", "gptq") else {})
-    values = {"model": str(files / model), "output_dir": str(out), "quant": quant, "lora": {"r": 4}}
-    values["data"] = {"train": str(files / "rows.jsonl"), "eval": str(files / "held.jsonl")}
-    values["train"] = {"steps": 4, "batch_size": 2, "grad_accum": 1, "lr": 0.02, "save_every": 2, "eval_every": 4}
-    config = files / f"{kind}.yaml"
-    config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return config
+TRAIN = {"steps": 4, "batch_size": 2, "grad_accum": 1, "lr": 0.02, "save_every": 2, "eval_every": 4}
+
+
+def config_of(files: Path, kind: str, out: Path | None = None, **changes: Any) -> Path:
+    """The config of the run of a kind, or of one into ``out`` with ``changes``, where None is a section left out."""
+    (model, quant, _), out = KINDS[kind], out or files / kind
+    quant = quant | ({"calibration": str(files / "text.jsonl")} if "method" in quant else {})
+    values = {"model": str(files / model), "output_dir": str(out), "quant": quant, "lora": {"r": 4}, "train": TRAIN}
+    values |= {"data": {"train": str(files / "rows.jsonl"), "eval": str(files / "held.jsonl")}, **changes}
+    out.with_suffix(".yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return out.with_suffix(".yaml")
 
 
 def test_a_run_that_starts_from_the_adapter_is_on_the_same_weights(files: Path, run: Path, tmp_path: Path) -> None:
     """Whatever they were made by, without a section ``quant``: the loss goes on where the first run ended."""
-    values = yaml.safe_load(config_of(files, run.name).read_text())
-    del values["quant"]
-    more = {**values, "lora": {"adapter": str(run / "adapter")}, "output_dir": str(tmp_path / "more")}
-    more["train"] = {**values["train"], "steps": 1, "eval_every": 1}
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more), encoding="utf-8")
-    code = main.main(["train", str(tmp_path / "more.yaml")])
+    changes = {
+        "quant": None,
+        "lora": {"adapter": str(run / "adapter")},
+        "train": {**TRAIN, "steps": 1, "eval_every": 1},
+    }
+    code = main.main(["train", str(config_of(files, run.name, tmp_path / "more", **changes))])
     assert code == (2 if run.name == "folder-unstored" else 0)
     if code:
         return
@@ -98,11 +99,9 @@ def test_a_run_that_starts_from_the_adapter_is_on_the_same_weights(files: Path, 
 
 
 def test_an_adapter_of_other_weights_is_no_start(files: Path, tmp_path: Path) -> None:
-    first = trained(files, "folder-wmse") / "adapter"
-    values = {**yaml.safe_load(config_of(files, "kept").read_text()), "output_dir": str(tmp_path)}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**values, "lora": {"adapter": str(first)}}), encoding="utf-8")
-    assert main.main(["train", str(tmp_path / "c.yaml")]) == 2
-    assert not (tmp_path / "adapter").exists()
+    lora = {"adapter": str(trained(files, "folder-wmse") / "adapter")}
+    assert main.main(["train", str(config_of(files, "kept", tmp_path / "out", lora=lora))]) == 2
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def model_of(run: Path) -> Path:
