@@ -1,4 +1,4 @@
-"""Damaged files of every reader, each given to a command line in this process; test_fuzz.py starts it and sets the
+"""Damaged files of every reader, each given to a command line in this process; test_damaged.py starts it and sets the
 environment, which torch and transformers read when they are imported.
 
 A damage is a list of edits, plain JSON: ``["json", path, text]`` puts a text in place of a value of the document,
@@ -77,14 +77,7 @@ RUN_KEYS = "quant lora train data dtype steps lr packing max_length format metho
 ADAPTER_KEYS = "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias "
 ADAPTER_KEYS += "init_lora_weights"
 STEP = "run/step-000002"
-TYPES = {
-    "token_embd": "q8_0",
-    "attn_q": "q4_1",
-    "attn_k": "q5_0",
-    "attn_v": "iq4_nl",
-    "ffn_up": "q4_0",
-    "output": "f16",
-}
+TYPES = {"token_embd": "q8_0", "attn_q": "q4_1", "attn_k": "q5_0", "attn_v": "iq4_nl", "ffn_up": "q4_0"}
 READERS = {
     "config": Reader("model/config.json", "json", (CONVERT, CHAT, "estimate {}/model --json"), 8, CONFIG_KEYS),
     "generation": Reader("model/generation_config.json", "json", (CHAT,), 2, "top_k temperature do_sample max_length"),
@@ -120,7 +113,7 @@ def write_sound(place: Path) -> None:
     """The sound files, two of which are read through links of their own."""
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
     model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    gguf_files.write_gguf(place / "kept.gguf", TYPES, **sizes)
+    gguf_files.write_gguf(place / "kept.gguf", {**TYPES, "output": "f16"}, **sizes)
     adapters.make_adapter(model, place / "adapter")
     shutil.copytree(model, place / "sharded")
     damages.shard(place / "sharded")

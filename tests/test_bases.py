@@ -83,11 +83,8 @@ def config_of(files: Path, kind: str, out: Path | None = None, **changes: Any) -
 
 def test_a_run_that_starts_from_the_adapter_is_on_the_same_weights(files: Path, run: Path, tmp_path: Path) -> None:
     """Whatever they were made by, without a section ``quant``: the loss goes on where the first run ended."""
-    changes = {
-        "quant": None,
-        "lora": {"adapter": str(run / "adapter")},
-        "train": {**TRAIN, "steps": 1, "eval_every": 1},
-    }
+    changes: dict[str, Any] = {"quant": None, "lora": {"adapter": str(run / "adapter")}}
+    changes["train"] = {**TRAIN, "steps": 1, "eval_every": 1}
     code = main.main(["train", str(config_of(files, run.name, tmp_path / "more", **changes))])
     assert code == (2 if run.name == "folder-unstored" else 0)
     if code:

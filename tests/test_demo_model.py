@@ -249,11 +249,7 @@ def test_a_full_disk(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.real
 @pytest.mark.parametrize("name", [name for name in demo_models.MODELS if name != "smollm2"])
 def test_a_real_model(
-    name: str,
-    real_model: Callable[[str], Path],
-    tmp_path: Path,
-    printed: Callable[..., dict[str, Any]],
-    record_property: Callable[[str, object], None],
+    name: str, real_model: Callable[[str], Path], tmp_path: Path, printed: Any, record_property: Any
 ) -> None:
     """Ten steps lower the held-out loss, and chat, eval and export find the weights that were trained on."""
     gguf = pytest.importorskip("gguf")

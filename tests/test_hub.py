@@ -57,16 +57,7 @@ def test_the_fakes_are_called_as_the_packages_are() -> None:
     inspect.signature(huggingface_hub.snapshot_download).bind(MODEL, allow_patterns=["*"], ignore_patterns=["*"])
 
 
-NO_IDS = [
-    "here/name",
-    "./name",
-    "../name",
-    "/org/name",
-    "name",
-    "org/train.jsonl",
-    "org/model.Q4_0.gguf",
-    "org/rows.CSV",
-]
+NO_IDS = "here/name ./name ../name /org/name name org/train.jsonl org/model.Q4_0.gguf org/rows.CSV a/b/c/d"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +66,7 @@ NO_IDS = [
         ("org/name", ("org/name", None, None)),
         ("org/name:test", ("org/name", None, "test")),
         ("org/a.b-c_d/main:train", ("org/a.b-c_d", "main", "train")),
-        *((path, None) for path in NO_IDS),
+        *((path, None) for path in NO_IDS.split()),
     ],
 )
 def test_what_is_an_id(calls: list[Any], path: str, parts: Any) -> None:

@@ -1,4 +1,5 @@
-"""Damaged checkpoints, optimizer states and records of a run: refused in words, or left out."""
+"""Damaged files, checkpoints, optimizer states and records of a run: one sentence, or what is left out, or finite values;
+never a signal or a trace."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import workers
 
 import qlora_native as qn
 from qlora_native.distributed import OneProcess
@@ -20,6 +22,29 @@ from qlora_native.tool.train.checkpoint import TrainState, load_checkpoint, save
 from qlora_native.tool.train.progress import Metrics, Progress, RunPage, plot_losses, read_metrics
 
 DEEP = "[" * 200_000
+
+
+def test_damaged_files(
+    pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    asked = pytestconfig.getoption("--fuzz")
+    environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as the commands do before the imports
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = workers.outcomes("fuzzed.py", tmp_path, asked)
+    count, wrong = workers.summary(found)
+    record_property("damaged files", count)
+    assert not wrong, "\n".join([count, *wrong])
+    known = (Path(__file__).with_name("corpus.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert len(found) == len(known) + asked and len(known) >= 8, count
+    assert {outcome.partition(":")[0] for _, outcome in found} == {"accepted", "refused"}, count
+
+
+def test_a_worker_without_a_case_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "nothing.py").write_text("")
+    with pytest.raises(AssertionError, match="no case"):
+        workers.outcomes(str(tmp_path / "nothing.py"), tmp_path)
 
 
 def trained(**options: Any) -> AdamW:
