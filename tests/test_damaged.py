@@ -1,5 +1,4 @@
-"""Damaged files, checkpoints, optimizer states and records of a run: one sentence, or what is left out, or finite values;
-never a signal or a trace."""
+"""Damaged files, checkpoints, optimizer states and records of a run: one sentence, or left out, or finite values."""
 
 from __future__ import annotations
 

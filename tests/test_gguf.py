@@ -421,11 +421,10 @@ def test_llama_cpp_has_the_same_loss(
     config = config.model_copy(update={"lora": replace(config.lora, ship="gguf" if shipped else None)})
     trainer = Trainer(config, quiet=True)
     summary = trainer.train()
-    if shipped:
-        model, tuned, adapter = load_model(run / "shipped.gguf").eval(), run / "shipped.gguf", None
-    else:
+    if not shipped:
         export(run / "adapter", "--to", "gguf-adapter")
-        model, tuned, adapter = trainer.model.eval(), path, run / "adapter.gguf"
+    tuned, adapter = (run / "shipped.gguf", None) if shipped else (path, run / "adapter.gguf")
+    model = load_model(tuned).eval() if shipped else trainer.model.eval()
     dataset = load_dataset(config.data.eval or "", load_tokenizer(path), max_length=256, format=None, train_on="all")
     rows = [row["input_ids"].tolist() for row in dataset]
     # One side after the other: ggml takes a thread's AMX tiles to stay configured, and dies of our kernels in between.

@@ -284,20 +284,6 @@ def test_two_threads_run_one_streamed_model(folder: Path) -> None:
     running.close()
 
 
-def test_a_wait_ends_when_another_thread_wants_other_units(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    os.truncate(tmp_path / "file", 128 << 20)
-    file = _C.MappedFile(str(tmp_path / "file"))
-    stream = _C.WeightStream([[(file, 0, file.num_bytes)], []], [], [])
-    waiting = threading.Thread(target=stream.want, args=([0], 0, False), daemon=True)
-    waiting.start()
-    while waiting.is_alive() and not stream.stalls:
-        time.sleep(0.001)
-    assert stream.want([1], 1, False)
-    waiting.join(60)
-    assert not waiting.is_alive()
-
-
 def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, printed: Any) -> None:
     def streamed(*words: str) -> dict[str, Any]:
         short = ("--cpu", "--seq-length", 32, "--batch-size", 1, "--grad_accum", 3)
