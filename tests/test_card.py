@@ -11,8 +11,8 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -25,19 +25,17 @@ from qlora_native.tool.cli import main
 from qlora_native.tool.cli._weights import as_trained, merge_base
 from qlora_native.tool.train.progress import make_loggers, read_metrics
 
-Run = tuple[Path, list[tuple[str, Any]]]  # the folder, and the calls of the package trackio
+Run = tuple[Path, list[Any]]  # the folder, and the calls of the package trackio
+
+
+def stand_in(name: str, *functions: str) -> Any:
+    """For a package of which these functions are used; the packages themselves are tried below."""
+    return Mock(spec=[*functions, "__spec__"], __spec__=ModuleSpec(name, None))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("card")
-    calls: list[tuple[str, Any]] = []
-    trackio = SimpleNamespace(  # the package itself is tried below, where it is installed
-        __spec__=ModuleType("spec"),
-        init=lambda **options: calls.append(("init", options)),
-        log=lambda values, step: calls.append(("log", (step, values))),
-        finish=lambda: calls.append(("finish", None)),
-    )
+    folder, trackio = tmp_path_factory.mktemp("card"), stand_in("trackio", "init", "log", "finish")
     tiny.write_model(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", 8)
     (folder / "config.yaml").write_text(
@@ -48,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "trackio", trackio)
         assert main.main(["train", str(folder / "config.yaml")]) == 0
-    return folder, calls
+    return folder, trackio.mock_calls
 
 
 def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
@@ -83,14 +81,13 @@ def test_the_run_is_taken_at_its_word(run: Run, tmp_path: Path) -> None:
 
 
 def test_trackio_gets_every_line(run: Run) -> None:
-    folder, calls = run
-    (first, options), *logs, (last, _) = calls
-    assert (first, last) == ("init", "finish") and options["config"]["train"]["steps"] == 2
+    folder, (first, *logs, last) = run
+    assert (first[0], last[0]) == ("init", "finish") and first.kwargs["config"]["train"]["steps"] == 2
     lines = read_metrics(folder / "out" / "metrics.jsonl")
-    assert [step for _, (step, _) in logs] == [line["step"] for line in lines]
-    for (_, (_, values)), line in zip(logs, lines, strict=True):
+    assert [log.kwargs["step"] for log in logs] == [line["step"] for line in lines]
+    for log, line in zip(logs, lines, strict=True):
         key, name = ("eval_loss", "eval/loss") if "eval_loss" in line else ("loss", "train/loss")
-        assert values[name] == pytest.approx(line[key])
+        assert log.args[0][name] == pytest.approx(line[key])
 
 
 RECORDS: list[dict[str, Any]] = [
@@ -107,19 +104,22 @@ def write_to(name: str, folder: Path) -> None:
     logger.close()
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_the_other_loggers_get_it_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a stand-in with the functions of the package that are used; the package itself is tried below."""
-    calls: list[tuple[Any, ...]] = []
-    package = ModuleType(name)
-    for function in ("init", "log", "finish", "set_experiment", "start_run", "log_dict", "log_metrics", "end_run"):
-        setattr(package, function, lambda *given, function=function, **named: calls.append((function, given, named)))
-    package.__spec__ = ModuleSpec(name, None)
+@pytest.mark.parametrize(
+    ("name", "functions", "log", "last"),
+    [
+        ("wandb", ("init",), "log", "finish"),
+        ("mlflow", ("set_experiment", "start_run", "log_dict"), "log_metrics", "end_run"),
+    ],
+)
+def test_the_other_loggers_get_it_too(
+    name: str, functions: tuple[str, ...], log: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = stand_in(name, *functions, log, last)
     monkeypatch.setitem(sys.modules, name, package)
     write_to(name, tmp_path)
-    log, last = ("log", "finish") if name == "wandb" else ("log_metrics", "end_run")
-    assert [(given[0], named["step"]) for function, given, named in calls if function == log] == LOGGED
-    assert calls[-1][0] == last
+    calls = package.mock_calls
+    assert [call[0] for call in calls] == [*functions, log, log, last]
+    assert [(call.args[0], call.kwargs["step"]) for call in calls if call[0] == log] == LOGGED
     assert "'run'" in str(calls) and "'r': 3" in str(calls) and "'qlora_native'" in str(calls)
 
 
@@ -165,10 +165,8 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_logger_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:
-    def init(**_: Any) -> None:
-        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
-
-    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), init=init)
+    wandb = stand_in("wandb", "init")
+    wandb.init.side_effect = RuntimeError("No API key configured.\nUse `wandb login` to log in.")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(UserError) as refused:
         make_loggers(["wandb"], tmp_path / "run", {})

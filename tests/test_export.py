@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import huggingface_hub.cli.hf
@@ -37,7 +38,6 @@ from qlora_native.weights.gguf import KEPT
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType
 
-REAL_API = huggingface_hub.HfApi
 TEXT = "what is green? say, what is 12 and good?\n"
 
 
@@ -247,54 +247,45 @@ def test_llama_cpp_runs_it(llama_cpp: Any, tmp_path: Path, kind: str, changes: d
     assert relative_error(torch.tensor(runner.scores[: len(ids)]), expected) < 1e-2  # its K and V are fp16
 
 
-class FakeApi:
-    """Of huggingface_hub, with its signatures: keeps a copy of what would be uploaded."""
-
-    hub: Path
-    error: Exception | None = None
-
-    def create_repo(self, *args: Any, **options: Any) -> Any:
-        given = inspect.signature(REAL_API.create_repo).bind(self, *args, **options).arguments
-        if self.error is not None:
-            raise self.error
-        assert given["exist_ok"] is True
-        self.made = given["repo_id"], given["private"]
-        return SimpleNamespace(repo_id=given["repo_id"])
-
-    def upload_folder(self, *args: Any, **options: Any) -> str:
-        given = inspect.signature(REAL_API.upload_folder).bind(self, *args, **options).arguments
-        folder, repo = Path(given["folder_path"]), given["repo_id"]
-        assert self.made[0] == repo and given.get("path_in_repo", ".") == "."
-        names = (path.name for path in folder.iterdir())
-        kept = sorted(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=given["allow_patterns"]))
-        (self.hub / "made.json").write_text(json.dumps([*self.made, kept]))
-        return f"https://huggingface.co/{repo}"
+def uploaded(api: Any) -> list[Any]:
+    """The repository, whether it is private, and the names of the files that were sent to it."""
+    create, upload = (
+        inspect.signature(method).bind(*method.call_args.args, **method.call_args.kwargs).arguments
+        for method in (api.create_repo, api.upload_folder)
+    )
+    assert create["exist_ok"] is True and create["repo_id"] == upload["repo_id"]
+    assert upload.get("path_in_repo", ".") == "."
+    names = (path.name for path in Path(upload["folder_path"]).iterdir())
+    kept = sorted(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=upload["allow_patterns"]))
+    api.reset_mock()
+    return [create["repo_id"], create["private"], kept]
 
 
 def test_an_adapter_goes_to_the_hub(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Any, mistake: Any
 ) -> None:
     """By the command, and by hub's own where ours fails: its command line is what the sentence prints."""
-    FakeApi.hub, made = tmp_path, tmp_path / "made.json"
+    api = create_autospec(huggingface_hub.HfApi, instance=True)  # has its signatures
+    api.create_repo.return_value = SimpleNamespace(repo_id="me/tuned")
+    api.upload_folder.return_value = "https://huggingface.co/me/tuned"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    monkeypatch.setattr("huggingface_hub.cli.upload.get_hf_api", lambda token: api)
     folder = Path(shutil.copytree(files / "adapter", tmp_path / "an adapter"))
     for name in ("config.yaml", "tokenizer.json"):
         (folder / name).write_text("{}")
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     words = "export", folder, "--to", "hub", "--repo", "me/tuned"
     assert printed(*words)["url"] == "https://huggingface.co/me/tuned"
     expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]  # not config.yaml
-    assert json.loads(made.read_text()) == ["me/tuned", None, expected]
+    assert uploaded(api) == ["me/tuned", None, expected]
 
-    monkeypatch.setattr(FakeApi, "error", ConnectionError("no network"))
+    api.create_repo.side_effect = ConnectionError("no network")
     said = [mistake(*words), mistake(*words, "--private")]
     assert all("(no network)" in text for text in said)
-    monkeypatch.setattr(FakeApi, "error", None)
-    monkeypatch.setattr("huggingface_hub.cli.upload.get_hf_api", lambda token: FakeApi())
+    api.create_repo.side_effect = None
     for text, private in zip(said, (None, True), strict=True):
-        made.unlink()
         program, *command = shlex.split(text.partition("can be done: ")[2])
         huggingface_hub.cli.hf.app(command, standalone_mode=False)
-        assert program == "hf" and json.loads(made.read_text()) == ["me/tuned", private, expected]
+        assert program == "hf" and uploaded(api) == ["me/tuned", private, expected]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "hf upload me/tuned" in mistake(*words)
     assert "--to hub takes an adapter" in mistake("export", files / "model", *words[2:])
