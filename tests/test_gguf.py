@@ -53,10 +53,10 @@ gguf = pytest.importorskip("gguf")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF file of many types, an adapter over it, and rows."""
     folder = tmp_path_factory.mktemp("shipped")
-    write_gguf(folder / "file.gguf")
+    write_gguf(folder / "model.gguf")
     tiny.write_rows(folder / "train.jsonl", 20)
     tiny.write_rows(folder / "text.jsonl", 200)
-    model = qn.add_lora(load_model(folder / "file.gguf"), qn.LoraConfig(r=4, seed=1, target_modules="all-linear"))
+    model = qn.add_lora(load_model(folder / "model.gguf"), qn.LoraConfig(r=4, seed=1, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -67,7 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def file(files: Path) -> Path:
-    return files / "file.gguf"
+    return files / "model.gguf"
 
 
 def decoded(path: Path) -> Any:
@@ -298,7 +298,7 @@ def test_mistakes(tmp_path: Path, mistake: Callable[..., str], sentence: Callabl
 @torch.no_grad()
 def test_the_file_with_other_codes(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against the adapter's change in llama.cpp's own names and order of rows."""
-    source, out, text = files / "file.gguf", tmp_path / "out.gguf", files / "text.jsonl"
+    source, out, text = files / "model.gguf", tmp_path / "out.gguf", files / "text.jsonl"
     adapted = (source, "--adapter", files / "adapter", "--to", "gguf")
     export(*adapted, "--type", "keep", "--out", out, "--calibration", text)
     said = capsys.readouterr().err
@@ -340,7 +340,7 @@ def test_the_file_with_other_codes(files: Path, tmp_path: Path, capsys: pytest.C
 def test_a_run_ends_with_the_file_that_it_evaluated(files: Path, tmp_path: Path) -> None:
     lora = {"r": 4, "ship": "gguf", "target_modules": ["q_proj", "o_proj", "gate_proj"]}
     train = {"steps": 4, "batch_size": 3, "lr": 5e-3, "eval_every": 2}
-    config = settings(files, tmp_path, {"eval_fraction": 0.2}, lora, **train) | {"model": str(files / "file.gguf")}
+    config = settings(files, tmp_path, {"eval_fraction": 0.2}, lora, **train) | {"model": str(files / "model.gguf")}
     run = Trainer(TrainConfig.model_validate(config), quiet=True)
     summary = run.train()
     assert summary.shipped_dir == tmp_path / "shipped.gguf"
