@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -150,6 +152,29 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return run
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a command line, which must end well, with --json, and return what it prints; its stderr as "stderr"."""
+
+    def run(*words: object) -> dict[str, Any]:
+        from qlora_native.tool.cli.main import main
+
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0, words
+        captured = capsys.readouterr()
+        return {**json.loads(captured.out), "stderr": captured.err}
+
+    return run
+
+
+@pytest.fixture
+def llama_cpp(request: pytest.FixtureRequest) -> Any:
+    """llama.cpp's package, with --llama-cpp."""
+    if not request.config.getoption("--llama-cpp"):
+        pytest.skip("--llama-cpp was not given; .ci/full gives it")
+    return importlib.import_module("llama_cpp")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Damaged files of every reader, each given to a command line in this process; test_fuzz.py starts it.
+"""Damaged files of every reader, each given to a command line in this process; test_damaged.py starts it and sets the
+environment, which torch and transformers read when they are imported.
 
 A damage is a list of edits, plain JSON: ``["json", path, text]`` puts a text in place of a value of the document,
 ``["drop", path]`` takes the value away, ``["bytes", at, length, hex]`` replaces bytes of the file. corpus.jsonl has
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -22,7 +24,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import adapters
+import damages
+import gguf
+import gguf_files
+import runs
+import tiny
+import torch
 import workers
+import yaml
+from safetensors.torch import load, load_file, save
+
+from qlora_native.distributed.sharding import save_sharded_states
+from qlora_native.models.convert import convert
+from qlora_native.tool.cli import main as cli
+from qlora_native.weight import unpack_json
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 MOST_BYTES = 3 << 30  # of address space, beyond what the imports take
@@ -58,18 +74,10 @@ SHOW, RESUME = "data show {}/train.jsonl --model {}/model --json", "train {}/run
 CONFIG_KEYS = "quantization_config rope_parameters rope_scaling sliding_window layer_types auto_map text_config dtype "
 CONFIG_KEYS += "torch_dtype pruned_heads num_labels id2label attention_bias mlp_bias num_experts is_encoder_decoder"
 RUN_KEYS = "quant lora train data dtype steps lr packing max_length format method r alpha targets seed optimizer eval"
-ADAPTER_KEYS = (
-    "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias init_lora_weights"
-)
+ADAPTER_KEYS = "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias "
+ADAPTER_KEYS += "init_lora_weights"
 STEP = "run/step-000002"
-TYPES = {
-    "token_embd": "q8_0",
-    "attn_q": "q4_1",
-    "attn_k": "q5_0",
-    "attn_v": "iq4_nl",
-    "ffn_up": "q4_0",
-    "output": "f16",
-}
+TYPES = {"token_embd": "q8_0", "attn_q": "q4_1", "attn_k": "q5_0", "attn_v": "iq4_nl", "ffn_up": "q4_0"}
 READERS = {
     "config": Reader("model/config.json", "json", (CONVERT, CHAT, "estimate {}/model --json"), 8, CONFIG_KEYS),
     "generation": Reader("model/generation_config.json", "json", (CHAT,), 2, "top_k temperature do_sample max_length"),
@@ -103,24 +111,12 @@ Edits = list[list[Any]]
 
 def write_sound(place: Path) -> None:
     """The sound files, two of which are read through links of their own."""
-    import adapters
-    import gguf_files
-    import runs
-    import test_load_errors
-    import tiny
-    import yaml
-    from safetensors.torch import load_file
-
-    from qlora_native.distributed.sharding import save_sharded_states
-    from qlora_native.models.convert import convert
-    from qlora_native.tool.cli.main import main
-
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
     model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    gguf_files.write_gguf(place / "kept.gguf", TYPES, **sizes)
+    gguf_files.write_gguf(place / "kept.gguf", {**TYPES, "output": "f16"}, **sizes)
     adapters.make_adapter(model, place / "adapter")
     shutil.copytree(model, place / "sharded")
-    test_load_errors.shard(place / "sharded")
+    damages.shard(place / "sharded")
     shutil.copytree(model, place / "four_bit", ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
     convert(model, place / "four_bit", "bitsandbytes")
     tiny.write_rows(place / "train.jsonl", 6)
@@ -133,8 +129,8 @@ def write_sound(place: Path) -> None:
     pyarrow.write_table(importlib.import_module("pyarrow").Table.from_pylist(rows), place / "train.parquet")
     settings = runs.settings(place, place / "run", {"train": "train.jsonl"}, steps=2, save_every=1)
     (place / "run.yaml").write_text(yaml.safe_dump({**settings, "data": {"train": str(place / "train.jsonl")}}))
-    assert main(["export", str(model), "--to", "gguf", "--type", "q8_0", "--out", str(place / "model.gguf")]) == 0
-    assert main(["train", str(place / "run.yaml")]) == 0
+    assert cli.main(["export", str(model), "--to", "gguf", "--type", "q8_0", "--out", str(place / "model.gguf")]) == 0
+    assert cli.main(["train", str(place / "run.yaml")]) == 0
     shutil.copytree(place / STEP, place / "parted")
     named = {name.split(".", 1)[1]: tensor for name, tensor in load_file(place / STEP / "trainer.safetensors").items()}
     states: Any = {0: {name: tensor for name, tensor in named.items() if name[0].isdigit()}}
@@ -143,11 +139,6 @@ def write_sound(place: Path) -> None:
 
 def opened(reader: Reader, raw: bytes) -> tuple[Any, Any]:
     """The document of a file, and the function that makes a file's bytes of another text of it."""
-    import yaml
-    from safetensors.torch import load, save
-
-    from qlora_native.weight import unpack_json
-
     if reader.kind == "json":
         return json.loads(raw), str.encode
     if reader.kind == "yaml":
@@ -158,8 +149,6 @@ def opened(reader: Reader, raw: bytes) -> tuple[Any, Any]:
         end = 8 + struct.unpack("<Q", raw[:8])[0]
         return json.loads(raw[8:end]), lambda text: struct.pack("<Q", len(text.encode())) + text.encode() + raw[end:]
     if reader.kind == "state":
-        import torch
-
         tensors = load(raw)
         name = next(name for name in sorted(tensors) if "quant_state" in name)
 
@@ -176,8 +165,6 @@ def numbers_in(reader: Reader, path: Path, raw: bytes) -> list[tuple[int, int]]:
         return [(0, 8), *((at, 1) for at in range(8, 8 + struct.unpack("<Q", raw[:8])[0]))]
     if reader.kind != "gguf":
         return [(at, 1) for at in range(len(raw))]
-    import gguf
-
     read = gguf.GGUFReader(path)
     places = []
     for field in [*read.fields.values(), *(tensor.field for tensor in read.tensors)]:
@@ -276,14 +263,12 @@ def made(name: str, number: int, place: Path) -> Edits:
 
 def outcome(name: str, edits: Edits, command: str, place: Path) -> str:
     """Damages the file, runs the command, and puts everything back."""
-    from qlora_native.tool.cli.main import MOST_CHARACTERS, main
-
     reader, out = READERS[name], place / "out"
     sound = place / "sound" / reader.file
     (place / reader.file).write_bytes(edited(reader, sound.read_bytes(), edits))
     why = ""
     try:
-        code = main(command.format(*[place] * 3).split())
+        code = cli.main(command.format(*[place] * 3).split())
     except BaseException:
         code, why = 1, traceback.format_exc()[-2000:]
     finally:
@@ -293,7 +278,7 @@ def outcome(name: str, edits: Edits, command: str, place: Path) -> str:
         lines = (place / workers.STDERR).read_text(errors="surrogateescape").splitlines()
         said = [line for line in lines if not WARNING.match(line)]
         try:
-            if not why and not all(len(line) < MOST_CHARACTERS + 20 and is_text(line) for line in lines):
+            if not why and not all(len(line) < cli.MOST_CHARACTERS + 20 and is_text(line) for line in lines):
                 why = "a line that a terminal cannot take"
             elif code == 2 and (len(said) != 1 or not said[0].startswith("qlora") or "alloc" in said[0]):
                 why = f"{len(said)} lines" * (reader.kind != "yaml" or not 0 < len(said) <= MOST_LINES)
@@ -318,16 +303,13 @@ def is_text(line: str) -> bool:
 
 def wrong_output(place: Path, printed: str, is_json: bool) -> str:
     """What is wrong with the tensors or the numbers that a command made of an accepted file."""
-    from safetensors.torch import load_file
-
     if is_json:
         json.loads(printed, parse_constant=lambda name: 1 / 0)
     elif not all(map(is_text, printed.splitlines())):
         return "output that a terminal cannot take"
     shapes = {name: tensor.shape for name, tensor in load_file(place / "sound/model/model.safetensors").items()}
-    for file in [
-        file for name in ("out", "run/adapter", "fresh/adapter") for file in place.glob(f"{name}/*.safetensors")
-    ]:
+    files = (place.glob(f"{folder}/*.safetensors") for folder in ("out", "run/adapter", "fresh/adapter"))
+    for file in itertools.chain(*files):
         for name, tensor in load_file(file).items():
             if not tensor.isfinite().all():
                 return f"{name} is not finite"
@@ -350,16 +332,12 @@ def case_at(place: Path, known: list[str], number: int) -> workers.Case:
 
 def main(folder: str, count: str, first: str) -> None:
     place, known = Path(folder), CORPUS.read_text().splitlines()
-    os.environ |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": folder, "HF_HUB_OFFLINE": "1"}
-    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as the commands do before the imports
     setattr(os, "fsync", lambda descriptor: None)  # noqa: B010 - which takes most of the time, as drawing does
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
     with contextlib.redirect_stdout(sys.stderr):
         if not (place / "sound").exists():
             write_sound(place)
             shutil.copytree(place, place / "sound", ignore=shutil.ignore_patterns("sound", "std*"))
-    import transformers  # noqa: F401
-
     workers.limit_memory(MOST_BYTES)
     workers.serve(len(known) + int(count), partial(case_at, place, known), place, int(first))
 

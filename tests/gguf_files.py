@@ -35,14 +35,14 @@ def write_gguf(path: Path, mix: dict[str, str] | None = None, **sizes: Any) -> P
     return path
 
 
-def rewrite(source: Path, path: Path, mix: dict[str, str]) -> None:
-    """The same file with matrices in other formats, whose values are near."""
+def rewrite(source: Path, path: Path, mix: dict[str, str], **changed: Any) -> Path:
+    """The same file with matrices in other formats, whose values are near, and with changes to its metadata."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith(("GGUF.", "general.architecture")):
             kind, *rest = field.types
-            writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
+            writer.add_key_value(name, changed.get(name, field.contents()), kind, sub_type=rest[-1] if rest else None)
     torch.manual_seed(0)
     for tensor in reader.tensors:
         short = tensor.name.removesuffix(".weight")
@@ -58,6 +58,7 @@ def rewrite(source: Path, path: Path, mix: dict[str, str]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
 def blocks(name: str, shape: tuple[int, int], elements: int, size: int) -> np.ndarray:

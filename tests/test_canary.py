@@ -15,7 +15,7 @@ import torch
 import yaml
 from adapters import write_model_and_adapter
 from runs import settings
-from test_hostile_run import Call
+from test_damaged import Call
 from tiny import write_rows
 from tiny_models import edit_config
 from transformers import AutoConfig, dynamic_module_utils

@@ -8,12 +8,11 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -26,19 +25,17 @@ from qlora_native.tool.cli import main
 from qlora_native.tool.cli._weights import as_trained, merge_base
 from qlora_native.tool.train.progress import make_loggers, read_metrics
 
-Run = tuple[Path, list[tuple[str, Any]]]  # the folder, and the calls of the package trackio
+Run = tuple[Path, list[Any]]  # the folder, and the calls of the package trackio
+
+
+def stand_in(name: str, *functions: str) -> Any:
+    """For a package of which these functions are used; the packages themselves are tried below."""
+    return Mock(spec=[*functions, "__spec__"], __spec__=ModuleSpec(name, None))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("card")
-    calls: list[tuple[str, Any]] = []
-    trackio = SimpleNamespace(  # the package itself is tried below, where it is installed
-        __spec__=ModuleType("spec"),
-        init=lambda **options: calls.append(("init", options)),
-        log=lambda values, step: calls.append(("log", (step, values))),
-        finish=lambda: calls.append(("finish", None)),
-    )
+    folder, trackio = tmp_path_factory.mktemp("card"), stand_in("trackio", "init", "log", "finish")
     tiny.write_model(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", 8)
     (folder / "config.yaml").write_text(
@@ -49,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "trackio", trackio)
         assert main.main(["train", str(folder / "config.yaml")]) == 0
-    return folder, calls
+    return folder, trackio.mock_calls
 
 
 def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
@@ -67,80 +64,90 @@ def test_the_card_has_data_config_losses_and_versions(run: Run) -> None:
     assert (folder / "out" / "best" / "README.md").is_file() == (folder / "out" / "best").is_dir()
 
 
-def test_chat_and_merge_take_the_run_at_its_word(run: Run, tmp_path: Path) -> None:
-    folder, _ = run
-    adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
-
-    def taken(**given: Any) -> dict[str, Any]:
-        base = as_trained(Namespace(model=folder / "model", adapter=adapter, **given))
-        assert base.path == folder / "model"
-        return base.options
-
-    assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
-    assert taken(block_size=128)["block_size"] == 128
-    shutil.copytree(adapter, tmp_path / "adapter")
-    adapter = tmp_path / "adapter"
-    (adapter / "config.yaml").write_text(config.read_text().replace("method: rtn\n", "method: gptq\n"))
-    assert (
-        merge_base(Namespace(model=folder / "model", adapter=adapter, base="original"))[1].options["block_size"] == 32
-    )
+def test_the_run_is_taken_at_its_word(run: Run, tmp_path: Path) -> None:
+    """Beside what test_bases.py shows with every command."""
+    given: dict[str, Any] = {"model": run[0] / "model", "adapter": tmp_path / "a"}
+    shutil.copytree(run[0] / "out" / "adapter", tmp_path / "a")
+    assert as_trained(Namespace(**given)).options == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
+    assert as_trained(Namespace(**given, block_size=128)).options["block_size"] == 128
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text().replace("method: rtn\n", "method: gptq\n"))
+    assert merge_base(Namespace(**given, base="original"))[1].options["block_size"] == 32
     with pytest.raises(UserError, match=r"made by gptq.*`qlora quantize \S+ --method gptq --calibration FILE --block-"):
-        taken()
+        as_trained(Namespace(**given))
     (tmp_path / "calibration.safetensors").touch()
     with pytest.raises(UserError, match=rf"--calibration {tmp_path}/calibration.safetensors --block-size 32 --out"):
-        taken()
-
-
-def test_the_folder_of_a_run_is_no_adapter(run: Run, mistake: Callable[..., str]) -> None:
-    folder, _ = run
-    refused = mistake("merge", folder / "model", folder / "out", "--out", folder / "new")
-    assert f"did you mean {folder / 'out' / 'adapter'}?" in refused
+        as_trained(Namespace(**given))
 
 
 def test_trackio_gets_every_line(run: Run) -> None:
-    folder, calls = run
-    (first, options), *logs, (last, _) = calls
-    assert (first, last) == ("init", "finish") and options["config"]["train"]["steps"] == 2
+    folder, (first, *logs, last) = run
+    assert (first[0], last[0]) == ("init", "finish") and first.kwargs["config"]["train"]["steps"] == 2
     lines = read_metrics(folder / "out" / "metrics.jsonl")
-    assert [step for _, (step, _) in logs] == [line["step"] for line in lines]
-    for (_, (_, values)), line in zip(logs, lines, strict=True):
+    assert [log.kwargs["step"] for log in logs] == [line["step"] for line in lines]
+    for log, line in zip(logs, lines, strict=True):
         key, name = ("eval_loss", "eval/loss") if "eval_loss" in line else ("loss", "train/loss")
-        assert values[name] == pytest.approx(line[key])
+        assert log.args[0][name] == pytest.approx(line[key])
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_the_other_loggers_get_it_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a stand-in with the functions of the package that are used; the package itself is tried below."""
-    calls: list[tuple[Any, ...]] = []
-    functions = ("init", "log", "finish", "set_experiment", "start_run", "log_dict", "log_metrics", "end_run")
-    package = ModuleType(name)
-    for function in functions:
-        setattr(
-            package,
-            function,
-            partial(lambda function, *given, **named: calls.append((function, given, named)), function),
-        )
-    package.__spec__ = ModuleSpec(name, None)
-    monkeypatch.setitem(sys.modules, name, package)
-    (logger,) = make_loggers([name], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "samples": [{"answer": "x"}]})
-    logger.write({"step": 4, "eval_loss": 0.25})
+RECORDS: list[dict[str, Any]] = [
+    {"step": 3, "loss": 0.5, "lr": float("nan"), "samples": [{"answer": "x"}], "text": "x"},
+    {"step": 4, "eval_loss": 0.25},
+]
+LOGGED = [({"train/loss": 0.5}, 3), ({"eval/loss": 0.25}, 4)]
+
+
+def write_to(name: str, folder: Path) -> None:
+    (logger,) = make_loggers([name], folder / "run", {"lora": {"r": 3}})
+    for record in RECORDS:
+        logger.write(record)
     logger.close()
-    log, last = ("log", "finish") if name == "wandb" else ("log_metrics", "end_run")
-    logged = [(given[0], named["step"]) for function, given, named in calls if function == log]
-    assert logged == [({"train/loss": 0.5}, 3), ({"eval/loss": 0.25}, 4)] and calls[-1][0] == last
+
+
+@pytest.mark.parametrize(
+    ("name", "functions", "log", "last"),
+    [
+        ("wandb", ("init",), "log", "finish"),
+        ("mlflow", ("set_experiment", "start_run", "log_dict"), "log_metrics", "end_run"),
+    ],
+)
+def test_the_other_loggers_get_it_too(
+    name: str, functions: tuple[str, ...], log: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = stand_in(name, *functions, log, last)
+    monkeypatch.setitem(sys.modules, name, package)
+    write_to(name, tmp_path)
+    calls = package.mock_calls
+    assert [call[0] for call in calls] == [*functions, log, log, last]
+    assert [(call.args[0], call.kwargs["step"]) for call in calls if call[0] == log] == LOGGED
     assert "'run'" in str(calls) and "'r': 3" in str(calls) and "'qlora_native'" in str(calls)
+
+
+def test_tensorboard_itself(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write_to("tensorboard", tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert [({tag: event.value}, event.step) for tag in tags for event in events.Scalars(tag)] == LOGGED
 
 
 def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(tmp_path.as_uri())
-    (logger,) = make_loggers(["mlflow"], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5})
-    logger.close()
+    write_to("mlflow", tmp_path)
     (found,) = mlflow.search_runs(experiment_names=["qlora_native"], output_format="list")
-    assert found.info.run_name == "run" and found.data.metrics == {"train/loss": 0.5}
+    assert found.info.run_name == "run" and found.data.metrics == {"train/loss": 0.5, "eval/loss": 0.25}
+
+
+def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio")
+    write_to("trackio", tmp_path)
+    (run,) = trackio.Api().runs("qlora_native")
+    assert (run.name, run.config["lora"]) == ("run", {"r": 3})
+    (first, second) = trackio.SQLiteStorage.get_logs("qlora_native", "run")
+    assert (first["step"], first["train/loss"], second["step"], second["eval/loss"]) == (3, 0.5, 4, 0.25)
 
 
 def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,24 +164,9 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (summary["train/loss"], summary["eval/loss"]) == (0.5, 0.25)
 
 
-def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
-    trackio = pytest.importorskip("trackio")
-    (logger,) = make_loggers(["trackio"], tmp_path / "run", {"lora": {"r": 3}})
-    logger.write({"step": 3, "loss": 0.5})
-    logger.write({"step": 4, "eval_loss": 0.25})
-    logger.close()
-    (run,) = trackio.Api().runs("qlora_native")
-    assert (run.name, run.config["lora"]) == ("run", {"r": 3})
-    (first, second) = trackio.SQLiteStorage.get_logs("qlora_native", "run")
-    assert (first["step"], first["train/loss"], second["step"], second["eval/loss"]) == (3, 0.5, 4, 0.25)
-
-
 def test_a_logger_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:
-    def init(**_: Any) -> None:
-        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
-
-    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), init=init)
+    wandb = stand_in("wandb", "init")
+    wandb.init.side_effect = RuntimeError("No API key configured.\nUse `wandb login` to log in.")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(UserError) as refused:
         make_loggers(["wandb"], tmp_path / "run", {})
@@ -187,17 +179,3 @@ def test_a_logger_that_is_not_there_is_reported_first(run: Run, mistake: Callabl
     # The logger of the config, without the stand-in.
     sentence(mistake(*words))
     sentence(mistake(*words, "--logging", "[comet]"))
-
-
-def test_tensorboard_gets_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (logger,) = make_loggers(["tensorboard"], tmp_path, {})
-    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "text": "x"})
-    logger.write({"step": 4, "eval_loss": 0.25})
-    logger.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["train/loss", "eval/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(4, 0.25)]

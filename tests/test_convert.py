@@ -1,34 +1,36 @@
-"""qlora convert: between 16 bits, our 4 bits and bitsandbytes', against tensors quantized and decoded whole."""
+"""Between 16 bits, our 4 bits and bitsandbytes': `qlora convert`, and load and save of what bitsandbytes saved."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import same_bytes
-from safetensors import safe_open
+from helpers import same_bytes, same_values
 from safetensors.torch import load_file
-from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors, logits, make, save
+from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors, four_bit_layers, logits, make, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from qlora_native import reference
+from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.models.convert import convert
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 from qlora_native.tool.cli.main import main
-from qlora_native.weights import stream as module
+from qlora_native.weights import stream
+from qlora_native.weights.open import open_source
+from qlora_native.weights.shapes import ModelShapes
 
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART", 4096)  # so that tiny tensors come in several parts
+    monkeypatch.setattr(stream, "PART", 4096)  # so that tiny tensors come in several parts
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -70,9 +72,8 @@ def test_weights_become_those_of_quantize(tmp_path: Path, kind: str, options: di
     dtype = options.get("dtype", torch.float16)
     quantizing = {k: v for k, v in options.items() if k != "dtype"}
     model = load_model(source, dtype=dtype, **quantizing)
-    layers = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     packed = {name for name in stored if f"{name}.absmax" in read(out)}
-    assert len(packed) == len(layers) > 0
+    assert len(packed) == len(four_bit_layers(model)) > 0
     expected = {name: tensor.to(dtype) for name, tensor in stored.items()}
     for name in packed:
         weight = qn.quantize(stored[name].t().contiguous() if kind == "GPT2" else stored[name], **quantizing)
@@ -91,7 +92,7 @@ def test_decoded_weights_are_the_reference(tmp_path: Path, kind: str, quant_type
     dense = made(tmp_path / "dense", four, "16bit")
     expected, parts = read(source), read(four)
     decoded = [name for name in expected if f"{name}.absmax" in parts]
-    assert len(decoded) == sum(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    assert len(decoded) == len(four_bit_layers(model))
     for name in decoded:
         weight = reference.dequantize(torch.bfloat16, *qn.from_bnb(parts, name).op_args())
         expected[name] = weight.t().contiguous() if kind == "GPT2" else weight
@@ -101,15 +102,12 @@ def test_decoded_weights_are_the_reference(tmp_path: Path, kind: str, quant_type
     assert distance(logits(plain), logits(load_model(four, dtype=torch.float32))) < 1e-2
 
 
-def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
-    source = save(tmp_path / "source", dtype=torch.bfloat16)
-    theirs = made(tmp_path / "theirs", source, "bitsandbytes")
+def test_the_configs_of_the_two_forms_of_4_bits(tmp_path: Path) -> None:
+    """Whose bytes are the same, as those of bitsandbytes' own folders are below."""
+    theirs = made(tmp_path / "theirs", save(tmp_path / "source", dtype=torch.bfloat16), "bitsandbytes")
     ours = made(tmp_path / "ours", theirs, "qlora")
-    back = made(tmp_path / "back", ours, "bitsandbytes")
-    for folder in (ours, back):
-        check_same(folder, read(theirs))
+    assert config_of(made(tmp_path / "back", ours, "bitsandbytes")) == config_of(theirs)
     assert config_of(ours)["quantization_config"]["quant_method"] == "qlora_native"
-    assert config_of(back) == config_of(theirs)
     assert config_of(theirs)["quantization_config"] == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -121,11 +119,9 @@ def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
         "llm_int8_skip_modules": ["lm_head"],
         "qlora_native": {"method": "rtn"},
     }
-    expected = logits(load_model(theirs))
-    assert torch.equal(logits(load_model(ours)), expected)
     loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.bfloat16)
     assert isinstance(loaded.model.layers[0].mlp.up_proj, QuantizedLinear)
-    assert distance(logits(loaded).float(), expected.float()) < 1e-2
+    assert distance(logits(loaded).float(), logits(load_model(theirs)).float()) < 1e-2
 
 
 @pytest.mark.parametrize("target", ["bitsandbytes", "16bit"])
@@ -137,30 +133,22 @@ def test_shards_in_and_out(tmp_path: Path, target: str) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     report = convert(tmp_path / "source", folder, target, shard_bytes=60_000)
-    files = sorted(folder.glob("*.safetensors"))
-    count = report.files
+    files, count = sorted(folder.glob("*.safetensors")), report.files
     assert count > 2
     assert [file.name for file in files] == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors = read(folder)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) == report.num_bytes
     for file in files:
-        with safe_open(file, "pt") as opened:
-            assert all(index["weight_map"][name] == file.name for name in opened.keys())  # noqa: SIM118
-        assert file.stat().st_size < 90_000
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"} and len(raw) < 90_000
+        for name, entry in header.items():
+            assert index["weight_map"][name] == file.name
+            assert entry["data_offsets"][0] % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0
     assert tensors.keys() == index["weight_map"].keys()
     check_same(made(tmp_path / "one", tmp_path / "whole", target), tensors)
-
-
-def test_files_are_sound_safetensors(tmp_path: Path) -> None:
-    """Beyond what safetensors itself checks on reading (no holes, no overlaps): the alignment of header and tensors."""
-    out = made(tmp_path / "out", save(tmp_path / "source"), "bitsandbytes", double_quant=False)
-    raw = (out / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
-    for entry in header.values():
-        assert entry["data_offsets"][0] % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0
 
 
 def test_stacks_of_experts(tmp_path: Path) -> None:
@@ -198,39 +186,14 @@ def test_other_files_come_along(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == kept | {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
-def test_what_bitsandbytes_saved(tmp_path: Path, storage: str, nested: bool) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    source = save(tmp_path / "source", intermediate_size=128)
-    theirs = bitsandbytes_model(source, bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = made(tmp_path / "ours", tmp_path / "theirs", "qlora")
-    back = made(tmp_path / "back", ours, "bitsandbytes")
-    for folder in (ours, back):
-        check_same(folder, read(tmp_path / "theirs"))
-    again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.bfloat16, device_map={"": "cpu"})
-    assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert torch.equal(logits(again.train()), logits(theirs.train()))
-    dense = made(tmp_path / "dense", tmp_path / "theirs", "16bit")
-    layer = theirs.model.layers[1].self_attn.o_proj
-    decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert same_bytes(read(dense)["model.layers.1.self_attn.o_proj.weight"], decoded)
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, printed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source, four, dense = save(tmp_path / "source"), tmp_path / "four", tmp_path / "dense"
     assert main(["convert", str(source), str(four), "--to", "bitsandbytes", "--block-size", "128"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{four}: 14 weights quantized; ")
-    assert "MiB in 1 file; took" in printed
-    assert main(["convert", str(four), str(dense), "--to", "16bit", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{four}: 14 weights quantized; ") and "MiB in 1 file; took" in said
+    result = printed("convert", four, dense, "--to", "16bit")
     assert (result["dequantized"], result["quantized"], result["files"]) == (14, 0, 1)
     assert config_of(dense)["dtype"] == "bfloat16"  # float32 in the source is no 16-bit dtype
-    with pytest.raises(SystemExit, match="0"):
-        main(["convert", "--help"])
-    assert "qlora convert Llama-3.1-8B" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, mistake: Callable[..., str]) -> None:
@@ -254,3 +217,112 @@ def test_mistakes_are_one_sentence(tmp_path: Path, mistake: Callable[..., str]) 
     ):
         assert re.search(words, mistake("convert", *arguments))
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What bitsandbytes saved. Its layers answer in training mode here: in evaluation mode its CPU path rounds to bf16.
+
+
+def saved(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A folder that transformers saved with bitsandbytes' layers, and the model in training mode."""
+    save(folder / "dense", intermediate_size=128, attention_bias=True)  # its CPU kernels need rows of whole blocks
+    options = {f"bnb_4bit_{name}": value for name, value in {"compute_dtype": dtype, **options}.items()}
+    model = bitsandbytes_model(folder / "dense", dtype, **options)
+    model.save_pretrained(folder / "theirs")
+    return model.train()
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_bitsandbytes_saved_is_loaded_saved_and_converted(
+    theirs: Any, tmp_path: Path, dtype: torch.dtype, quant_type: str, nested: bool, storage: str
+) -> None:
+    options = {"quant_type": quant_type, "use_double_quant": nested, "quant_storage": storage}
+    bitsandbytes, model, folder = theirs, saved(tmp_path, dtype, **options), tmp_path / "theirs"
+    expected, near = logits(model), 1e-5 if dtype == torch.float32 else 1e-2
+    ours = load_model(folder, dtype=dtype, quant_type="fp4", block_size=256)  # the files win
+    layers, decoded = four_bit_layers(ours), dict[str, Tensor]()
+    assert len(layers) == 14
+    for path, layer in layers.items():
+        weight = model.get_submodule(path).weight
+        decoded[path] = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert same_values(layer.quantized.dequantize(), decoded[path]), path
+        assert same_values(reference.dequantize(dtype, *layer.quantized.op_args()), decoded[path]), path
+    assert distance(logits(ours), expected) < near
+    ours.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert config_of(tmp_path / "again")["quantization_config"] == config_of(folder)["quantization_config"]
+
+    assert distance(logits(load_model(folder, dtype=dtype, fuse=False)), expected) < near
+    if dtype == torch.bfloat16:
+        converted = made(tmp_path / "ours", folder, "qlora")
+        back = made(tmp_path / "back", converted, "bitsandbytes")
+        for other in (converted, back):
+            check_same(other, read(folder))
+        again = AutoModelForCausalLM.from_pretrained(back, dtype=dtype, device_map={"": "cpu"})
+        assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        assert torch.equal(logits(again.train()), expected)
+        dense = read(made(tmp_path / "16bit", folder, "16bit"))
+        assert all(same_bytes(dense[f"{path}.weight"], weight) for path, weight in decoded.items())
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("change", "nested"),
+    [(lambda t: t * 0.75, lambda t: t.flip(0)), (lambda t: torch.nextafter(t, torch.full_like(t, 2)), lambda t: t)],
+    ids=["other", "an ulp"],
+)
+def test_maps_that_differ_are_honored_and_saved(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], nested: Callable[[Tensor], Tensor]
+) -> None:
+    """Both libraries' files hold their maps; bitsandbytes does not read the 16 levels, and this library does."""
+    saved(tmp_path, torch.float32, use_double_quant=True)
+    name, folder = "model.layers.0.mlp.down_proj.weight", tmp_path / "theirs"
+    for key, edit in ((f"{name}.quant_map", change), (f"{name}.nested_quant_map", nested)):
+        edit_tensors(folder, lambda t, key=key, edit=edit: t.update({key: edit(t[key])}))  # type: ignore[misc]
+    tensors, model = read(folder), load_model(folder, dtype=torch.float32)
+    got = model.get_submodule(name.removesuffix(".weight")).quantized.dequantize()
+    state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    coded = tensors[f"{name}.nested_quant_map"][tensors[f"{name}.absmax"].long()]
+    spread = tensors[f"{name}.nested_absmax"].repeat_interleave(256)[: coded.numel()]
+    scales = (coded * spread + torch.tensor(state["nested_offset"])).repeat_interleave(64)
+    packed = tensors[name].view(-1)
+    codes = torch.stack([packed >> 4, packed & 15], -1).view(-1).long()
+    assert torch.equal(got, (tensors[f"{name}.quant_map"][codes] * scales).view(64, 128))
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_config_with_4_bits_in_the_other_field(theirs: Any, tmp_path: Path) -> None:
+    """Some published folders have only `_load_in_4bit`."""
+    expected = logits(saved(tmp_path, torch.float32))
+    quantization = config_of(tmp_path / "theirs")["quantization_config"]
+    del quantization["load_in_4bit"]
+    assert quantization["_load_in_4bit"]
+    edit_config(tmp_path / "theirs", quantization_config=quantization)
+    assert distance(logits(load_model(tmp_path / "theirs", dtype=torch.float32)), expected) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream of tensors below
+
+
+def items_of(folder: Path, transforms: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+    source = open_source(folder)
+    items = stream.stream(source, ModelShapes(source.config, torch.float32), transforms, **options)
+    return {item.name: item for item in items}
+
+
+def test_a_weight_in_place_of_another_has_its_own_shape(tmp_path: Path) -> None:
+    head = torch.ones(7, 64)
+    adding = stream.adding(StoredAdapter({}, {}), {"lm_head.weight": head})
+    item = items_of(save(tmp_path), [adding])["lm_head.weight"]
+    assert item.shape == (7, 64) and torch.equal(torch.cat([*item.rows()]), head)
+
+
+def test_one_layer(tmp_path: Path) -> None:
+    prefix = "model.layers.1."
+    names = set(items_of(save(tmp_path), prefix=prefix))
+    assert len(names) == 9 and all(name.startswith(prefix) for name in names)

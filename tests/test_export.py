@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import huggingface_hub.cli.hf
@@ -20,17 +23,21 @@ import pytest
 import tiny
 import torch
 from adapters import IDS, write_model_and_adapter
-from helpers import relative_error
+from helpers import bytes_of, gguf_weight, relative_error, same_bytes, same_bytes_under_threads
 from tiny_models import distance, make
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
+from qlora_native import gguf_blocks
+from qlora_native.models.load import load_dense
 from qlora_native.tool.cli import main
 from qlora_native.tool.export.gguf_encode import encode
+from qlora_native.weights.gguf import KEPT
 
 gguf = pytest.importorskip("gguf")
+Kind = gguf.GGMLQuantizationType
 
-REAL_API = huggingface_hub.HfApi
 TEXT = "what is green? say, what is 12 and good?\n"
 
 
@@ -86,17 +93,20 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=[f"{kind}-{len(changes)}" for kind, changes in KINDS])
-def test_transformers_reads_the_same_model(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    folder = model_of(tmp_path / "model", kind, **changes)
-    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    got = read_back(tmp_path / "model.gguf")
-    assert distance(got(IDS).logits, expected(IDS).logits) < 1e-5
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    ours = AutoTokenizer.from_pretrained(folder)
-    assert theirs(TEXT).input_ids == ours(TEXT).input_ids
-    assert theirs.chat_template == tiny.CHAT_TEMPLATE and theirs.eos_token_id == ours.eos_token_id
+@pytest.mark.parametrize(("kind", "changes"), [*KINDS, *MORE], ids=lambda value: str(value)[:40])
+def test_the_same_model_is_read_back(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """By transformers what its reader knows, and by this library what transformers has a config for."""
+    folder, file = model_of(tmp_path / "model", kind, **changes), tmp_path / "model.gguf"
+    export(folder, "--to", "gguf", "--type", "f32", "--out", file)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+    if kind != "Gemma":
+        assert distance(load_dense(file, dtype=torch.float32)(IDS).logits, expected) < 1e-5
+    if (kind, changes) in KINDS:
+        assert distance(read_back(file)(IDS).logits, expected) < 1e-5
+        theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+        ours = AutoTokenizer.from_pretrained(folder)
+        assert theirs(TEXT).input_ids == ours(TEXT).input_ids
+        assert theirs.chat_template == tiny.CHAT_TEMPLATE and theirs.eos_token_id == ours.eos_token_id
 
 
 def sentencepiece_model(folder: Path, with_file: bool) -> Path:
@@ -143,20 +153,18 @@ def test_adapter_and_types(files: Path, out_type: str, most: float) -> None:
     assert not list(files.glob(".*"))
 
 
-def test_blocks_are_those_of_the_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_are_those_of_the_encoders(tmp_path: Path, printed: Any) -> None:
     """Of the gguf package where it has the type; rows that are no whole blocks take another one."""
     folder = model_of(tmp_path / "model", "Qwen2", intermediate_size=256, num_hidden_layers=1)
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].mlp
     for out_type in ("q8_0", "q4_0", "q4_1", "iq4_nl", "q4_k"):
         path = tmp_path / f"{out_type}.gguf"
-        capsys.readouterr()
-        export(folder, "--to", "gguf", "--type", out_type, "--out", path, "--json")
-        result = json.loads(capsys.readouterr().out)
+        result = printed("export", folder, "--to", "gguf", "--type", out_type, "--out", path)
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        kind = gguf.GGMLQuantizationType[out_type.upper()]
+        kind = Kind[out_type.upper()]
         for name, weight in (("ffn_up", stored.up_proj.weight), ("ffn_down", stored.down_proj.weight)):
             tensor = found[f"blk.0.{name}.weight"]
-            wanted = gguf.GGMLQuantizationType.Q5_0 if out_type == "q4_k" and name == "ffn_up" else kind
+            wanted = Kind.Q5_0 if out_type == "q4_k" and name == "ffn_up" else kind
             assert tensor.tensor_type is wanted
             assert (tensor.data == encode(weight.detach(), wanted)).all()
         others = result["other_types"]
@@ -171,11 +179,7 @@ def test_a_gguf_file_keeps_its_tokenizer(files: Path) -> None:
     export(files / "model", "--to", "gguf", "--type", "f32", "--out", first)
     export(first, "--adapter", files / "adapter", "--to", "gguf", "--type", "f32", "--out", second)
     before, after = (
-        {
-            name: field.contents()
-            for name, field in gguf.GGUFReader(path).fields.items()
-            if name.startswith("tokenizer.")
-        }
+        {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key.startswith("tokenizer.")}
         for path in (first, second)
     )
     assert before == after and before["tokenizer.ggml.pre"] == "gpt-2"
@@ -191,11 +195,10 @@ def test_peft_reads_an_adapter_of_another_place(files: Path) -> None:
     assert torch.equal(theirs(IDS).logits, with_adapter(files)(IDS).logits)
 
 
-def test_safetensors_of_a_4_bit_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["quantize", str(files / "model"), "--out", str(files / "four-bit")]) == 0
-    capsys.readouterr()
-    export(files / "four-bit", "--to", "safetensors", "--type", "f32", "--out", files / "dense", "--json")
-    assert json.loads(capsys.readouterr().out)["files"] == 1
+def test_safetensors_of_a_4_bit_model(files: Path, printed: Any) -> None:
+    printed("quantize", files / "model", "--out", files / "four-bit")
+    words = ("--to", "safetensors", "--type", "f32", "--out", files / "dense")
+    assert printed("export", files / "four-bit", *words)["files"] == 1
     four_bit, dense = qn.load_model(files / "four-bit"), AutoModelForCausalLM.from_pretrained(files / "dense")
     weight = four_bit.model.layers[1].mlp.down_proj.quantized.dequantize(torch.float32)
     assert torch.equal(weight, dense.model.layers[1].mlp.down_proj.weight)
@@ -233,71 +236,145 @@ def test_mistakes(files: Path, words: str, match: str, mistake: Callable[..., st
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "changes"), [*KINDS, *MORE])
-def test_llama_cpp_runs_it(request: pytest.FixtureRequest, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    if not request.config.getoption("--llama-cpp"):
-        pytest.skip("--llama-cpp was not given; .ci/full gives it")
-    import llama_cpp
-
+def test_llama_cpp_runs_it(llama_cpp: Any, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     folder = model_of(tmp_path / "model", kind, **changes)
     export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
     runner = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
-    ours = AutoTokenizer.from_pretrained(folder)
-    ids = ours(TEXT * 3).input_ids
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT * 3).input_ids
     assert runner.tokenize(TEXT.encode() * 3, add_bos=False) == ids
     runner.eval(ids)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
     assert relative_error(torch.tensor(runner.scores[: len(ids)]), expected) < 1e-2  # its K and V are fp16
 
 
-class FakeApi:
-    """Of huggingface_hub, with its signatures: keeps a copy of what would be uploaded."""
-
-    hub: Path
-    error: Exception | None = None
-
-    def create_repo(self, *args: Any, **options: Any) -> Any:
-        given = inspect.signature(REAL_API.create_repo).bind(self, *args, **options).arguments
-        if self.error is not None:
-            raise self.error
-        assert given["exist_ok"] is True
-        self.made = given["repo_id"], given["private"]
-        return SimpleNamespace(repo_id=given["repo_id"])
-
-    def upload_folder(self, *args: Any, **options: Any) -> str:
-        given = inspect.signature(REAL_API.upload_folder).bind(self, *args, **options).arguments
-        folder, repo = Path(given["folder_path"]), given["repo_id"]
-        assert self.made[0] == repo and given.get("path_in_repo", ".") == "."
-        names = (path.name for path in folder.iterdir())
-        kept = sorted(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=given["allow_patterns"]))
-        (self.hub / "made.json").write_text(json.dumps([*self.made, kept]))
-        return f"https://huggingface.co/{repo}"
+def uploaded(api: Any) -> list[Any]:
+    """The repository, whether it is private, and the names of the files that were sent to it."""
+    create, upload = (
+        inspect.signature(method).bind(*method.call_args.args, **method.call_args.kwargs).arguments
+        for method in (api.create_repo, api.upload_folder)
+    )
+    assert create["exist_ok"] is True and create["repo_id"] == upload["repo_id"]
+    assert upload.get("path_in_repo", ".") == "."
+    names = (path.name for path in Path(upload["folder_path"]).iterdir())
+    kept = sorted(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=upload["allow_patterns"]))
+    api.reset_mock()
+    return [create["repo_id"], create["private"], kept]
 
 
 def test_an_adapter_goes_to_the_hub(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: Any
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Any, mistake: Any
 ) -> None:
     """By the command, and by hub's own where ours fails: its command line is what the sentence prints."""
-    FakeApi.hub, made = tmp_path, tmp_path / "made.json"
+    api = create_autospec(huggingface_hub.HfApi, instance=True)  # has its signatures
+    api.create_repo.return_value = SimpleNamespace(repo_id="me/tuned")
+    api.upload_folder.return_value = "https://huggingface.co/me/tuned"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    monkeypatch.setattr("huggingface_hub.cli.upload.get_hf_api", lambda token: api)
     folder = Path(shutil.copytree(files / "adapter", tmp_path / "an adapter"))
     for name in ("config.yaml", "tokenizer.json"):
         (folder / name).write_text("{}")
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    export(folder, "--to", "hub", "--repo", "me/tuned", "--json")
-    assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/me/tuned"
-    expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]  # not config.yaml
-    assert json.loads(made.read_text()) == ["me/tuned", None, expected]
-
     words = "export", folder, "--to", "hub", "--repo", "me/tuned"
-    monkeypatch.setattr(FakeApi, "error", ConnectionError("no network"))
+    assert printed(*words)["url"] == "https://huggingface.co/me/tuned"
+    expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]  # not config.yaml
+    assert uploaded(api) == ["me/tuned", None, expected]
+
+    api.create_repo.side_effect = ConnectionError("no network")
     said = [mistake(*words), mistake(*words, "--private")]
     assert all("(no network)" in text for text in said)
-    monkeypatch.setattr(FakeApi, "error", None)
-    monkeypatch.setattr("huggingface_hub.cli.upload.get_hf_api", lambda token: FakeApi())
+    api.create_repo.side_effect = None
     for text, private in zip(said, (None, True), strict=True):
-        made.unlink()
         program, *command = shlex.split(text.partition("can be done: ")[2])
         huggingface_hub.cli.hf.app(command, standalone_mode=False)
-        assert program == "hf" and json.loads(made.read_text()) == ["me/tuned", private, expected]
+        assert program == "hf" and uploaded(api) == ["me/tuned", private, expected]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "hf upload me/tuned" in mistake(*words)
     assert "--to hub takes an adapter" in mistake("export", files / "model", *words[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Element types: codes of blocks taken out and put back; the encoders against searches in double precision
+
+
+def rows() -> dict[str, Tensor]:
+    """Rows [n, 512] as weights have them, and stranger ones."""
+    normal = torch.randn(24, 512)
+    return {
+        "normal": normal * 0.02,
+        "heavy": normal / torch.randn(24, 512).square().add(0.3),
+        "blocks": normal * torch.randn(24, 16).exp().repeat_interleave(32, 1),
+        "moved": normal + 0.7,
+    }
+
+
+def decoded(x: Tensor, kind: Any) -> Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(encode(x, kind), kind))
+
+
+@pytest.mark.parametrize("quant_type", sorted(KEPT))
+def test_blocks_take_other_codes(quant_type: str) -> None:
+    one, two = (gguf_weight(quant_type, (8, 512)) for _ in range(2))
+    number, (first, second) = one.op_args().quant_type, (w.packed.view(-1, bytes_of(w)) for w in (one, two))
+    codes = gguf_blocks.codes(second, number)
+    made = gguf_blocks.with_codes(first, codes, number)
+    assert same_bytes(gguf_blocks.codes(made, number), codes)
+    assert same_bytes(gguf_blocks.with_codes(made, gguf_blocks.codes(first, number), number), first)
+    assert len(gguf_blocks.levels(number)) > int(codes.max()) > 13
+
+
+def best_of_iq4_nl(x: Tensor) -> Tensor:
+    """The least squared error of each block of 32, of 1,000 scales."""
+    x, levels = x.double().view(-1, 1, 32), gguf_blocks.levels(10).double()
+    tried = torch.linspace(-0.02, 0.02, 1000, dtype=torch.float64)[:, None] * x.abs().amax(-1, keepdim=True)
+    errors = []
+    for scale in tried.split(50, 1):
+        code = torch.bucketize(x / scale, (levels[1:] + levels[:-1]) / 2)
+        errors.append((levels[code] * scale - x).square().sum(-1))
+    return torch.cat(errors, 1).nan_to_num(0).amin(1)
+
+
+def best_of_q4_k(x: Tensor) -> Tensor:
+    """The least squared error of each run of 32, of 40 times 40 scales and minima that no 6 bits round."""
+    x = x.double().view(-1, 1, 32)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    for share in torch.linspace(0, 1.25, 40).tolist():
+        scale = (high - low) * torch.linspace(0.03, 0.09, 40, dtype=torch.float64)[:, None]
+        code = ((x - share * low) / scale).round().clamp(0, 15)
+        best = best.minimum((code * scale + share * low - x).square().sum(-1).nan_to_num(0).amin(1))
+    return best
+
+
+@pytest.mark.parametrize("name", rows())
+def test_near_the_best_of_a_search(name: str) -> None:
+    x = rows()[name]
+    for kind, search, most in ((Kind.IQ4_NL, best_of_iq4_nl, 1.1), (Kind.Q4_K, best_of_q4_k, 1.15)):
+        found, best = float((decoded(x, kind) - x).square().sum()), float(search(x).sum())
+        assert 0.9 * best < found < most * best, kind.name
+
+
+@pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.Q4_K], ids=str)
+def test_blocks_with_nothing_to_search(kind: Any) -> None:
+    zeros, edge = torch.zeros(1, 512), torch.zeros(1, 512)
+    edge[0, 37] = -3.0
+    assert same_bytes(decoded(zeros, kind), zeros)
+    for x, most in ((edge, 0.05), (torch.full((1, 512), 0.3), 1e-3), (torch.full((1, 512), -0.3), 1e-3)):
+        assert relative_error(decoded(x, kind), x) < most  # IQ4_NL has no level of 0
+
+
+@pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.Q4_K], ids=str)
+def test_threads_and_parts_do_not_matter(kind: Any) -> None:
+    x = torch.randn(1024, 512)
+    whole = same_bytes_under_threads(lambda: torch.from_numpy(encode(x, kind)))
+    assert same_bytes(torch.cat([torch.from_numpy(encode(part, kind)) for part in x.split(37)]), whole)
+
+
+def test_no_worse_than_llama_cpp(llama_cpp: Any) -> None:
+    """By more than half a percent, which Q4_K may lose where runs of a block differ much in size."""
+    quantize = ctypes.CDLL(str(next(Path(llama_cpp.__file__).parent.glob("lib*/libggml-base.*")))).ggml_quantize_chunk
+    for kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.IQ4_NL):
+        for name, x in rows().items():
+            out = torch.empty(encode(x, kind).shape, dtype=torch.uint8)
+            call = partial(quantize, int(kind), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+            call(ctypes.c_int64(0), *map(ctypes.c_int64, x.shape), None)
+            theirs = torch.from_numpy(gguf.quants.dequantize(out.numpy(), kind))
+            assert relative_error(decoded(x, kind), x) <= 1.005 * relative_error(theirs, x), (kind.name, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shutil
@@ -11,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
+import datasets
+import huggingface_hub
 import pytest
 import runs
 from sentences import Check
@@ -29,31 +31,28 @@ SNAPSHOT = "hub/models--tiny-org--tiny.model-1/snapshots/0123abc"
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """What the hub's packages are asked for; they give a model and twelve rows."""
+    """What the hub's packages are asked for, with their signatures; they give a model and twelve rows."""
     files, seen = runs.write_files(tmp_path / "files", 12, num_hidden_layers=1), list[Any]()
 
-    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         seen.append((name, allow_patterns))
         shutil.copytree(files / "model", tmp_path / SNAPSHOT, dirs_exist_ok=True)
         return str(tmp_path / SNAPSHOT)
 
-    def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+    def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
         seen.append((path, name, split))
         return [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    hub = SimpleNamespace(snapshot_download=create_autospec(huggingface_hub.snapshot_download, side_effect=download))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    rows = SimpleNamespace(load_dataset=create_autospec(datasets.load_dataset, side_effect=load))
+    monkeypatch.setitem(sys.modules, "datasets", rows)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return seen
 
 
-def test_the_fakes_are_called_as_the_packages_are() -> None:
-    import datasets
-    import huggingface_hub
-
-    inspect.signature(datasets.load_dataset).bind("org/name", name=None, split="train")
-    inspect.signature(huggingface_hub.snapshot_download).bind(MODEL, allow_patterns=["*"], ignore_patterns=["*"])
+NO_IDS = "here/name ./name ../name /org/name name org/train.jsonl org/model.Q4_0.gguf org/rows.CSV a/b/c/d"
 
 
 @pytest.mark.parametrize(
@@ -62,15 +61,7 @@ def test_the_fakes_are_called_as_the_packages_are() -> None:
         ("org/name", ("org/name", None, None)),
         ("org/name:test", ("org/name", None, "test")),
         ("org/a.b-c_d/main:train", ("org/a.b-c_d", "main", "train")),
-        ("here/name", None),
-        ("./name", None),
-        ("../name", None),
-        ("/org/name", None),
-        ("name", None),
-        ("org/train.jsonl", None),
-        ("org/model.Q4_0.gguf", None),
-        ("org/rows.CSV", None),
-        ("a/b/c/d", None),
+        *((path, None) for path in NO_IDS.split()),
     ],
 )
 def test_what_is_an_id(calls: list[Any], path: str, parts: Any) -> None:
@@ -88,7 +79,7 @@ def test_rows_of_a_data_set(calls: list[Any]) -> None:
     assert re.fullmatch("[0-9a-f]{64}", content_hash("org/name"))
 
 
-def test_a_run_of_a_model_and_a_data_set(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_a_model_and_a_data_set(calls: list[Any], printed: Any) -> None:
     settings = runs.settings(Path(), Path("out"), {"train": ["org/name"], "eval": "org/name:test"}, steps=1)
     config = Path("config.yaml")
     config.write_text(json.dumps({**settings, "model": MODEL}))
@@ -99,26 +90,20 @@ def test_a_run_of_a_model_and_a_data_set(calls: list[Any], capsys: pytest.Captur
     assert about["base_model_name_or_path"] == MODEL
     assert f'base_model: "{MODEL}"' in (summary.adapter_dir / "README.md").read_text()
     calls.clear()
-    capsys.readouterr()
-    assert main(["estimate", MODEL, "--json"]) == 0
+    assert printed("estimate", MODEL)
     assert calls == [(MODEL, ["config.json"])], "no weights"
-    assert json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("is_installed", [True, False])
 @pytest.mark.parametrize("read", [read_rows, open_source])
 def test_without_a_network_or_a_package(
-    is_installed: bool, read: Callable[[str], Any], calls: list[Any], monkeypatch: pytest.MonkeyPatch, sentence: Check
+    is_installed: bool, read: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, sentence: Check
 ) -> None:
-    def fails(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach\nthe Hub.")
-
-    fake = SimpleNamespace(snapshot_download=fails, load_dataset=fails)
+    fails = Mock(side_effect=ConnectionError("Couldn't reach\nthe Hub."))
+    package = SimpleNamespace(snapshot_download=fails, load_dataset=fails) if is_installed else None
     for name in ("huggingface_hub", "datasets"):
-        if is_installed:
-            monkeypatch.setitem(sys.modules, name, fake)
-        else:
-            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, package)  # None: as if it were not installed
     with pytest.raises(UserError) as caught:
         read("org/name")
     sentence(caught.value)

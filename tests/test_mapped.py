@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 import os
 import pickle
 import re
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import exit_code_of_fork, same_bytes
+from helpers import exit_code_of_fork, same_bytes, through_a_file
 
 import qlora_native as qn
 from qlora_native import _C
@@ -28,6 +26,7 @@ from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.convert import convert
 from qlora_native.models.loss import causal_lm_loss
 from qlora_native.models.mapped import Streaming, mapped_tensors
+from qlora_native.tool.estimate import streaming
 from qlora_native.weights.files import ALIGNMENT, LEAST_MAPPED, mapped_part, read_header
 
 pytestmark = pytest.mark.skipif(not hasattr(_C, "MappedFile"), reason="files are mapped on Linux")
@@ -77,48 +76,38 @@ def private_bytes(path: Path) -> int:
 
 def test_mapped_weights_compute_the_same_and_stay_the_files(folder: Path) -> None:
     file = folder / "model.safetensors"
-    before = file.read_bytes()
+    before, stored = file.read_bytes(), [tensor.num_bytes for tensor in read_header(file).values()]
     mapped, copied = adapted(folder, residency="mapped"), adapted(folder, residency="memory")
-    report = mapped.load_report
-    assert report.bytes_mapped > 0.9 * sum(
-        t.num_bytes for t in read_header(file).values() if t.num_bytes >= LEAST_MAPPED
-    )
-    assert report.copied == {}
+    assert mapped.load_report.copied == {} and copied.load_report.bytes_mapped == 0
+    assert mapped.load_report.bytes_mapped > 0.9 * sum(size for size in stored if size >= LEAST_MAPPED)
     assert not list(mapped_tensors(copied))
-    assert copied.load_report.bytes_mapped == 0
     assert same_step(mapped, copied)
     assert private_bytes(file) == 0
-    embedding = mapped.get_input_embeddings().weight
     with torch.no_grad():
-        embedding[0] = 1  # becomes this process's own
+        mapped.get_input_embeddings().weight[0] = 1  # becomes this process's own
     assert private_bytes(file) > 0
     assert file.read_bytes() == before
     assert same_bytes(qn.load_model(folder).get_input_embeddings().weight, copied.get_input_embeddings().weight)
 
 
-def test_tensors_begin_at_cache_lines_whoever_writes_the_folder(folder: Path, tmp_path: Path) -> None:
-    from qlora_native.tool.cli.main import main
-
-    assert main(["quantize", str(folder.with_name("dense")), "--out", str(tmp_path / "four")]) == 0
+def test_tensors_begin_at_cache_lines_whoever_writes_the_folder(folder: Path, tmp_path: Path, printed: Any) -> None:
+    printed("quantize", folder.with_name("dense"), "--out", tmp_path / "four")
     for place in (folder, tmp_path / "four"):
         large = [t for t in read_header(place / "model.safetensors").values() if t.num_bytes >= LEAST_MAPPED]
-        assert len(large) > 8
-        assert {t.start % ALIGNMENT for t in large} == {0}
+        assert len(large) > 8 and {t.start % ALIGNMENT for t in large} == {0}
     assert same_step(adapted(tmp_path / "four"), adapted(folder, residency="memory"))
 
 
 def test_what_cannot_be_mapped_is_copied_and_counted(folder: Path, tmp_path: Path) -> None:
-    file = folder / "model.safetensors"
     shutil.copytree(folder, tmp_path / "odd")
-    raw = file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    odd = (length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :]
+    raw = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    odd = (end - 7).to_bytes(8, "little") + raw[8:end] + b" " + raw[end:]
     (tmp_path / "odd" / "model.safetensors").write_bytes(odd)  # every tensor begins at an odd byte
-    model = adapted(tmp_path / "odd")
-    assert set(model.load_report.copied) == {"model.embed_tokens.weight", "lm_head.weight"}  # bf16; codes are bytes
+    model, wide = adapted(tmp_path / "odd"), qn.load_model(folder, dtype=torch.float32)
+    for report in (model.load_report, wide.load_report):  # bf16; codes are bytes
+        assert set(report.copied) == {"model.embed_tokens.weight", "lm_head.weight"}
     assert same_step(model, adapted(folder, residency="memory"))
-    wide = qn.load_model(folder, dtype=torch.float32)
-    assert set(wide.load_report.copied) == {"model.embed_tokens.weight", "lm_head.weight"}
     assert wide.load_report.bytes_mapped > 0
     assert "2 tensors had to be copied" in str(wide.load_report)
 
@@ -173,18 +162,15 @@ def test_a_stream_refuses_units_that_it_does_not_have(folder: Path) -> None:
 
 def test_copies_pickles_casts_and_files_of_a_mapped_model(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder)
-    streaming = Streaming(model, 0)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    others = [copy.deepcopy(model), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))]
+    running = Streaming(model, 0)
+    others = [copy.deepcopy(model), through_a_file(model, weights_only=False), pickle.loads(pickle.dumps(model))]
     expected = step(model)
     for other in [*others, model.to("cpu")]:
         assert all(same_bytes(a, b) for a, b in zip(step(other), expected, strict=True))
     assert not any(list(mapped_tensors(other)) for other in others)
     qn.load_model(folder).save_pretrained(tmp_path / "saved")
     assert same_step(adapted(tmp_path / "saved"), model)
-    streaming.close()
+    running.close()
 
 
 def test_a_mapping_lives_as_long_as_its_tensors(folder: Path) -> None:
@@ -205,8 +191,8 @@ def test_a_streamed_step_is_the_same_and_holds_what_the_plan_says(
             one.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             one.enable_input_require_grads()
     layers = sum(part.end - part.begin for name, _, part in mapped_tensors(model) if ".layers." in name)
-    streaming = Streaming(model, 0 if budget == "least" else layers * 3 // 4)
-    plan, stream = streaming.plan, streaming.stream
+    running = Streaming(model, 0 if budget == "least" else layers * 3 // 4)
+    plan, stream = running.plan, running.stream
     assert (len(plan.streamed), plan.slots) == ((8, 2) if budget == "least" else (6, 3))
     for _ in range(2):
         assert same_step(model, expected)
@@ -219,7 +205,7 @@ def test_a_streamed_step_is_the_same_and_holds_what_the_plan_says(
     with torch.no_grad():
         model(input_ids=torch.arange(8)[None])
     assert same_step(model, expected)
-    streaming.close()
+    running.close()
 
 
 def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Path, tmp_path: Path) -> None:
@@ -234,18 +220,18 @@ def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Pat
     with torch.no_grad():
         weight.view(-1)[weight.numel() // 2] ^= 255  # not where it begins, in a page that another layer has a part of
     changed = weight.clone()
-    streaming = Streaming(model, 0)
+    running = Streaming(model, 0)
     part.file.release(0, part.file.num_bytes)  # what was written was cached in pages larger than a layer
     for _ in range(2):  # what is resident comes with the first, and what the system reads around it
         model(input_ids=torch.arange(8)[None])
-        streaming.stream.settle()
-    streaming.stream.want([], -1, False)
-    streaming.stream.settle()
+        running.stream.settle()
+    running.stream.want([], -1, False)
+    running.stream.settle()
     assert torch.equal(weight, changed)
     other = mapped_part(layers[2].mlp.down_proj.weight)
     assert other is not None
     assert other.file.resident_bytes(other.begin, other.end) < (other.end - other.begin) / 4  # all but edges
-    streaming.close()
+    running.close()
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -256,7 +242,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def test_a_forked_child_streams_on_a_thread_of_its_own(folder: Path) -> None:
     """It computes the same bytes, keeps what it writes, and ends streams; the parent goes on."""
     model = qn.load_model(folder).eval()
-    streaming, expected, weight = Streaming(model, 0), logits_of(model), model.model.layers[3].mlp.down_proj.weight
+    running, expected, weight = Streaming(model, 0), logits_of(model), model.model.layers[3].mlp.down_proj.weight
     others = [_C.WeightStream([], [], [])]
 
     def in_child() -> None:
@@ -267,24 +253,23 @@ def test_a_forked_child_streams_on_a_thread_of_its_own(folder: Path) -> None:
             logits_of(model)
             weight.view(-1)[weight.numel() // 2] ^= 255
         assert same_bytes(logits_of(model), expected)
-        streaming.stream.settle()
-        assert streaming.stream.bytes_read >= 2 * (6 * changed.nbytes)
-        streaming.close()
-        streaming.stream.settle()
-        assert not streaming.stream.held
+        running.stream.settle()
+        assert running.stream.bytes_read >= 2 * (6 * changed.nbytes)
+        running.close()
+        running.stream.settle()
+        assert not running.stream.held
         weight.view(-1)[weight.numel() // 2] ^= 255
         assert torch.equal(weight, changed)
 
     assert exit_code_of_fork(in_child) == 0
     assert same_bytes(logits_of(model), expected)
-    streaming.close()
+    running.close()
 
 
 def test_two_threads_run_one_streamed_model(folder: Path) -> None:
     """Each asks for other layers than those that the other one waits for."""
     model = qn.load_model(folder).eval()
-    streaming, expected = Streaming(model, 0), logits_of(model)
-    found: list[bool] = []
+    running, expected, found = Streaming(model, 0), logits_of(model), list[bool]()
 
     def run() -> None:
         for _ in range(20):
@@ -296,30 +281,13 @@ def test_two_threads_run_one_streamed_model(folder: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert found == [True] * 40
-    streaming.close()
+    running.close()
 
 
-def test_a_wait_ends_when_another_thread_wants_other_units(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    os.truncate(tmp_path / "file", 128 << 20)
-    file = _C.MappedFile(str(tmp_path / "file"))
-    stream = _C.WeightStream([[(file, 0, file.num_bytes)], []], [], [])
-    waiting = threading.Thread(target=stream.want, args=([0], 0, False), daemon=True)
-    waiting.start()
-    while waiting.is_alive() and not stream.stalls:
-        time.sleep(0.001)
-    assert stream.want([1], 1, False)
-    waiting.join(60)
-    assert not waiting.is_alive()
-
-
-def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qlora_native.tool.cli.main import main
-
+def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, printed: Any) -> None:
     def streamed(*words: str) -> dict[str, Any]:
-        short = ["--cpu", "--json", "--seq-length", "32", "--batch-size", "1", "--grad_accum", "3"]
-        assert main(["estimate", str(folder), *short, *words]) == 0
-        return json.loads(capsys.readouterr().out)["streamed"]
+        short = ("--cpu", "--seq-length", 32, "--batch-size", 1, "--grad_accum", 3)
+        return dict(printed("estimate", folder, *short, *words)["streamed"])
 
     plenty = streamed("--memory", "64GB")
     assert plenty["layers_streamed"] == plenty["bytes_read"] == 0
@@ -335,8 +303,6 @@ def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsy
 
 
 def test_reading_beside_a_measurement_goes_on_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.tool.estimate import streaming
-
     monkeypatch.setattr(streaming, "SLOT", 1 << 16)
     (tmp_path / "file").write_bytes(bytes(1 << 18))
     with streaming._reading(str(tmp_path / "file")) as reads:

@@ -94,11 +94,7 @@ def test_the_modelfile_of_ollama(served: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("served")
-def test_llama_cpp_serves_it(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--llama-cpp"):
-        pytest.skip("--llama-cpp was not given; .ci/full gives it")
-    import llama_cpp
-
+def test_llama_cpp_serves_it(llama_cpp: Any) -> None:
     (command,) = re.findall(r"^python (-m llama_cpp\.server .*) --port 8000$", page("serving"), re.MULTILINE)
     port = free_port()
     prompt = {"prompt": "what is red?", "max_tokens": 8, "temperature": 0.0}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import runs
 import yaml
+from adapters import make_adapter
 from helpers import needs_page_files
 from write_faults import Commands, Fault, Outcome
 
@@ -32,29 +33,15 @@ TRAINED = {
     "train, paging": ({}, {"r": 400, **LORA}, {"save_every": 2, "page_budget": 1 << 20, "keep": 1}),
 }
 RESUMED = ", resumed"
+GGUF = "export {model} --adapter {adapter} --out {out}/new.gguf --to "
 OTHERS = {
-    "quantize": ["quantize", "{model}", "--out", "{out}/new", "--shard-size", "60KB"],
-    "quantize, calibrated": [
-        *("quantize", "{model}", "--out", "{out}/new", "--method", "wmse", "--calibration", "{rows}"),
-        *("--calibration-rows", "2", "--calibration-length", "8"),
-    ],
-    "merge": ["merge", "{model}", "{adapter}", "--out", "{out}/new", "--shard-size", "60KB"],
-    "export to gguf": ["export", "{model}", "--adapter", "{adapter}", "--to", "gguf", "--out", "{out}/new.gguf"],
-    "export to gguf-adapter": [
-        *(
-            "export",
-            "{model}",
-            "--adapter",
-            "{adapter}",
-            "--to",
-            "gguf-adapter",
-            "--base",
-            "original",
-            "--out",
-            "{out}/new.gguf",
-        )
-    ],
-    "export to peft": ["export", "{model}", "--adapter", "{adapter}", "--to", "peft", "--out", "{out}/new"],
+    "quantize": "quantize {model} --out {out}/new --shard-size 60KB",
+    "quantize, calibrated": "quantize {model} --out {out}/new --method wmse --calibration {rows} "
+    "--calibration-rows 2 --calibration-length 8",
+    "merge": "merge {model} {adapter} --out {out}/new --shard-size 60KB",
+    "export to gguf": GGUF + "gguf",
+    "export to gguf-adapter": GGUF + "gguf-adapter --base original",
+    "export to peft": "export {model} --adapter {adapter} --to peft --out {out}/new",
 }
 ERRORS = {Fault.ONCE: errno.EIO, Fault.FULL: errno.ENOSPC}
 KILLS = (Fault.KILL, Fault.TORN)
@@ -73,7 +60,7 @@ def tree(folder: Path) -> Tree:
 
 
 def contents(path: Path) -> bytes:
-    """The bytes; of report.json what is the same in a continuation, without memory and notes."""
+    """The bytes; of report.json what is the same in a continuation."""
     if path.name != "report.json":
         return path.read_bytes()
     return json.dumps({**json.loads(path.read_text()), "config": "", "memory": None, "notes": None}).encode()
@@ -130,11 +117,8 @@ class Case:
         try:
             sentences = [line for line in outcome.printed.splitlines() if line.startswith("qlora")]
             if fault not in KILLS and not how:
-                assert (
-                    outcome.code == (2 if sentences else 0)
-                    and len(sentences) <= 1
-                    and "Traceback" not in outcome.printed
-                )
+                assert outcome.code == (2 if sentences else 0)
+                assert len(sentences) <= 1 and "Traceback" not in outcome.printed
                 assert fault is not Fault.SHORT or not sentences
             else:
                 assert outcome.code in (-9, 0)
@@ -205,20 +189,15 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], C
     build, made = tmp_path_factory.mktemp("build"), dict[str, Case]()
     files = runs.write_files(tmp_path_factory.mktemp("files"), num_hidden_layers=1)
     folder = build / "faults"
+    names = {"model": files / "model", "rows": files / "train.jsonl", "out": folder}
+    names["adapter"] = make_adapter(files / "model", build / "adapter")
     commands = Commands(folder, build)
 
     def case(name: str) -> Case:
-        if name not in made:
-            if name.removesuffix(RESUMED) in TRAINED:
-                made[name] = Training(commands, folder, name, files, build)
-            else:
-                adapter = build / "adapter"
-                if not adapter.is_dir():
-                    case("train").reset()
-                    case("train").run()
-                    shutil.copytree(folder / "out" / "adapter", adapter)
-                names = {"model": files / "model", "rows": files / "train.jsonl", "adapter": adapter, "out": folder}
-                made[name] = Case(commands, folder, [word.format(**names) for word in OTHERS[name]])
+        if name not in made and name in OTHERS:
+            made[name] = Case(commands, folder, OTHERS[name].format(**names).split())
+        elif name not in made:
+            made[name] = Training(commands, folder, name, files, build)
         return made[name]
 
     yield case

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, optimizer states and records of a run: refused in words, or left out."""
+"""Damaged files, checkpoints, optimizer states and records of a run: one sentence, or left out, or finite values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import workers
 
 import qlora_native as qn
 from qlora_native.distributed import OneProcess
@@ -20,6 +21,29 @@ from qlora_native.tool.train.checkpoint import TrainState, load_checkpoint, save
 from qlora_native.tool.train.progress import Metrics, Progress, RunReport, plot_losses, read_metrics
 
 DEEP = "[" * 200_000
+
+
+def test_damaged_files(
+    pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    asked = pytestconfig.getoption("--fuzz")
+    environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as the commands do before the imports
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = workers.outcomes("fuzzed.py", tmp_path, asked)
+    count, wrong = workers.summary(found)
+    record_property("damaged files", count)
+    assert not wrong, "\n".join([count, *wrong])
+    known = (Path(__file__).with_name("corpus.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert len(found) == len(known) + asked and len(known) >= 8, count
+    assert {outcome.partition(":")[0] for _, outcome in found} == {"accepted", "refused"}, count
+
+
+def test_a_worker_without_a_case_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "nothing.py").write_text("")
+    with pytest.raises(AssertionError, match="no case"):
+        workers.outcomes(str(tmp_path / "nothing.py"), tmp_path)
 
 
 def trained(**options: Any) -> AdamW:
@@ -92,42 +116,26 @@ def umask() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("bits", "name", "wrong"),
     [
-        ("exp_avg", torch.full((8,), float("nan"))),
-        ("exp_avg", torch.empty(8, device="meta")),
-        ("exp_avg_sq", torch.ones(8).to_sparse()),
-        ("exp_avg_sq", torch.full((8,), float("inf"))),
-        ("step", torch.tensor(-1.0)),
-        ("step", float("nan")),
-        *(("step", torch.tensor(number)) for number in (0.5, 1e30, float(1 << 31))),
-        ("exp_avg_sq", torch.full((8,), -1.0)),
-        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.bool, torch.int64, torch.complex64, torch.int8)),
-        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.float8_e4m3fn, torch.float64)),
+        (32, "exp_avg", torch.full((8,), float("nan"))),
+        (32, "exp_avg", torch.empty(8, device="meta")),
+        (32, "exp_avg_sq", torch.ones(8).to_sparse()),
+        *((32, "exp_avg_sq", torch.full((8,), number)) for number in (float("inf"), -1.0)),
+        (32, "step", float("nan")),
+        *((32, "step", torch.tensor(number)) for number in (-1.0, 0.5, 1e30, float(1 << 31))),
+        *((32, "exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.bool, torch.int64, torch.complex64, torch.int8)),
+        *((32, "exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.float8_e4m3fn, torch.float64)),
+        (8, "exp_avg", torch.ones(5000)),
+        (8, "exp_avg_sq", torch.ones(5000, dtype=torch.int8)),
+        *((8, "exp_avg_absmax", wrong) for wrong in (None, torch.ones(1), torch.ones(20, dtype=torch.bool))),
+        (8, "exp_avg_sq_absmax", torch.full((20,), -1.0)),
     ],
     ids=str,
 )
-def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
-    given = trained().state_dict()
-    given["state"] = {0: {**given["state"][0], name: wrong}}
-    with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
-        trained().load_state_dict(given)
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("exp_avg", torch.ones(5000)),
-        ("exp_avg_sq", torch.ones(5000, dtype=torch.int8)),
-        *(("exp_avg_absmax", wrong) for wrong in (None, torch.ones(1), torch.ones(20, dtype=torch.bool))),
-        ("exp_avg_sq_absmax", torch.full((20,), -1.0)),
-    ],
-    ids=str,
-)
-def test_coded_optimizer_states_that_are_no_codes(name: str, wrong: Any) -> None:
-    optimizer = AdamW([torch.nn.Parameter(torch.ones(5000))], bits=8)
-    given = optimizer.state_dict()
-    (group,) = optimizer.param_groups
+def test_optimizer_states_that_are_no_numbers_or_no_codes(bits: Any, name: str, wrong: Any) -> None:
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(8 if bits == 32 else 5000))], bits=bits)
+    given, (group,) = optimizer.state_dict(), optimizer.param_groups
     given["state"] = {0: {**optimizer._new_state(group["params"][0], group), name: wrong}}
     with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
         optimizer.load_state_dict(given)
