@@ -33,8 +33,20 @@ LANES = 32
 FP32 = ("arithmetic",)  # primitives whose words are fp32 numbers
 GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
 NVCC = ("-std=c++20", "-arch=native", "--fmad=false", "--expt-relaxed-constexpr", "-Icpp", "-I.", "-Itests")
-TESTS = ("*4bit", "*_step", "gradient_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu", "causal_attention")
-TESTS += ("ops", "cuda_build", "paging_cuda")
+TESTS = [
+    *(
+        "ops",
+        "*4bit",
+        "*_step",
+        "gradient_norm",
+        "linear_cross_entropy",
+        "rms_norm",
+        "rotary",
+        "swiglu",
+        "causal_attention",
+    ),
+    *("cuda_build", "paging_cuda"),
+]
 
 
 def run(context: Context) -> None:

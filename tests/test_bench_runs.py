@@ -81,7 +81,7 @@ def test_decoding_is_compared_with_the_model_that_ours_stands_for(
     monkeypatch.setattr(bench_generate, "bitsandbytes_model", lambda folder: None)  # a peer, where there is one
     models = bench_generate.sides(tiny_models.save(tmp_path, dtype=torch.bfloat16))
     prompt = tiny_models.tokens(rows=1)
-    row = bench_generate.compare(models, prompt, count=4, repeats=2, measured=CEILINGS)  # type: ignore[arg-type]
+    row = bench_generate.compare(models, prompt, count=4, repeats=2, measured=CEILINGS)
     assert row["match"] and set(row["tokens_per_second"]) == set(models)
     assert set(row["tokens"]) == {"ours", "unfused", "dequantized"} and row["tokens"]["dequantized"] == {"equal": True}
     layers = tiny_models.four_bit_layers(models["ours"]).values()

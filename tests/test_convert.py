@@ -23,7 +23,7 @@ from qlora_native.models.convert import convert
 from qlora_native.models.load import load_model
 from qlora_native.nn import QuantizedLinear
 from qlora_native.tool.cli.main import main
-from qlora_native.weights import stream
+from qlora_native.weights import stream, transforms
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import ModelShapes
 
@@ -309,15 +309,15 @@ def test_a_config_with_4_bits_in_the_other_field(theirs: Any, tmp_path: Path) ->
 # The stream of tensors below
 
 
-def items_of(folder: Path, transforms: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+def items_of(folder: Path, changes: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
     source = open_source(folder)
-    items = stream.stream(source, ModelShapes(source.config, torch.float32), transforms, **options)
+    items = stream.stream(source, ModelShapes(source.config, torch.float32), changes, **options)
     return {item.name: item for item in items}
 
 
 def test_a_weight_in_place_of_another_has_its_own_shape(tmp_path: Path) -> None:
     head = torch.ones(7, 64)
-    adding = stream.adding(StoredAdapter({}, {}), {"lm_head.weight": head})
+    adding = transforms.adding(StoredAdapter({}, {}), {"lm_head.weight": head})
     item = items_of(save(tmp_path), [adding])["lm_head.weight"]
     assert item.shape == (7, 64) and torch.equal(torch.cat([*item.rows()]), head)
 

@@ -105,7 +105,7 @@ def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.M
         assert _cuda_kernels._loaded.__wrapped__() is None
 
 
-def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> SimpleNamespace:
+def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> Any:
     """Devices of these compute capabilities, kernels for ``images`` alone. Returns the module that they share."""
     current = [0]
 

@@ -113,8 +113,13 @@ def step_by_op(params: Sequence[Tensor]) -> None:
         torch.ops.qlora_native.adamw_step([param], [param.grad], *states, [], [], [torch.zeros(())], *options)
 
 
+def step_of(make: Callable[[Sequence[Tensor]], Any], params: Sequence[Tensor]) -> Callable[[], Any]:
+    step: Callable[[], Any] = make(params).step
+    return step
+
+
 STEPS: dict[str, Callable[[Sequence[Tensor]], Callable[[], Any]]] = {
-    **{name: lambda params, make=make: make(params).step for name, make in OPTIMIZERS.items()},
+    **{name: partial(step_of, make) for name, make in OPTIMIZERS.items()},
     "paged": lambda params: qn.optim.AdamW(params, lr=0.1, paged=True).step,
     "through .data": lambda params: ThroughData(params, {}).step,
     "an op by itself": lambda params: partial(step_by_op, params),

@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native import gguf_blocks
+from qlora_native._native import quant_type_number
 from qlora_native.calibration.data import as_calibration, take_tokens
-from qlora_native.data.dataset import load_dataset
+from qlora_native.data.dataset import load_dataset, load_split
 from qlora_native.lora import lora_layers
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.load import load_dense, load_model
@@ -40,7 +41,6 @@ from qlora_native.tool.cli.demo import demo_config, model_file
 from qlora_native.tool.cli.standard_library import write_split
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.loop import Trainer
-from qlora_native.weight import quant_type_number
 from qlora_native.weights.files import mapped_part
 from qlora_native.weights.gguf import DENSE, KEPT
 from qlora_native.weights.open import load_tokenizer, open_source
@@ -351,7 +351,7 @@ def test_a_run_ends_with_the_file_that_it_evaluated(files: Path, tmp_path: Path)
         assert torch.equal(packed, layer.shipped.packed)  # type: ignore[union-attr]
         changed += int((packed != base.quantized.packed).sum())
     assert changed > 100
-    held_out = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
+    held_out: Any = load_split(tokenizer=run.tokenizer, **run.config.row_options)[1]
     again = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert again.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
 
