@@ -45,7 +45,7 @@ TESTS = [
         "swiglu",
         "causal_attention",
     ),
-    *("cuda_build", "paging_cuda"),
+    *("causal_attention", "cuda_build", "paging_cuda"),
 ]
 
 
