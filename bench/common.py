@@ -46,7 +46,7 @@ class Bench:
     Args:
         options: name -> default, beside ``--json`` and ``--threads``. Of several words or numbers one or more may be
             chosen, words only of these; False is a switch, a type that of a positional argument, a dict what argparse
-            is told.
+            takes.
     """
 
     def __init__(self, name: str, about: str | None, **options: Any) -> None:

@@ -460,8 +460,6 @@ def cases() -> list[workers.Case]:
     for name, call in TABLE.items():
         torch.manual_seed(0)
         for what, i, other in others(call.arguments()):
-            if name.startswith("lion_step") and i == 4 and isinstance(other, int) and other < 0:
-                continue  # the kernel takes a negative rate for a positive one where the direction is negative
             found.append(([name, what], partial(replaced, call, i, other)))
     return found
 

@@ -86,7 +86,7 @@ def test_doctor_names_the_kernel_of_each_shape(
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    module = SimpleNamespace(has_concurrent_managed_access=lambda number: True, plan_matmul=plan)
+    module = MagicMock(has_concurrent_managed_access=lambda number: True, plan_matmul=plan)
     monkeypatch.setattr(_library, "module_for", lambda device: module)
     _cuda_kernels.facts.cache_clear()
     _cuda_products.plan_of.cache_clear()

@@ -161,7 +161,7 @@ def test_unknown_tensors_are_left_out_with_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("none", {}, "none is not there: expected a"),
+        ("none", {}, "none is not there: expected"),
         ("a.pt", {}, "a.pt is a file: expected a"),
         (".", {"method": "awq"}, "is 'awq': expected 'rtn', 'wmse'"),
         (".", {"method": "rtn", "calibration": ["text"]}, "takes no calibration data"),

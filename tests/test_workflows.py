@@ -45,6 +45,6 @@ def test_wheels_are_of_every_system_and_tested_there() -> None:
     runners = {row["runner"].split("-")[0] for row in JOBS["wheels", "wheels"]["strategy"]["matrix"]["include"]}
     assert runners == {"ubuntu", "macos", "windows"}
     tests = re.findall(r"\{project\}/(\S+)", BUILD["test-command"])
-    assert len(tests) == 7 and all((ROOT / test).is_file() for test in tests)
+    assert len(tests) == 8 and all((ROOT / test).is_file() for test in tests)
     sections = [BUILD, *(BUILD[system] for system in ("macos", "windows"))]
     assert [section["environment"]["QLORA_NATIVE_CUDA"] for section in sections] == ["OFF"] * 3

@@ -365,7 +365,7 @@ inline Floats sign_of(Floats x) { return _mm256_and_ps(x, _mm256_set1_ps(-0.0f))
 
 inline Floats signed_rate(Floats lr, Floats x) {
   const __m256 moves = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ);
-  return _mm256_and_ps(moves, _mm256_or_ps(lr, sign_of(x)));
+  return _mm256_and_ps(moves, _mm256_xor_ps(lr, sign_of(x)));
 }
 
 class StateDecoder {

@@ -391,7 +391,7 @@ inline Floats square_root(Floats a) { return _mm512_sqrt_ps(a); }
 // lr with the sign of x; 0 where x is 0 or NaN.
 inline Floats signed_rate(Floats lr, Floats x) {
   const __mmask16 moves = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-  return _mm512_maskz_or_ps(moves, lr, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+  return _mm512_maskz_xor_ps(moves, lr, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
 class StateDecoder {

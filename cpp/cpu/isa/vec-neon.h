@@ -360,7 +360,7 @@ inline Floats with_sign(Floats magnitude, uint32x4_t sign) {
 
 inline Floats signed_rate(Floats lr, Floats x) {
   const uint32x4_t moves = vorrq_u32(vcltzq_f32(x), vcgtzq_f32(x));
-  return vreinterpretq_f32_u32(vandq_u32(moves, vorrq_u32(vreinterpretq_u32_f32(lr), sign_of(x))));
+  return vreinterpretq_f32_u32(vandq_u32(moves, veorq_u32(vreinterpretq_u32_f32(lr), sign_of(x))));
 }
 
 // Where the four bytes of 32-bit entry i of a table lie, in each lane.
