@@ -342,7 +342,7 @@ def one_stem_per_op(files: Tree) -> list[str]:
     return breaches + [f"{path}: {other} is missing" for path, other in wanted if other not in files]
 
 
-MOST_TOKENS, MOST_TOKENS_A_LINE = 213_100, 10.2  # of the package: raised only by the change that needs it, with why
+MOST_TOKENS, MOST_TOKENS_A_LINE = 203_500, 9.0  # of the package: raised only by the change that needs it, with why
 
 
 def package_keeps_its_budget(files: Tree) -> list[str]:

@@ -44,7 +44,9 @@ def gptq_4bit(
     scales: int,
     packed: int,
 ) -> None: ...
-def quantize_scales(absmax: int, blocks: int, codes: int, nested_absmax: int, nested_offset: int) -> None: ...
+def quantize_scales(
+    absmax: int, blocks: int, codes: int, nested_absmax: int, nested_offset: int
+) -> None: ...
 def dequantize_4bit(
     dtype: int,
     out: int,
@@ -197,7 +199,9 @@ class MappedFile:  # on Linux
 MappedParts = Sequence[tuple[MappedFile, int, int]]
 
 class WeightStream:  # on Linux
-    def __init__(self, units: Sequence[MappedParts], resident: MappedParts, rows: MappedParts) -> None: ...
+    def __init__(
+        self, units: Sequence[MappedParts], resident: MappedParts, rows: MappedParts
+    ) -> None: ...
     def want(self, units: list[int], now: int, begins_pass: bool) -> bool: ...
     def settle(self) -> None: ...
     @property
@@ -215,12 +219,19 @@ block_bytes: int
 state_block: int
 
 def decode_scales(
-    absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
+    absmax_codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    nested_code: int,
+    blocks: int,
+    scales: int,
 ) -> None: ...
 def softmax_loss(
     dtype: int, logits: int, targets: int, rows: int, vocabulary: int, need_gradient: bool, losses: int
 ) -> None: ...
-def rms_norm(dtype: int, x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int) -> None: ...
+def rms_norm(
+    dtype: int, x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int
+) -> None: ...
 def rms_norm_backward(
     dtype: int, grad_y: int, x: int, weight: int, rstd: int, rows: int, width: int, grad_x: int
 ) -> None: ...
@@ -237,13 +248,23 @@ def rotary(
     y_strides: tuple[int, ...],
 ) -> None: ...
 def swiglu(dtype: int, gate: int, up: int, numel: int, y: int) -> None: ...
-def swiglu_backward(dtype: int, grad_y: int, gate: int, up: int, numel: int, grad_gate: int, grad_up: int) -> None: ...
+def swiglu_backward(
+    dtype: int, grad_y: int, gate: int, up: int, numel: int, grad_gate: int, grad_up: int
+) -> None: ...
 
 Heads = tuple[int, int, int, int]
 
 def causal_attention_scratch_bytes(dtype: int, shape: tuple[int, ...], backward: bool) -> int: ...
 def causal_attention(
-    dtype: int, shape: tuple[int, ...], scale: float, q: Heads, k: Heads, v: Heads, out: Heads, lse: int, scratch: int
+    dtype: int,
+    shape: tuple[int, ...],
+    scale: float,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    lse: int,
+    scratch: int,
 ) -> None: ...
 def causal_attention_backward(
     dtype: int,

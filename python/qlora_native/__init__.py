@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from qlora_native.interop.peft import peft_config
     from qlora_native.interop.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from qlora_native.interop.trl import patch_trl
-    from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
+    from qlora_native.lora import (
+        LoraConfig,
+        adapters_off,
+        add_lora,
+        load_adapter,
+        save_adapter,
+        unload_adapter,
+    )
     from qlora_native.models.device_layers import stream_layers
     from qlora_native.models.fuse import fuse
     from qlora_native.models.load import load_model
@@ -97,7 +104,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "parallel":  # its name in 0.1
-        warnings.warn("qlora_native.parallel is now qlora_native.distributed", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "qlora_native.parallel is now qlora_native.distributed", DeprecationWarning, stacklevel=2
+        )
         name = "distributed"
     if name not in _LAZY:
         raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")

@@ -149,10 +149,12 @@ def empty_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         return x.new_empty(shape)
     try:
         block = BLOCKS.lend(num_bytes)
-    except OSError:  # no memory: what is kept may be in the way, and torch's error is the one that callers know
+    # No memory: what is kept may be in the way, and torch's error is the one that callers know.
+    except OSError:
         BLOCKS.release()
         return x.new_empty(shape)
-    return torch.frombuffer(block, dtype=x.dtype, count=count).resize_(shape)  # a view would have a base
+    # A view would have a base.
+    return torch.frombuffer(block, dtype=x.dtype, count=count).resize_(shape)
 
 
 # Large weights lie in huge pages, and are spread over NUMA nodes: a product of one token reads a weight once, from end
@@ -202,8 +204,17 @@ def interleave(tensor: Tensor, over: tuple[int, ...] | None = None) -> bool:
     if not over or number is None or sys.platform != "linux" or first >= last:
         return False
     mask = ctypes.c_ulong(sum(1 << node for node in over))
-    arguments = (number, first, last - first, MPOL_INTERLEAVE, ctypes.addressof(mask), 8 * ctypes.sizeof(mask))
-    return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments), ctypes.c_long(MPOL_MF_MOVE)) == 0)
+    arguments = (
+        number,
+        first,
+        last - first,
+        MPOL_INTERLEAVE,
+        ctypes.addressof(mask),
+        8 * ctypes.sizeof(mask),
+    )
+    return bool(
+        ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments), ctypes.c_long(MPOL_MF_MOVE)) == 0
+    )
 
 
 def _advise(tensor: Tensor, advice: int) -> bool:
@@ -212,7 +223,10 @@ def _advise(tensor: Tensor, advice: int) -> bool:
     first = -(-start // HUGE_PAGE) * HUGE_PAGE
     last = (start + tensor.numel() * tensor.element_size()) // HUGE_PAGE * HUGE_PAGE
     madvise = _madvise() if first < last else None
-    return madvise is not None and madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0
+    return (
+        madvise is not None
+        and madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0
+    )
 
 
 def expect_pages(tensor: Tensor) -> bool:

@@ -76,7 +76,13 @@ def lion_step(
     stream: int,
 ) -> None: ...
 def optim_chunks(
-    rows: int, num_tensors: int, updates: bool, second_moment: bool, num_groups: int, chunks: int, room: int
+    rows: int,
+    num_tensors: int,
+    updates: bool,
+    second_moment: bool,
+    num_groups: int,
+    chunks: int,
+    room: int,
 ) -> int: ...
 def plan_matmul(question: Sequence[int]) -> list[int]: ...
 def quantize_4bit(
@@ -105,7 +111,15 @@ def rms_norm(
     dtype: int, x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int, stream: int
 ) -> None: ...
 def rms_norm_backward(
-    dtype: int, grad_y: int, x: int, weight: int, rstd: int, rows: int, width: int, grad_x: int, stream: int
+    dtype: int,
+    grad_y: int,
+    x: int,
+    weight: int,
+    rstd: int,
+    rows: int,
+    width: int,
+    grad_x: int,
+    stream: int,
 ) -> None: ...
 def rotary(
     dtype: int,
@@ -162,11 +176,15 @@ class PageStore:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class ManagedStore(PageStore):
-    def __init__(self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int) -> None: ...
+    def __init__(
+        self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int
+    ) -> None: ...
     def renew(self, stream: int) -> None: ...
 
 class PinnedStore(PageStore):
-    def __init__(self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int) -> None: ...
+    def __init__(
+        self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int
+    ) -> None: ...
     @property
     def staging_bytes(self) -> int: ...
 

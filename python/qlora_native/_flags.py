@@ -10,7 +10,10 @@ from qlora_native.errors import UserError
 
 
 def apply_flags(
-    values: dict[str, Any], words: Sequence[str], known: Mapping[str, Any], value_of: Callable[[str], Any]
+    values: dict[str, Any],
+    words: Sequence[str],
+    known: Mapping[str, Any],
+    value_of: Callable[[str], Any],
 ) -> dict[str, str]:
     """Write ``words`` into ``values``; returns the flag as typed for each dotted key that it set.
 

@@ -24,7 +24,9 @@ REGISTRIES = {
 class _Finder:
     """Finds the modules of REGISTRIES where they lie, and has ours imported when they are ready."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in REGISTRIES else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

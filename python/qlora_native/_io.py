@@ -30,14 +30,20 @@ from qlora_native import _C
 from qlora_native.errors import UserError
 
 MAX_JSON_BYTES = 16 << 20  # the index of the largest models has 10 MB
-_MAX_BYTES = {"adapter_config.json": 1 << 20, "generation_config.json": 1 << 20, "config.json": MAX_JSON_BYTES}
+_MAX_BYTES = {
+    "adapter_config.json": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "config.json": MAX_JSON_BYTES,
+}
 _CODE = re.compile(r"\(os error (\d+)\)")  # so end the messages of what is written in Rust
-PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
+# Suffixes that no one else's hidden file is likely to have.
+PARTIAL, OLD = (".qlora-partial", ".qlora-old")
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream is a terminal whose lines can be drawn again, as that of a notebook's ``!command`` cannot."""
-    return stream.isatty() and "JPY_PARENT_PID" not in os.environ  # which Jupyter's kernels give to what they start
+    # Jupyter's kernels give this variable to what they start.
+    return stream.isatty() and "JPY_PARENT_PID" not in os.environ
 
 
 @contextmanager
@@ -73,7 +79,8 @@ def panics_caught() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # no Exception, and of a module that cannot be imported
+            # A panic is no Exception, and of a module that cannot be imported.
+            if type(error).__name__ != "PanicException":
                 raise
             file.truncate(file.seek(0))
             raise RuntimeError(str(error)) from None
@@ -101,7 +108,9 @@ def is_own_file(path: Path) -> bool:
     folder = path.parent.resolve()
     home = folder.parents[1] if folder.parent.name == "snapshots" else folder
     if path.is_file() and not path.resolve().is_relative_to(home):
-        warnings.warn(f"{path} is a link to {path.resolve()}, outside {home}: it is not copied.", stacklevel=2)
+        warnings.warn(
+            f"{path} is a link to {path.resolve()}, outside {home}: it is not copied.", stacklevel=2
+        )
         return False
     return path.is_file()
 
@@ -126,7 +135,9 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def read_json(path: Path, advice: str = "copy the file again", **options: Any) -> dict[str, Any]:
     """The JSON object in a file of bounded size; UserError for anything else. ``options`` are those of json.loads."""
     with reading(path, advice):
-        value = json.loads(regular(path, _MAX_BYTES.get(path.name, MAX_JSON_BYTES)).read_bytes(), **options)
+        value = json.loads(
+            regular(path, _MAX_BYTES.get(path.name, MAX_JSON_BYTES)).read_bytes(), **options
+        )
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, not a {type(value).__name__}")
         return value
@@ -149,7 +160,8 @@ def as_write_error(target: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, UserError) else error  # save_adapter has its own sentence
+        # save_adapter has its own sentence.
+        cause = error.__cause__ if isinstance(error, UserError) else error
         if not isinstance(cause, (OSError, SafetensorError)) and not (
             type(cause) is Exception and _CODE.search(str(cause))
         ):
@@ -191,12 +203,17 @@ def locked(path: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not os.path.samestat(os.fstat(descriptor), path.stat())  # renamed by who held it until now
+            # It was renamed by who held it until now.
+            taken = not os.path.samestat(os.fstat(descriptor), path.stat())
         except OSError as error:
             taken = isinstance(error, (BlockingIOError, FileNotFoundError))
         if taken:
-            name = path.with_name(path.name[1 : -len(PARTIAL)]) if path.name.endswith(PARTIAL) else path
-            raise UserError(f"another process is writing {name}: wait until it ends, or name another output")
+            name = (
+                path.with_name(path.name[1 : -len(PARTIAL)]) if path.name.endswith(PARTIAL) else path
+            )
+            raise UserError(
+                f"another process is writing {name}: wait until it ends, or name another output"
+            )
         yield
     finally:
         os.close(descriptor)
@@ -217,7 +234,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             for path in partial.iterdir():  # what a killed process left
                 path.unlink() if path.is_file() else shutil.rmtree(path)
             yield partial
-            mode = partial.stat().st_mode & 0o666  # by the umask; of safetensors' files the owner is the only reader
+            # The mode is that of the umask; of safetensors' files the owner is the only reader.
+            mode = partial.stat().st_mode & 0o666
             for path in (*partial.rglob("*"), partial):
                 if path.is_file():
                     path.chmod(mode)
@@ -252,7 +270,10 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """For JSON, which has no NaN: None in place of numbers that are not finite."""
-    return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
+    return {
+        key: None if isinstance(one, float) and not math.isfinite(one) else one
+        for key, one in values.items()
+    }
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -292,7 +313,11 @@ def reason(error: Exception) -> str:
 def shorten(text: str, most: int = 600) -> str:
     """The text, of a longer one its ends and how many characters lie between them."""
     left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
+    return (
+        text
+        if left_out <= 0
+        else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
+    )
 
 
 def fsync(path: Path) -> None:

@@ -48,7 +48,11 @@ class Free(NamedTuple):
 def kib_fields(text: str) -> dict[str, int]:
     """The fields of /proc/self/status or /proc/meminfo that are given in kB, in bytes."""
     words = (line.split() for line in text.splitlines())
-    return {word[0].rstrip(":"): int(word[1]) * 1024 for word in words if len(word) == 3 and word[2] == "kB"}
+    return {
+        word[0].rstrip(":"): int(word[1]) * 1024
+        for word in words
+        if len(word) == 3 and word[2] == "kB"
+    }
 
 
 def free_of_data_limit(status: str, limit: int) -> Free:
@@ -71,8 +75,11 @@ def cgroup_limit(texts: Iterable[str]) -> int | None:
 def free_of_cgroup(limit: int, held: str, stat: str) -> Free:
     """What a cgroup leaves, by memory.current or memory.usage_in_bytes (``held``) and memory.stat. File pages, written
     back or not, are given up before anything is killed."""
-    counts = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
-    prefix = "total_" if "total_inactive_file" in counts else ""  # version 1 has a line with the cgroups below, too
+    counts = {
+        name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())
+    }
+    # Version 1 has a line with the cgroups below, too.
+    prefix = "total_" if "total_inactive_file" in counts else ""
     cache = sum(counts.get(f"{prefix}{name}_file", 0) for name in ("inactive", "active"))
     return Free(max(0, limit - max(0, int(held) - cache)), limit, "the memory cgroup")
 
@@ -97,8 +104,14 @@ def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
             continue
         group, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
         # In a container the path may be the host's, and then the mount point is the process's own cgroup.
-        parts = group.relative_to(top).parts if group.is_relative_to(top) and ".." not in group.parts else ()
-        found += [(version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)]
+        parts = (
+            group.relative_to(top).parts
+            if group.is_relative_to(top) and ".." not in group.parts
+            else ()
+        )
+        found += [
+            (version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)
+        ]
     return found
 
 
@@ -168,7 +181,11 @@ def free_memory() -> Free | None:
 
 def _least_free() -> Free | None:
     found: list[Free] = []
-    for source in (_free_of_process, _free_of_cgroups, lambda: [free_of_machine(_read("/proc/meminfo"))]):
+    for source in (
+        _free_of_process,
+        _free_of_cgroups,
+        lambda: [free_of_machine(_read("/proc/meminfo"))],
+    ):
         try:
             found += source()
         except (ImportError, OSError, ValueError, KeyError):
@@ -176,11 +193,15 @@ def _least_free() -> Free | None:
     return min(found, default=None)
 
 
-def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0) -> Free:
+def free_of_device(
+    free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0
+) -> Free:
     """What torch can still hand out on a CUDA device, of whose ``total`` this process may take ``fraction``: torch has
     ``reserved`` bytes of it, of which tensors hold ``allocated``."""
     limit = min(total, int(fraction * total))
-    return Free(max(0, min(free, limit - reserved)) + reserved - allocated, limit, "the device's memory")
+    return Free(
+        max(0, min(free, limit - reserved)) + reserved - allocated, limit, "the device's memory"
+    )
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -242,7 +263,12 @@ def peak_rss_bytes() -> int:
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters (glibc, malloc.h)
-USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+USER_SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "GLIBC_TUNABLES",
+)
 
 
 def keep_freed_memory(checkpointing: bool = False) -> bool:

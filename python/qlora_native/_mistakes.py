@@ -32,7 +32,11 @@ def _suggest(path: str, known: Mapping[str, Any]) -> str:
     """The key or section that a mistyped one most likely means, or the keys that exist there."""
     section, _, leaf = path.rpartition(".")
     here = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
-    here |= {} if section else {name: name for name, dot, _ in (key.partition(".") for key in known) if dot}
+    here |= (
+        {}
+        if section
+        else {name: name for name, dot, _ in (key.partition(".") for key in known) if dot}
+    )
     meant = {**ALIASES, **{key.rpartition(".")[2]: key for key in known}}
     if leaf in meant:
         return f"did you mean {meant[leaf]}?"
@@ -52,7 +56,9 @@ def explain(
 ) -> str:
     """The error at the key ``path`` as one sentence; ``known`` are the fields of all keys by their dotted names."""
     kind, got = item["type"], item["input"]
-    where = flags.get(path) or (f"{source}:{lines[path]}: {path}" if path in lines else f"{source}: {path}")
+    where = flags.get(path) or (
+        f"{source}:{lines[path]}: {path}" if path in lines else f"{source}: {path}"
+    )
 
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where} is not a key; {_suggest(path, known)}"
@@ -71,7 +77,10 @@ def explain(
     if kind in ("too_long", "too_short"):
         least, most = item["ctx"].get("min_length"), item["ctx"].get("max_length")
         message = f"expected at {f'most {most}' if least is None else f'least {least}'} values"
-    if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
+    # This is a rule over several keys of a block, which names them itself.
+    if kind == "value_error" and path not in known:
         return f"{source}: {path}{'.' if path else ''}{message}"
-    expected = re.sub("Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0])
+    expected = re.sub(
+        "Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0]
+    )
     return f"{where} is {got!r}: {expected}"

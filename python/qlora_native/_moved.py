@@ -15,7 +15,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "hf": (),
     **{
         f"hf.{name}": (f"models.{name}",)
-        for name in ("convert", "device_layers", "fuse", "generate", "loss", "mapped", "residency", "trained")
+        for name in (
+            "convert",
+            "device_layers",
+            "fuse",
+            "generate",
+            "loss",
+            "mapped",
+            "residency",
+            "trained",
+        )
     },
     **{f"hf.{name}": (f"interop.{name}",) for name in ("peft", "quantizer", "trainer", "trl")},
     "hf.build": ("models.build", "weights.shapes", "weights.stream", "weights.transforms"),
@@ -57,7 +66,9 @@ def names_from(old: str, homes: Mapping[str, str] | tuple[str, ...]) -> Callable
 class Finder:
     """Finds a module that moved, where no file has its name: an empty one that fetches its names from the new ones."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, old = name.partition(".")
         if package != "qlora_native" or (old not in _HOMES and old.split(".")[0] not in _IN_TOOL):
             return None

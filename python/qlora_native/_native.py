@@ -11,8 +11,12 @@ import torch  # before _C: an OpenMP extension loaded after torch shares torch's
 
 from qlora_native import _C
 
-QUANT_TYPES = tuple(name for name, _, _ in _C.block_formats)  # index = the number that crosses into C++
-CODEBOOKS = QUANT_TYPES[:2]  # nf4 and fp4, which quantize() makes; the others are block formats of GGUF
+QUANT_TYPES = tuple(
+    name for name, _, _ in _C.block_formats
+)  # index = the number that crosses into C++
+CODEBOOKS = QUANT_TYPES[
+    :2
+]  # nf4 and fp4, which quantize() makes; the others are block formats of GGUF
 _NUMBERS = {name: number for number, name in enumerate(QUANT_TYPES)}
 # Of GGUF's types by number: elements and bytes of a block.
 GGUF_BLOCKS = {number: sizes for number, (_, *sizes) in enumerate(_C.block_formats) if sizes[0]}
@@ -35,7 +39,8 @@ def _share_threads_with_torch() -> None:
         _C.take_threads_of_torch(ctypes.cast(count, ctypes.c_void_p).value or 0)
     pause = getattr(ctypes.CDLL(_C.__file__), "omp_pause_resource_all", None)
     if pause is not None and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=partial(pause, 1))  # 1: omp_pause_soft, which keeps the number of threads
+        # 1: omp_pause_soft, which keeps the number of threads.
+        os.register_at_fork(before=partial(pause, 1))
 
 
 _share_threads_with_torch()
@@ -50,7 +55,9 @@ def quant_type_number(quant_type: str) -> int:
     number = _NUMBERS.get(quant_type)
     if number is None:
         formats = ", ".join(map(repr, list(_NUMBERS)[len(CODEBOOKS) :]))
-        raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4', or of GGUF {formats}.")
+        raise ValueError(
+            f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4', or of GGUF {formats}."
+        )
     return number
 
 

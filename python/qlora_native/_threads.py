@@ -52,7 +52,10 @@ def _watch() -> None:
     while before:
         time.sleep(SECONDS)
         now = _waited()
-        share = max((waited - before.get(thread, 0.0) for thread, waited in now.items()), default=0.0) / SECONDS
+        share = (
+            max((waited - before.get(thread, 0.0) for thread, waited in now.items()), default=0.0)
+            / SECONDS
+        )
         before = now
         if is_idle.is_set() and share > BUSY:
             is_idle.clear()

@@ -70,7 +70,9 @@ def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None =
             "rows of whole blocks."
         )
     rows = torch.nn.functional.embedding(ids, w.packed.view(w.shape[0], -1))
-    found = w.with_arguments(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
+    found = w.with_arguments(
+        w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]])
+    )
     return found.dequantize(dtype).view(*ids.shape, w.shape[1])
 
 
@@ -137,12 +139,20 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes that do not fit; on a CPU, a label out of range.
     """
     derived = weight if rows is None else rows
-    need_grad_weight = torch.is_grad_enabled() and isinstance(derived, Tensor) and derived.requires_grad
+    need_grad_weight = (
+        torch.is_grad_enabled() and isinstance(derived, Tensor) and derived.requires_grad
+    )
     if isinstance(weight, QuantizedWeight):
         h = autocast(h)[0]  # type: ignore[assignment]
         arguments = weight.op_args()
     else:
         h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
-    options = ignore_index, torch.is_grad_enabled() and h.requires_grad, need_grad_weight, rows, row_ids
+    options = (
+        ignore_index,
+        torch.is_grad_enabled() and h.requires_grad,
+        need_grad_weight,
+        rows,
+        row_ids,
+    )
     return torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]

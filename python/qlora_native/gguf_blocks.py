@@ -25,7 +25,8 @@ _FIELDS = {
     "iq4_nl": ((2, 16, 2, 0),),
 }
 _LOWEST = {"q4_0": -8, "q5_0": -16, "q6_k": -32, "q8_0": -128}
-_SIGN = {"q8_0": 128}  # the bit by which stored codes differ from those here, which count levels from the lowest
+# The bit by which stored codes differ from those here, which count levels from the lowest.
+_SIGN = {"q8_0": 128}
 
 
 def levels(quant_type: int) -> Tensor:
@@ -68,7 +69,9 @@ def with_codes(blocks: Tensor, codes: Tensor, quant_type: int) -> Tensor:
     for begin, width, count, lowest in _FIELDS[name]:
         part = codes >> lowest & (255 >> (8 - 8 // count))
         shifted = part.view(len(blocks), -1, count, width) << _shifts(count, blocks.device)
-        made[:, begin : begin + elements // count] = shifted.sum(2, dtype=torch.uint8).view(len(blocks), -1)
+        made[:, begin : begin + elements // count] = shifted.sum(2, dtype=torch.uint8).view(
+            len(blocks), -1
+        )
     return made
 
 
@@ -99,5 +102,7 @@ def values(packed: Tensor, quant_type: int) -> Tensor:
     """The elements of whole blocks, uint8 [bytes], in fp32, flattened, every operation rounded."""
     blocks = packed.view(-1, _native.GGUF_BLOCKS[quant_type][1])
     factors, added = scales(blocks, quant_type)
-    found = levels(quant_type).to(packed.device)[codes(blocks, quant_type).int()] * spread(factors, quant_type)
+    found = levels(quant_type).to(packed.device)[codes(blocks, quant_type).int()] * spread(
+        factors, quant_type
+    )
     return (found if added is None else found + spread(added, quant_type)).reshape(-1)

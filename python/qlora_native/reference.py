@@ -21,7 +21,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity; in one pass, without a mask as large as the tensor."""
-    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()  # both pass a NaN on
+    # Both pass a NaN on.
+    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
     return all(map(math.isfinite, bounds))
 
 
@@ -43,7 +44,8 @@ def _normalized(blocks: Tensor, absmax: Tensor) -> Tensor:
 def _codes(normalized: Tensor, quant_type: int) -> Tensor:
     bounds = _native.boundaries(quant_type).to(normalized.device)
     if quant_type == 0:
-        return torch.bucketize(normalized, bounds).to(torch.uint8)  # how many boundaries lie strictly below
+        # The code is the number of boundaries strictly below.
+        return torch.bucketize(normalized, bounds).to(torch.uint8)
     rank = torch.bucketize(normalized.abs(), bounds)
     code_of_rank = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], device=normalized.device)
     return (code_of_rank[rank] | (normalized < 0) * 8).to(torch.uint8)
@@ -57,7 +59,9 @@ def quantize_blocks(t: Tensor, quant_type: int, block_size: int) -> tuple[Tensor
         raise ValueError(non_finite_message(int(bad[0]), t))
     blocks, absmax = _blocks_and_absmax(flat, block_size)
     zero_code = 7 if quant_type == 0 else 0
-    codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalized(blocks, absmax), quant_type))
+    codes = torch.where(
+        (absmax == 0)[:, None], zero_code, _codes(_normalized(blocks, absmax), quant_type)
+    )
     return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
 
 
@@ -77,7 +81,9 @@ def _fixed_order_mean(values: Tensor) -> Tensor:
     total = 0.0
     for group in slots[:, 0].tolist():  # in order, in double precision
         total += group
-    return torch.tensor(total / values.numel(), dtype=torch.float64).to(torch.float32).to(values.device)
+    return (
+        torch.tensor(total / values.numel(), dtype=torch.float64).to(torch.float32).to(values.device)
+    )
 
 
 def nearest_index(values: Tensor, table: Tensor) -> Tensor:
@@ -108,31 +114,42 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if absmax.numel() == 0:
         return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
     offset = _fixed_order_mean(absmax)
-    codes, nested_absmax = quantize_blockwise(absmax - offset, _native.nested_code().to(absmax.device), NESTED_BLOCK)
+    codes, nested_absmax = quantize_blockwise(
+        absmax - offset, _native.nested_code().to(absmax.device), NESTED_BLOCK
+    )
     return codes, nested_absmax, offset
 
 
 def scales(
-    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_code: Tensor | None
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_code: Tensor | None,
 ) -> Tensor:
     """Scales of all blocks, fp32 [blocks], double quantization undone: product rounded, then sum rounded."""
     if nested_absmax is None or nested_offset is None:
         return absmax.reshape(-1)
-    code = (_native.nested_code() if nested_code is None else nested_code.reshape(-1)).to(absmax.device)
-    return dequantize_blockwise(absmax.reshape(-1), nested_absmax.reshape(-1), code, NESTED_BLOCK) + nested_offset.view(
-        ()
+    code = (_native.nested_code() if nested_code is None else nested_code.reshape(-1)).to(
+        absmax.device
     )
+    return dequantize_blockwise(
+        absmax.reshape(-1), nested_absmax.reshape(-1), code, NESTED_BLOCK
+    ) + nested_offset.view(())
 
 
 def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
     """round_to_dtype(fp32 level * fp32 scale), of the weight's shape; of a GGUF type, as its blocks say."""
-    packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
+    packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = (
+        weight
+    )
     numel = math.prod(shape)
     if quant_type in _native.GGUF_BLOCKS:
         from qlora_native import gguf_blocks  # few models need it
 
         return gguf_blocks.values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
-    spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
+    spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[
+        :numel
+    ]
     table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
     levels = table[torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:numel].long()]
     return (levels * spread).to(dtype).reshape(shape)
@@ -186,7 +203,9 @@ def search_scales(
     ``high`` times its largest element, and at ``initial``; equal errors take the lower index. Each row of ``t`` is
     weighted by ``moment``, fp32 [K].
     """
-    moment, table, multiplier, initial = (tensor.reshape(-1) for tensor in (moment, table, multiplier, initial))
+    moment, table, multiplier, initial = (
+        tensor.reshape(-1) for tensor in (moment, table, multiplier, initial)
+    )
     offset, flat = offset.reshape(()), t.detach().reshape(-1).float()
     x, absmax = _blocks_and_absmax(flat, block_size)
     weights = _padded_blocks(moment.repeat(flat.numel() // max(moment.numel(), 1)), block_size)
@@ -206,7 +225,9 @@ def search_scales(
     return pack(codes.reshape(-1)[: flat.numel()], quant_type), chosen
 
 
-def gptq(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
+def gptq(
+    t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int
+) -> Tensor:
     """Packed codes of ``t`` [N, K] under given scales, each column's rounding error handed on to the later ones.
 
     Columns go in ``order``, int64 [K]. The i-th of them adds (weight - decoded) * factor[i, j] to every later column

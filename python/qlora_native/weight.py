@@ -62,7 +62,8 @@ class QuantizedWeight:
         given = (packed, absmax, nested_absmax, nested_offset, code, nested_code)
         for name, tensor in zip(TENSOR_FIELDS, given, strict=True):
             if not isinstance(tensor, Tensor) and (tensor is not None or name in ("packed", "absmax")):
-                raise TypeError(f"QuantizedWeight: {name} is a {type(tensor).__name__}: expected a tensor.")
+                kind = type(tensor).__name__
+                raise TypeError(f"QuantizedWeight: {name} is a {kind}: expected a tensor.")
         self.packed = packed
         self.absmax = absmax
         self.nested_absmax = nested_absmax
@@ -71,7 +72,9 @@ class QuantizedWeight:
         self.nested_code = nested_code
         self.shape = torch.Size(shape)
         if min(self.shape, default=0) < 0:
-            raise ValueError(f"QuantizedWeight: shape is {list(self.shape)}: expected sizes of 0 or more.")
+            raise ValueError(
+                f"QuantizedWeight: shape is {list(self.shape)}: expected sizes of 0 or more."
+            )
         self.dtype = dtype
         self.quant_type = quant_type
         self.block_size = block_size
@@ -99,19 +102,33 @@ class QuantizedWeight:
             return cls.of_blocks(packed, shape=shape, dtype=dtype, quant_type=quant_type)
         packed, absmax, *nested = empty_outputs(shape.numel(), where, block_size, double_quant)
         scales: Any = dict(zip(TENSOR_FIELDS[2:4], nested if double_quant else (), strict=False))
-        return cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=block_size, **scales)
+        return cls(
+            packed,
+            absmax,
+            shape=shape,
+            dtype=dtype,
+            quant_type=quant_type,
+            block_size=block_size,
+            **scales,
+        )
 
     @classmethod
-    def of_blocks(cls, packed: Tensor, *, shape: Iterable[int], dtype: torch.dtype, quant_type: str) -> QuantizedWeight:
+    def of_blocks(
+        cls, packed: Tensor, *, shape: Iterable[int], dtype: torch.dtype, quant_type: str
+    ) -> QuantizedWeight:
         """A weight over the blocks of a GGUF format, uint8 [bytes], without copying them.
 
         Raises ValueError for another type, or for bytes that are not those of ``shape``.
         """
         sizes = _native.GGUF_BLOCKS.get(_native.quant_type_number(quant_type))
         if sizes is None:
-            raise ValueError(f"of_blocks: quant_type is {quant_type!r}: expected one of GGUF's block formats.")
+            raise ValueError(
+                f"of_blocks: quant_type is {quant_type!r}: expected one of GGUF's block formats."
+            )
         absmax = torch.empty(0, dtype=torch.float32, device=packed.device)
-        made = cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=sizes[0])
+        made = cls(
+            packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=sizes[0]
+        )
         made.op_args().check()
         return made
 
@@ -152,7 +169,8 @@ class QuantizedWeight:
             _native.quant_type_number(self.quant_type),
             self.block_size,
         )
-        return tuple.__new__(Weight, fields)  # in half the time of Weight(...), for products of one token
+        # In half the time of Weight(...), for products of one token.
+        return tuple.__new__(Weight, fields)
 
     def _matrix(self) -> Any:
         """The native form of a matrix in CPU memory, or None for another weight."""
@@ -175,9 +193,13 @@ class QuantizedWeight:
             ValueError: another dtype; an ``out`` of another shape or device; both given and in conflict.
         """
         if out is None:
-            return torch.ops.qlora_native.dequantize_4bit(self.dtype if dtype is None else dtype, *self.op_args())
+            return torch.ops.qlora_native.dequantize_4bit(
+                self.dtype if dtype is None else dtype, *self.op_args()
+            )
         if dtype is not None and dtype != out.dtype:
-            raise ValueError(f"dequantize: dtype is {dtype}, out is {out.dtype}: give one of them or make them agree.")
+            raise ValueError(
+                f"dequantize: dtype is {dtype}, out is {out.dtype}: give one of them or make them agree."
+            )
         torch.ops.qlora_native.dequantize_4bit.out(out, *self.op_args())
         return out
 
@@ -202,14 +224,17 @@ class QuantizedWeight:
         """
         count = sum(self.shape[:1])  # 0 for a scalar
         if not 0 <= start <= stop <= count:
-            raise IndexError(f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}.")
+            raise IndexError(
+                f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}."
+            )
         return self.with_arguments(self.op_args().slice(start, stop))
 
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One slice along the first dimension, without that dimension (stacked experts); see :meth:`slice`."""
         count = sum(self.shape[:1])
         if not -count <= index < count:
-            raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
+            shape = list(self.shape)
+            raise IndexError(f"index {index} is out of range for the first dimension of {shape}.")
         part = self.op_args().slice(index % count, index % count + 1)
         return self.with_arguments(part._replace(shape=part.shape[1:]))
 
@@ -260,7 +285,9 @@ def refuse_gguf(w: QuantizedWeight, what: str) -> None:
         )
 
 
-def quantize(t: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
+def quantize(
+    t: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> QuantizedWeight:
     """Quantize a tensor to 4 bits.
 
     Each element becomes the nearest level of x * (1 / absmax), ties to the lower code; an all-zero block gets the code
@@ -310,14 +337,19 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
             "set storage_dtype to torch.uint8."
         )
     number = _native.quant_type_number(w.quant_type)
+    levels = _native.levels(number).clone() if w.code is None else w.code
     tensors = {
         prefix: w.packed.view(w.storage_dtype).reshape(-1, 1),
         f"{prefix}.absmax": w.absmax,
-        f"{prefix}.quant_map": (_native.levels(number).clone() if w.code is None else w.code).to(w.device),
+        f"{prefix}.quant_map": levels.to(w.device),
     }
     if w.nested_absmax is not None and w.nested_offset is not None:
         nested_offset = w.nested_offset.item()
-        state |= {"nested_blocksize": reference.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested_offset}
+        state |= {
+            "nested_blocksize": reference.NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": nested_offset,
+        }
         nested_code = _native.nested_code().clone() if w.nested_code is None else w.nested_code
         tensors[f"{prefix}.nested_absmax"] = w.nested_absmax
         tensors[f"{prefix}.nested_quant_map"] = nested_code.to(w.device)
@@ -349,12 +381,20 @@ def bnb_state_key(keys: Container[str], prefix: str = "weight") -> str | None:
 
 # What a quant state holds, and in words.
 _STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "blocksize": (lambda size: type(size) is int and size in reference.BLOCK_SIZES, "a power of two from 32 to 4096"),
+    "blocksize": (
+        lambda size: type(size) is int and size in reference.BLOCK_SIZES,
+        "a power of two from 32 to 4096",
+    ),
     "shape": (
-        lambda value: type(value) is list and all(type(size) is int and 0 <= size < 1 << 31 for size in value),
+        lambda value: (
+            type(value) is list and all(type(size) is int and 0 <= size < 1 << 31 for size in value)
+        ),
         "a list of whole numbers",
     ),
-    "dtype": (lambda value: value in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
+    "dtype": (
+        lambda value: value in ("bfloat16", "float16", "float32"),
+        "bfloat16, float16 or float32",
+    ),
     "nested_blocksize": (lambda value: value == reference.NESTED_BLOCK, str(reference.NESTED_BLOCK)),
     "nested_offset": (lambda value: type(value) is float and math.isfinite(value), "a finite number"),
 }
@@ -371,7 +411,9 @@ def read_state(stored: Tensor, names: Iterable[str]) -> dict[str, Any]:
     return state
 
 
-def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()) -> QuantizedWeight:
+def from_bnb(
+    tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()
+) -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
     Maps that equal the built-in tables are dropped, others are kept and honored. Scales under keys in ``unread`` are
@@ -381,7 +423,9 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
     """
     key = bnb_state_key(tensors, prefix)
     if key is None:
-        raise ValueError(f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys.")
+        raise ValueError(
+            f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys."
+        )
     try:
         state = read_state(tensors[key], _STATE)
     except ValueError as error:
@@ -402,7 +446,8 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
         tensor = tensors.get(full)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"from_bnb: key '{full}' is missing or holds no tensor.")
-        if tensor.numel() != count or tensor.dtype not in dtypes or tensor.is_meta != tensors[prefix].is_meta:
+        is_other = tensor.dtype not in dtypes or tensor.is_meta != tensors[prefix].is_meta
+        if is_other or tensor.numel() != count:
             raise ValueError(
                 f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected {count} of "
                 f"{' or '.join(map(str, dtypes))} for a {list(shape)} weight in blocks of {block_size}, all on one "
@@ -410,7 +455,9 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
             )
         is_checked = name and full not in unread and tensor.is_floating_point() and not tensor.is_meta
         if is_checked and not bool((tensor.abs() <= MOST_SCALE).all()):
-            raise ValueError(f"from_bnb: '{full}' holds a number over {MOST_SCALE:,}, or a NaN: expected smaller ones.")
+            raise ValueError(
+                f"from_bnb: '{full}' holds a number over {MOST_SCALE:,}, or a NaN: expected smaller ones."
+            )
         return tensor.contiguous().reshape(-1)
 
     stored = tensors.get(prefix)
@@ -428,7 +475,9 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
         nested_code = get(".nested_quant_map", 256, fp32)
     code = get(".quant_map", 16, fp32)
     if not code.is_meta and _unless_built_in(code, _native.levels(1 - number)) is None:
-        raise ValueError(f"from_bnb: '{prefix}.quant_map' holds the levels of another type: expected {quant_type}'s.")
+        raise ValueError(
+            f"from_bnb: '{prefix}.quant_map' holds the levels of another type: expected {quant_type}'s."
+        )
     return QuantizedWeight(
         packed,
         get(".absmax", blocks, (torch.uint8,) if nested else fp32),
@@ -439,10 +488,13 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: C
         nested_absmax=nested_absmax,
         nested_offset=nested_offset,
         code=_unless_built_in(code, _native.levels(number)),
-        nested_code=None if nested_code is None else _unless_built_in(nested_code, _native.nested_code()),
+        nested_code=_unless_built_in(nested_code, _native.nested_code()),
         storage_dtype=stored.dtype,
     )
 
 
-def _unless_built_in(stored: Tensor, built_in: Tensor) -> Tensor | None:
-    return None if stored.is_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored
+def _unless_built_in(stored: Tensor | None, built_in: Tensor) -> Tensor | None:
+    if stored is None or stored.is_meta:
+        return None
+    is_same = torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32))
+    return None if is_same else stored

@@ -20,7 +20,11 @@ from qlora_native.ops.linear_4bit import product
 from qlora_native.weight import STORAGE_DTYPES, quantize
 
 __all__ = ["QuantState", "gemv_4bit", "get_4bit_type"]
-__all__ += [f"{step}_{form}" for step in ("quantize", "dequantize") for form in ("4bit", "blockwise", "fp4", "nf4")]
+__all__ += [
+    f"{step}_{form}"
+    for step in ("quantize", "dequantize")
+    for form in ("4bit", "blockwise", "fp4", "nf4")
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -63,9 +67,13 @@ def quantize_4bit(
     state2 = None
     if w.nested_absmax is not None:
         nested_code = _native.nested_code().clone().to(A.device)
-        state2 = QuantState(w.nested_absmax, code=nested_code, blocksize=reference.NESTED_BLOCK, dtype=torch.float32)
+        state2 = QuantState(
+            w.nested_absmax, code=nested_code, blocksize=reference.NESTED_BLOCK, dtype=torch.float32
+        )
     code = get_4bit_type(quant_type, device=A.device)
-    state = QuantState(w.absmax, A.shape, code, blocksize, quant_type, A.dtype, w.nested_offset, state2)
+    state = QuantState(
+        w.absmax, A.shape, code, blocksize, quant_type, A.dtype, w.nested_offset, state2
+    )
     packed = packed.view(quant_storage).reshape(-1, 1)
     if absmax is not None:
         state.absmax = absmax.copy_(state.absmax)
@@ -94,7 +102,9 @@ def dequantize_4bit(
         if absmax is None or out is None:
             raise ValueError("dequantize_4bit: without a quant_state both absmax and out are needed.")
         block = 64 if blocksize is None else blocksize
-        quant_state = QuantState(absmax, shape=out.shape, blocksize=block, quant_type=quant_type, dtype=out.dtype)
+        quant_state = QuantState(
+            absmax, shape=out.shape, blocksize=block, quant_type=quant_type, dtype=out.dtype
+        )
     arguments = quant_state.op_args(A)
     if out is None:
         result: Tensor = torch.ops.qlora_native.dequantize_4bit(quant_state.dtype, *arguments)
@@ -157,7 +167,9 @@ def quantize_blockwise(
         scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
     if absmax is not None:
         scales = absmax.copy_(scales)
-    state = QuantState(scales, code=table, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
+    state = QuantState(
+        scales, code=table, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
+    )
     return codes if out is None else out.copy_(codes), state
 
 
@@ -208,7 +220,11 @@ def gemv_4bit(
 
 
 def matmul_4bit(
-    A: Tensor, B: Tensor, quant_state: QuantState | None, out: Tensor | None = None, bias: Tensor | None = None
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState | None,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A W^T + bias, [..., N] in A's dtype, for the weight [N, K] of ``quant_state``; differentiable in A and bias.
 
@@ -222,9 +238,13 @@ def matmul_4bit(
     Raises ValueError for no state, a weight that is no matrix, and shapes that do not fit.
     """
     if quant_state is None:
-        raise ValueError("matmul_4bit: quant_state is None: give the state that quantize_4bit returned.")
+        raise ValueError(
+            "matmul_4bit: quant_state is None: give the state that quantize_4bit returned."
+        )
     if len(quant_state.shape) != 2:
-        raise ValueError(f"matmul_4bit: the weight is {list(quant_state.shape)}: expected two dimensions, [N, K].")
+        raise ValueError(
+            f"matmul_4bit: the weight is {list(quant_state.shape)}: expected two dimensions, [N, K]."
+        )
     n, k = quant_state.shape
     if A.shape[-1] == n != k:
         if not torch.compiler.is_compiling():
@@ -252,7 +272,9 @@ def linear(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) ->
     return result
 
 
-def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+def get_4bit_type(
+    typename: str, device: torch.device | str | None = None, blocksize: int = 64
+) -> Tensor:
     """The 16 levels of the type "nf4" or "fp4", fp32 [16], indexed by code.
 
     ``device`` None is a CUDA device if there is one, else the CPU; ``blocksize`` is ignored. Raises

@@ -21,13 +21,23 @@ def _new_product(A: Tensor, B: Tensor, shapeB: list[int], *others: object, **mor
     return A.new_empty(*A.shape[:-1], shapeB[0])
 
 
-def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    packed, state = functional.quantize_4bit(A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage)
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    packed, state = functional.quantize_4bit(
+        A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage
+    )
     return packed, state.absmax
 
 
 def _dequantize_4bit(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype, *out: Tensor
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    *out: Tensor,
 ) -> Tensor:
     state = QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, dtype=dtype)
     return functional.dequantize_4bit(A, state, out=out[0] if out else None)
@@ -53,8 +63,11 @@ def _gemm_4bit(
     return functional.linear(A, B, state, bias)
 
 
-def _gemv_4bit(A: Tensor, B: Tensor, shapeB: list[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-    quant_type = "fp4" if code[1] > 0 else "nf4"  # the levels that are given win; this separates the built-in ones
+def _gemv_4bit(
+    A: Tensor, B: Tensor, shapeB: list[int], absmax: Tensor, code: Tensor, blocksize: int
+) -> Tensor:
+    # The levels that are given win; this separates the built-in ones.
+    quant_type = "fp4" if code[1] > 0 else "nf4"
     state = QuantState(absmax, shape=shapeB, code=code, blocksize=blocksize, quant_type=quant_type)
     return functional.gemv_4bit(A, B, state=state)
 
@@ -65,7 +78,12 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
 
 
 def _dequantize_blockwise(
-    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
+    A: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     state = QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
     return functional.dequantize_blockwise(A, state, out=out)
@@ -102,7 +120,10 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)": (
         _quantize_blockwise,
-        lambda A, code, blocksize: (A.new_empty(A.shape, dtype=torch.uint8), _new_absmax(A, blocksize)),
+        lambda A, code, blocksize: (
+            A.new_empty(A.shape, dtype=torch.uint8),
+            _new_absmax(A, blocksize),
+        ),
     ),
     "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor": (
         _dequantize_blockwise,

@@ -30,8 +30,11 @@ _FORMS = {  # name: bits of the states, 0 by the argument optim_bits, and whethe
 }
 _RULES = ("Adam", "AdamW", "Lion")
 __all__ = ["native_state_dict", *_RULES, *(form.format(rule) for rule in _RULES for form in _FORMS)]
-WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
-MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}  # the number in bitsandbytes' names of a state -> our name
+WRAPPER = (
+    "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
+)
+# The number in bitsandbytes' names of a state -> our name.
+MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}
 BLOCKS = (_native.STATE_BLOCK, 2048)  # elements that share a scale; 2048 before bitsandbytes 0.44
 
 
@@ -99,18 +102,24 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
         if value.dtype != torch.uint8:
             result[name] = value
         elif absmax is None or qmap is None:
-            raise ValueError(f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it.")
+            raise ValueError(
+                f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it."
+            )
         elif torch.equal(qmap.cpu(), table(signed)):
             result[name] = (value ^ 128).view(torch.int8) if signed else value
             result[f"{name}_absmax"] = absmax
         else:
-            block = next((size for size in BLOCKS if absmax.numel() == -(-value.numel() // size)), None)
+            block = next(
+                (size for size in BLOCKS if absmax.numel() == -(-value.numel() // size)), None
+            )
             if block is None:
                 raise ValueError(
                     f"an 8-bit state of {value.numel()} elements has {absmax.numel()} scales: expected one for each "
                     f"{' or '.join(map(str, BLOCKS))}."
                 )
-            result[name] = reference.dequantize_blockwise(value, absmax.to(value.device), qmap.to(value.device), block)
+            result[name] = reference.dequantize_blockwise(
+                value, absmax.to(value.device), qmap.to(value.device), block
+            )
     return result
 
 
@@ -123,7 +132,10 @@ def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for states that are neither.
     """
-    return {**state_dict, "state": {number: from_bitsandbytes(state) for number, state in state_dict["state"].items()}}
+    return {
+        **state_dict,
+        "state": {number: from_bitsandbytes(state) for number, state in state_dict["state"].items()},
+    }
 
 
 class _Bitsandbytes(Optimizer):
@@ -143,12 +155,16 @@ class _Bitsandbytes(Optimizer):
             )
         is_fixed = self._bits and optim_bits in (8, 32)  # a number that is neither is refused later
         bits = self._bits if is_fixed else getattr(args, "optim_bits", optim_bits)
-        self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=getattr(args, "min_8bit_size", min_8bit_size))
+        self.args = SimpleNamespace(
+            optim_bits=bits, min_8bit_size=getattr(args, "min_8bit_size", min_8bit_size)
+        )
         return {"bits": bits, "paged": "auto" if self._paged or is_paged else False}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         # Frozen parameters may be of any dtype, and get no states: model.parameters() has the packed weights, too.
-        params = [param for param in group["params"] if param.requires_grad or param.is_floating_point()]
+        params = [
+            param for param in group["params"] if param.requires_grad or param.is_floating_point()
+        ]
         super()._check_group({**group, "params": params})
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -168,7 +184,8 @@ class _Bitsandbytes(Optimizer):
             number: {"step": int(state.get("step", 0)), WRAPPER: _numbered(state, in_place=False)}
             for number, state in given["state"].items()
         }
-        groups = [{"eps": 1e-8, **group} for group in given["param_groups"]]  # bitsandbytes reads it for Lion, too
+        # bitsandbytes reads it for Lion, too.
+        groups = [{"eps": 1e-8, **group} for group in given["param_groups"]]
         return {**given, "state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -244,13 +261,21 @@ class Lion(_Bitsandbytes, native.Lion):
         min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, **self._arguments(optim_bits, args, min_8bit_size, is_paged))
+        super().__init__(
+            params,
+            lr,
+            betas,
+            weight_decay,
+            **self._arguments(optim_bits, args, min_8bit_size, is_paged),
+        )
 
 
 def _forms(base: type[_Bitsandbytes]) -> Iterator[Any]:
     """The 8-bit, the 32-bit and the three paged forms of ``base``."""
     for name, (bits, paged) in _FORMS.items():
-        states = f"{bits or 'optim_bits'}-bit states" + (", which leave memory when it runs short" if paged else "")
+        states = f"{bits or 'optim_bits'}-bit states" + (
+            ", which leave memory when it runs short" if paged else ""
+        )
         members: dict[str, Any] = {
             "_bits": bits,
             "_paged": paged,

@@ -64,10 +64,15 @@ class QuantState:
 
     @code.setter
     def code(self, table: Tensor | None) -> None:
-        self._code, self._other_code = table, None  # _other_code: a table that is not the built-in one
+        self._code, self._other_code = (
+            table,
+            None,
+        )  # _other_code: a table that is not the built-in one
         if table is not None and table.device.type != "meta":
             name = self.quant_type
-            built_in = _native.nested_code() if name is None else _native.levels(quant_type_number(name))
+            built_in = (
+                _native.nested_code() if name is None else _native.levels(quant_type_number(name))
+            )
             self._other_code = None if torch.equal(table.cpu(), built_in) else table
 
     def __getattr__(self, name: str) -> Any:
@@ -88,11 +93,15 @@ class QuantState:
         Raises ValueError naming the keys that are missing, unknown or broken.
         """
         values = dict(qs_dict)
-        for key in [key for key, value in values.items() if "quant_state" in key and isinstance(value, Tensor)]:
+        for key in [
+            key for key, value in values.items() if "quant_state" in key and isinstance(value, Tensor)
+        ]:
             try:
                 values |= unpack_json(values.pop(key))
             except ValueError as error:
-                raise ValueError(f"QuantState.from_dict: '{key}' holds no quant state ({error}).") from None
+                raise ValueError(
+                    f"QuantState.from_dict: '{key}' holds no quant state ({error})."
+                ) from None
         values = {key.split(".")[-1]: value for key, value in values.items()}
         expected = _ALWAYS | _NESTED if _NESTED & values.keys() else _ALWAYS
         if values.keys() != expected:
@@ -142,7 +151,9 @@ class QuantState:
             values |= {
                 "nested_absmax": second["absmax"],
                 "nested_blocksize": second["blocksize"],
-                "nested_quant_map": second["quant_map"].clone(),  # safetensors saves no tensors that share memory
+                "nested_quant_map": second[
+                    "quant_map"
+                ].clone(),  # safetensors saves no tensors that share memory
                 "nested_dtype": second["dtype"],
                 "nested_offset": self.offset.item(),
             }
@@ -164,9 +175,16 @@ class QuantState:
         """Same form, and tables and scales equal within 1e-6 (and 1e-5 of the value)."""
         if not isinstance(other, QuantState):
             return False
-        names = ("shape", "dtype", "blocksize", "quant_type", "state2", "offset")  # None or a tensor of one element
+        # None or a tensor of one element.
+        names = ("shape", "dtype", "blocksize", "quant_type", "state2", "offset")
         return all(bool(getattr(self, name) == getattr(other, name)) for name in names) and all(
-            a is b or (a is not None and b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-6))
+            a is b
+            or (
+                a is not None
+                and b is not None
+                and a.shape == b.shape
+                and torch.allclose(a, b, atol=1e-6)
+            )
             for a, b in ((self.absmax.float(), other.absmax.float()), (self.code, other.code))
         )
 
@@ -191,9 +209,22 @@ class QuantState:
         nested: Any = (None, None, None)
         if second is not None:
             if second.blocksize == reference.NESTED_BLOCK and second.absmax.dtype == torch.float32:
-                nested = (second.absmax, None if self.offset is None else self.offset.float(), second._other_code)
+                nested = (
+                    second.absmax,
+                    None if self.offset is None else self.offset.float(),
+                    second._other_code,
+                )
             else:
                 absmax = self.scales()
         number = quant_type_number(self.quant_type or "")
         data = packed.reshape(-1).view(torch.uint8)
-        return (data, absmax, *nested[:2], self._other_code, nested[2], list(self.shape), number, self.blocksize)
+        return (
+            data,
+            absmax,
+            *nested[:2],
+            self._other_code,
+            nested[2],
+            list(self.shape),
+            number,
+            self.blocksize,
+        )

@@ -50,7 +50,12 @@ def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -
 
 @torch.no_grad()
 def adapted_codes(
-    weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float, hessian: Tensor, correction: Tensor | None = None
+    weight: QuantizedWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    hessian: Tensor,
+    correction: Tensor | None = None,
 ) -> Tensor:
     """Packed codes of W + (W + D) C + gain * D, D = scale * B A, with the error feedback of GPTQ under W's scales.
 
@@ -93,7 +98,8 @@ def adapted_codes(
     gain = least_gain(is_reached)
     done = 0
     packed = torch.empty_like(weight.packed).view(-1)
-    step = max(1, ELEMENTS // max(1, weight.block_size * k)) * weight.block_size  # rows that end where a block does
+    # These rows end where a block does.
+    step = max(1, ELEMENTS // max(1, weight.block_size * k)) * weight.block_size
     for first in range(0, n, step):
         part = weight.slice(first, min(first + step, n))
         base, change = parts_of(part, slice(first, first + step))
@@ -132,7 +138,9 @@ def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     if len(rows) < n:
         packed = packed.view(n, -1)[rows]
         scales = scales if weight.is_gguf else scales.view(n, -1)[rows].flatten()
-    arguments = weight.op_args()._replace(packed=packed.reshape(-1), absmax=scales, shape=[len(rows), k])
+    arguments = weight.op_args()._replace(
+        packed=packed.reshape(-1), absmax=scales, shape=[len(rows), k]
+    )
     return weight.with_arguments(arguments._replace(nested_absmax=None, nested_offset=None))
 
 

@@ -68,7 +68,13 @@ class CalibrationTokens:
     def describe(self) -> dict[str, Any]:
         """JSON values, to be kept beside the weights."""
         rows, length = self.ids.shape
-        return {"sha256": self.sha256, "rows": rows, "length": length, "tokens": rows * length, "seed": self.seed}
+        return {
+            "sha256": self.sha256,
+            "rows": rows,
+            "length": length,
+            "tokens": rows * length,
+            "seed": self.seed,
+        }
 
     @property
     def sha256(self) -> str:
@@ -87,7 +93,11 @@ def as_calibration(source: Any) -> CalibrationData:
 
 
 def take_tokens(
-    data: CalibrationData, method: str, load_tokenizer: Callable[[], Any], vocab_size: int, positions: int | None
+    data: CalibrationData,
+    method: str,
+    load_tokenizer: Callable[[], Any],
+    vocab_size: int,
+    positions: int | None,
 ) -> CalibrationTokens:
     """Draw the sequences for ``method``; UserError for too little text, ValueError for a wrong argument.
 
@@ -110,11 +120,15 @@ def take_tokens(
         ids, seed = _read_kept(path)
     else:
         documents = _documents(data, path, load_tokenizer)
-        ids = _end_to_end(documents, data.rows or ROWS[method], length, str(path or "calibration"), method)
+        ids = _end_to_end(
+            documents, data.rows or ROWS[method], length, str(path or "calibration"), method
+        )
         is_drawn = True
     if not is_drawn:
         if data.rows is not None or data.length is not None:
-            raise ValueError("calibration: sequences [rows, length] are used as they are: leave rows and length out.")
+            raise ValueError(
+                "calibration: sequences [rows, length] are used as they are: leave rows and length out."
+            )
         ids = ids.to("cpu", torch.int64).contiguous()
         length = ids.shape[1]
     if positions is not None and length > positions:
@@ -141,15 +155,22 @@ def _is_sequences(ids: Tensor) -> bool:
 
 def _read_kept(path: Path) -> tuple[Tensor, int]:
     """The sequences in a file that ``keep`` wrote, and their seed."""
-    with reading(path, "expected calibration data that a training run kept"), safe_open(regular(path), "pt") as file:
+    with (
+        reading(path, "expected calibration data that a training run kept"),
+        safe_open(regular(path), "pt") as file,
+    ):
         ids = file.get_tensor(TENSOR)
         seed = int((file.metadata() or {}).get("seed", 0))
     if not _is_sequences(ids):
-        raise UserError(f"{path}: {TENSOR} is {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length].")
+        raise UserError(
+            f"{path}: {TENSOR} is {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length]."
+        )
     return ids, seed
 
 
-def _documents(data: CalibrationData, path: Path | None, load_tokenizer: Callable[[], Any]) -> Iterator[list[int]]:
+def _documents(
+    data: CalibrationData, path: Path | None, load_tokenizer: Callable[[], Any]
+) -> Iterator[list[int]]:
     """The token numbers of each document of the file or list, in an order that the seed fixes."""
     documents: list[Any] = list(data.source if path is None else read_rows(path, limit=MOST_ROWS))  # type: ignore[arg-type]
     order = permutation(len(documents), data.seed)
@@ -174,7 +195,9 @@ def _documents(data: CalibrationData, path: Path | None, load_tokenizer: Callabl
             yield encoder.encode(Row(f"calibration text {index}", 1, text=document)).input_ids
 
 
-def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: str, method: str) -> Tensor:
+def _end_to_end(
+    documents: Iterator[list[int]], rows: int, length: int, name: str, method: str
+) -> Tensor:
     """Sequences of the documents' tokens, int64 [at most rows, length]."""
     wanted = rows * length
     taken = list[int]()

@@ -99,7 +99,9 @@ class LayerCalls:
 
 
 @contextmanager
-def _stubs(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: list[Tensor]) -> Iterator[None]:
+def _stubs(
+    model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: list[Tensor]
+) -> Iterator[None]:
     def stub(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             name = "" if args else next(iter(kwargs))
@@ -130,7 +132,9 @@ def _stubs(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: l
 
 def _is_plain(value: Any) -> bool:
     """Whether the value can be passed again: tensors and constants, but no cache that layers write to."""
-    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
+    return (
+        all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -238,7 +242,9 @@ class FinishedLayers:
             earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if earlier != run:
             if earlier:
-                self.changed = sorted(name for name in {*run, *earlier} if run.get(name) != earlier.get(name))
+                self.changed = sorted(
+                    name for name in {*run, *earlier} if run.get(name) != earlier.get(name)
+                )
             shutil.rmtree(folder, ignore_errors=True)
             with as_write_error(folder / "run.json"):
                 write_whole(folder / "run.json", json.dumps(run, indent=2))
@@ -248,7 +254,8 @@ class FinishedLayers:
         if not hidden_file(folder, self.count).is_file():
             self.count = 0
         for path in folder.glob("hidden-*"):
-            if path != hidden_file(folder, self.count):  # a killed run leaves the next layer's, half written
+            # A killed run leaves the file of the next layer half written.
+            if path != hidden_file(folder, self.count):
                 path.unlink()
 
     def load(self, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, str]]:
@@ -264,7 +271,9 @@ class FinishedLayers:
         for name, weight in weights.items():
             tensors |= {key: tensor.cpu().contiguous() for key, tensor in to_bnb(weight, name).items()}
         with as_write_error(self._file(index)), atomic_file(self._file(index)) as path:
-            save_file(tensors, path, {"layer": json.dumps({"names": list(weights), "fell_back": fell_back})})
+            save_file(
+                tensors, path, {"layer": json.dumps({"names": list(weights), "fell_back": fell_back})}
+            )
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -32,7 +32,8 @@ FIRST_RAISE = 1e-4
 ROWS = 64  # of a hessian, copied at a time
 
 _one_at_a_time = Lock()
-_last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
+# What this thread factorized last, while that hessian lives: q, k and v share their inputs.
+_last = local()
 
 Factor = tuple[Tensor, Tensor, float]
 Form = tuple[str, int, bool]  # quant_type, block_size, double_quant
@@ -120,7 +121,8 @@ def quantize_calibrated(
 
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
-    metric = measure if hessian is None else torch.diagonal(hessian)  # in which the method is to be better than rtn
+    # This is the metric in which the method is to be better than rtn.
+    metric = measure if hessian is None else torch.diagonal(hessian)
     assert metric is not None  # as _check made sure
     if not bool((metric > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
@@ -129,16 +131,22 @@ def quantize_calibrated(
     if method == "gptq" and hessian is not None:
         found = feedback_factor(hessian, damping)
         if found is None:
-            return fall_back(f"the hessian is not positive definite, not even with {LAST_DAMPING:g} of its mean added")
+            return fall_back(
+                f"the hessian is not positive definite, not even with {LAST_DAMPING:g} of its mean added"
+            )
         factor, order, used = found
         number = quant_type_number(quant_type)
-        packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
+        packed = torch.ops.qlora_native.gptq_4bit(
+            weight, factor, order, result.scales(), number, block_size
+        )
         result = _replaced(result, packed, result.absmax)
         metric = hessian
     error = weighted_error(weight, result, metric)
     of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error <= of_rtn:  # NaN too, where the errors overflow
-        return fall_back(f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used)
+        return fall_back(
+            f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used
+        )
     error = error if metric is measure else weighted_error(weight, result, measure)
     return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
@@ -157,12 +165,16 @@ def weighted_error(weight: Tensor, result: QuantizedWeight, measure: Tensor | No
         for begin in range(0, count, rows):
             part = result.slice(begin, min(begin + rows, count))
             error = weight[begin : begin + rows].float() - part.dequantize(torch.float32)
-            weighted = error if metric is None else error * metric if metric.dim() == 1 else error @ metric
+            weighted = (
+                error if metric is None else error * metric if metric.dim() == 1 else error @ metric
+            )
             total += (error * weighted).sum(dtype=torch.float64)
     return float(total)
 
 
-def _check(weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor | None, damping: float) -> None:
+def _check(
+    weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor | None, damping: float
+) -> None:
     def error(problem: str) -> ValueError:
         return ValueError(f"quantize_calibrated: {problem}.")
 
@@ -182,9 +194,13 @@ def _check(weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor |
             continue
         if list(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise error(f"{name} is {found}: expected float32 {shape} for a weight {list(weight.shape)}")
+            raise error(
+                f"{name} is {found}: expected float32 {shape} for a weight {list(weight.shape)}"
+            )
         if tensor.device != weight.device:
-            raise error(f"{name} is on {tensor.device}, the weight on {weight.device}: move one of them")
+            raise error(
+                f"{name} is on {tensor.device}, the weight on {weight.device}: move one of them"
+            )
         finite = torch.isfinite(tensor)
         if not bool(finite.all()):
             place = (~finite).nonzero()[0].tolist()
@@ -195,7 +211,9 @@ def _check(weight: Tensor, method: str, moment: Tensor | None, hessian: Tensor |
         diagonal = tensor if tensor.dim() == 1 else torch.diagonal(tensor)
         if bool((diagonal < 0).any()):
             at = int((diagonal < 0).nonzero()[0])
-            raise error(f"the second moment of channel {at} is {float(diagonal[at])}: expected 0 or more")
+            raise error(
+                f"the second moment of channel {at} is {float(diagonal[at])}: expected 0 or more"
+            )
         if tensor.dim() == 2 and k:
             apart = float((tensor - tensor.t()).abs().max())
             largest = float(diagonal.max())
@@ -212,7 +230,9 @@ def _near_one(moment: Tensor) -> Tensor:
     return torch.ldexp(moment.double(), -exponent).float().contiguous()
 
 
-def _search(weight: Tensor, moment: Tensor, form: Form, table: Tensor, *scales: Tensor | int) -> tuple[Tensor, Tensor]:
+def _search(
+    weight: Tensor, moment: Tensor, form: Form, table: Tensor, *scales: Tensor | int
+) -> tuple[Tensor, Tensor]:
     settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form[0]), form[1]
     found: tuple[Tensor, Tensor] = torch.ops.qlora_native.search_scales_4bit(
         weight, moment, table.to(weight.device), *scales, *settings
@@ -223,7 +243,8 @@ def _search(weight: Tensor, moment: Tensor, form: Form, table: Tensor, *scales: 
 def _searched(weight: Tensor, moment: Tensor, form: Form) -> QuantizedWeight:
     """The scales of the least weighted error among those that the format can store."""
     quant_type, block_size, double_quant = form
-    shares = COARSE_SHARES if double_quant else SHARES  # of a block's largest magnitude, in NF4 of either sign
+    # The code of a block's largest magnitude, in NF4 of either sign.
+    shares = COARSE_SHARES if double_quant else SHARES
     plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
     table = torch.tensor([*shares, *(-share for share in shares)] if quant_type == "nf4" else shares)
     whole = torch.full_like(plain.absmax, shares.index(1.0), dtype=torch.uint8)
@@ -292,7 +313,9 @@ def _factorized(hessian: Tensor, damping: float) -> Factor | None:
     with on_one_thread():  # and one matrix at a time: it is the largest tensor of a calibration
         columns = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
         while damping <= LAST_DAMPING:
-            _fill(columns, hessian, order.flip(0), mean, damping)  # LAPACK's factor is lower triangular
+            _fill(
+                columns, hessian, order.flip(0), mean, damping
+            )  # LAPACK's factor is lower triangular
             transposed = columns.t()  # LAPACK's own layout, so that nothing is copied
             failed = torch.empty((), dtype=torch.int32, device=hessian.device)
             torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, failed))
@@ -317,12 +340,14 @@ def _over_diagonal(lower: Tensor) -> Tensor:
     factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)
     flat = lower.view(-1)
     count = len(flat)
-    for begin in range(0, count // 2, ROWS * size):  # both axes reversed: elements from the two ends change places
+    # Both axes reversed: elements from the two ends change places.
+    for begin in range(0, count // 2, ROWS * size):
         end = min(begin + ROWS * size, count // 2)
         first = flat[begin:end].flip(0)
         flat[begin:end] = flat[count - end : count - begin].flip(0)
         flat[count - end : count - begin] = first
     diagonal = torch.diagonal(lower).clone()
-    for begin in range(0, size, ROWS):  # a row of the factor never lies behind the row that it is made of
+    # A row of the factor never lies behind the row that it is made of.
+    for begin in range(0, size, ROWS):
         factor[begin : begin + ROWS] = lower[begin : begin + ROWS] / diagonal
     return factor

@@ -61,7 +61,9 @@ class Statistic:
                 squares[0] *= FIRST_TOKEN
             self.squares += squares.sum(0, dtype=torch.float64)
 
-    def add_tile(self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]) -> None:
+    def add_tile(
+        self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]
+    ) -> None:
         """Add one tile of x^T x, for one x [tokens, K] fp32 after another."""
         assert self.products is not None
         target = self.products[slice(*rows), slice(*columns)]
@@ -113,7 +115,9 @@ class Statistics:
                 exact = list(pool.map(Tensor.float, tensors))
                 spans = tiles(tensors[0].shape[1])
                 for index, rows in enumerate(spans):
-                    tasks += [partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]]
+                    tasks += [
+                        partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]
+                    ]
         list(pool.map(lambda task: task(), tasks))
 
     def _statistic(self, keys: list[Key], x: Tensor) -> Statistic:
@@ -146,9 +150,13 @@ class InputTaps:
             if leaf in STACKS:
                 experts.add((name.rpartition(".")[0], module))
             else:
-                handles.append(module.register_forward_pre_hook(partial(self._note_input, name), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(partial(self._note_input, name), with_kwargs=True)
+                )
         for path, module in experts:
-            product = partial(self._product, path, module, {name for name in names if name.startswith(f"{path}.")})
+            product = partial(
+                self._product, path, module, {name for name in names if name.startswith(f"{path}.")}
+            )
             module.forward = partial(by_expert, module, product=product)
         try:
             yield
@@ -168,10 +176,14 @@ class InputTaps:
         finally:
             self._thread.inputs = None
 
-    def _note_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def _note_input(
+        self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
         self._note((name, None), args[0] if args else next(iter(kwargs.values())))
 
-    def _product(self, path: str, module: nn.Module, names: set[str], leaf: str, expert: int, x: Tensor) -> Tensor:
+    def _product(
+        self, path: str, module: nn.Module, names: set[str], leaf: str, expert: int, x: Tensor
+    ) -> Tensor:
         if f"{path}.{leaf}" in names:
             self._note((f"{path}.{leaf}", expert), x)
         return dense_linear(x, getattr(module, leaf)[expert])

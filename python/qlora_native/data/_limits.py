@@ -56,10 +56,14 @@ def bounded_memory() -> Iterator[None]:
         return
     import resource
 
-    in_use = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    in_use = (
+        int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = in_use + MOST_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
+    )
     try:
         yield
     finally:
@@ -90,7 +94,9 @@ def bound_operators() -> None:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if isinstance(left, int) and isinstance(right, int):
                 bits = left.bit_length()
-                _check((bits * abs(right) if operator == "**" else bits + right.bit_length()) <= MOST_BITS)
+                _check(
+                    (bits * abs(right) if operator == "**" else bits + right.bit_length()) <= MOST_BITS
+                )
             for items, count in ((left, right), (right, left)):
                 if hasattr(items, "__len__") and isinstance(count, int):
                     _check(len(items) * count <= MOST_ITEMS)

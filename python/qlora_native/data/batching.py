@@ -56,7 +56,8 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-Mix = tuple[np.ndarray, Sequence[float]]  # the number of each row's file, int [rows], and each file's weight
+# The number of each row's file, int [rows], and each file's weight.
+Mix = tuple[np.ndarray, Sequence[float]]
 
 
 def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
@@ -69,7 +70,9 @@ def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
         rows = np.flatnonzero(file == number)
         begin = epoch * count  # of all that this file gives over the epochs
         passes = range(begin // len(rows), (begin + count) // len(rows) + 1)
-        taken = np.concatenate([rows[permutation(len(rows), seed, each, number, 3)] for each in passes])
+        taken = np.concatenate(
+            [rows[permutation(len(rows), seed, each, number, 3)] for each in passes]
+        )
         parts.append(taken[begin % len(rows) :][:count])
     return np.concatenate(parts)
 
@@ -117,7 +120,11 @@ class Sampler(Iterator[Items]):
         return len(items) * max(int(self._lengths[item].sum()) for item in items)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        rows = np.arange(self._lengths.size) if self.mix is None else mixed_rows(self.mix, self.seed, epoch)
+        rows = (
+            np.arange(self._lengths.size)
+            if self.mix is None
+            else mixed_rows(self.mix, self.seed, epoch)
+        )
         return rows[permutation(len(rows), self.seed, epoch, 0)]
 
     def count(self, epoch: int) -> int:
@@ -179,7 +186,8 @@ class Sampler(Iterator[Items]):
 class BatchSampler(Sampler):
     """Batches of rows of like length, each a list of row indices."""
 
-    settings = MappingProxyType({"window_batches": WINDOW_BATCHES, "drop_last": 0})  # as earlier versions had them
+    # The settings are those that earlier versions had.
+    settings = MappingProxyType({"window_batches": WINDOW_BATCHES, "drop_last": 0})
 
     def count(self, epoch: int) -> int:
         """Batches in one epoch: the same in all."""
@@ -188,7 +196,9 @@ class BatchSampler(Sampler):
     def _make(self, epoch: int) -> list[Items]:
         rows = self._shuffled(epoch)
         window = self.batch_size * min(WINDOW_BATCHES, max(1, self.count(epoch) // 4))
-        parts = (_longest_first(self._lengths, rows[at : at + window]) for at in range(0, len(rows), window))
+        parts = (
+            _longest_first(self._lengths, rows[at : at + window]) for at in range(0, len(rows), window)
+        )
         return [batch for part in parts for batch in _parts(part.tolist(), self.batch_size)]
 
 
@@ -290,8 +300,14 @@ def _lay_out(sequences: Sequence[Sequence[TokenizedRow]], pad_id: int) -> Batch:
     width = -(-max(lengths) // MULTIPLE) * MULTIPLE
     laid: list[TokenizedRow] = []
     for rows, length in zip(sequences, lengths, strict=True):
-        padding = {"input_ids": np.full(width - length, pad_id), "labels": np.full(width - length, IGNORE_INDEX)}
+        padding = {
+            "input_ids": np.full(width - length, pad_id),
+            "labels": np.full(width - length, IGNORE_INDEX),
+        }
         laid += [*rows, padding]
     parts: dict[str, list[Any]] = {key: [row[key] for row in laid] for key in ("input_ids", "labels")}
     parts["position_ids"] = [np.arange(len(ids)) for ids in parts["input_ids"]]
-    return {key: torch.from_numpy(np.concatenate(part, dtype=np.int64)).view(-1, width) for key, part in parts.items()}
+    return {
+        key: torch.from_numpy(np.concatenate(part, dtype=np.int64)).view(-1, width)
+        for key, part in parts.items()
+    }

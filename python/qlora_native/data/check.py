@@ -48,7 +48,8 @@ def iter_findings(
     untrained = stats.dropped - stats.dropped_too_long
     if untrained > SHARE * (stats.rows + untrained):
         yield Finding(
-            "masked-labels", f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows"
+            "masked-labels",
+            f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows",
         )
     lost = stats.truncated + stats.dropped_too_long
     if lost > SHARE * (stats.rows + stats.dropped):

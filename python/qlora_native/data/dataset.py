@@ -42,7 +42,9 @@ class DatasetStats:
     truncated: int  # rows kept that lost tokens at their right end
     tokens: int  # of the rows kept
     trained_tokens: int
-    folded_system: int  # rows whose system message went into the first user message, as the template takes none
+    folded_system: (
+        int  # rows whose system message went into the first user message, as the template takes none
+    )
 
     @property
     def share_trained(self) -> float:
@@ -56,7 +58,9 @@ class DatasetStats:
     def describe(self) -> str:
         """One line to print: the format, how it was found, and the counts."""
         inferred = " (inferred from the first rows)" if self.inferred else ""
-        template = ", default chat template (the tokenizer has none)" if self.template == "default" else ""
+        template = (
+            ", default chat template (the tokenizer has none)" if self.template == "default" else ""
+        )
         moved = f"; {self.folded_system:,} system messages put before the first user message"
         return (
             f"{self.path}: format {self.format}{inferred}{template}; {self.rows:,} rows, {self.tokens:,} tokens, "
@@ -126,7 +130,9 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
 
 
 # What is kept of each row beside its tokens, in the order of the fields of a TokenizedDataset.
-_ROW = np.dtype([("length", "i8"), ("trained", "i4"), ("line", "i8"), ("file", "i2"), ("truncated", "?")])
+_ROW = np.dtype(
+    [("length", "i8"), ("trained", "i4"), ("line", "i8"), ("file", "i2"), ("truncated", "?")]
+)
 
 
 def load_split(
@@ -146,7 +152,8 @@ def load_split(
             return rows, load_dataset(held_out, tokenizer, **options)
     if fraction == 0:
         return rows, None
-    return rows.split(max(1, round(fraction * len(rows))), seed)  # a few rows still give a held-out loss
+    # A few rows still give a held-out loss.
+    return rows.split(max(1, round(fraction * len(rows))), seed)
 
 
 def load_dataset(
@@ -177,12 +184,15 @@ def load_dataset(
     where = " + ".join(map(str, paths))
     formats = dict[str, None]()
     folder = folder or Path(gettempdir())
-    writing = partial(as_write_error, folder, "; the tokens of the data do not fit into memory, so make room there")
+    writing = partial(
+        as_write_error, folder, "; the tokens of the data do not fit into memory, so make room there"
+    )
     with_messages = False
     table = bytearray()
     with writing():
         folder.mkdir(parents=True, exist_ok=True)
-    with SpooledTemporaryFile(CHUNK_BYTES, dir=str(folder)) as file:  # on disk it has no name, and vanishes in any case
+    # On disk the file has no name, and vanishes in any case.
+    with SpooledTemporaryFile(CHUNK_BYTES, dir=str(folder)) as file:
         for number, each in enumerate(paths):
             rows = read_rows(each, limit=limit, columns=columns)
             first = list(islice(rows, FIRST_ROWS))
@@ -227,7 +237,9 @@ def load_dataset(
             files={str(each): content_hash(each) for each in paths},
             format=" + ".join(formats),
             inferred=format is None,
-            template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",
+            template=("default" if encoder.uses_default_template else "tokenizer")
+            if with_messages
+            else "none",
             max_length=max_length,
             train_on=train_on,
             dropped=len(dropped),

@@ -41,7 +41,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 FORMATS = tuple(_REQUIRED)
 KEYS = (*(key for keys in _REQUIRED.values() for key in keys), "input", "system", "history", "tools")
 
-_SPELLINGS = [("role", "from"), ("content", "value")]  # of the keys of a message; "sharegpt" prefers the second ones
+# Of the keys of a message; "sharegpt" prefers the second ones.
+_SPELLINGS = [("role", "from"), ("content", "value")]
 _ROLES = {
     spelling: role
     for role, spellings in {
@@ -86,7 +87,9 @@ def infer_format(rows: Sequence[SourceRow], mapped: Iterable[str] = ()) -> str:
         advice = _renames([key for needed in meant.values() for key in needed], first.data) or (
             "rename the keys to those of one format, or map them: --columns prompt=KEY completion=KEY"
         )
-        raise first.error(f"the keys {_listed(sorted(first.data))} fit no known format ({formats}); {advice}.")
+        raise first.error(
+            f"the keys {_listed(sorted(first.data))} fit no known format ({formats}); {advice}."
+        )
     for row in others:
         _check_keys(row, f"format '{found}', which {first.where} has,", _REQUIRED[found], row.data)
     return found
@@ -101,7 +104,9 @@ def normalize(row: SourceRow, format: str) -> Row:
     data = row.data
     _check_keys(row, f"format '{format}'", keys, data)
     tools = _tools(row, data["tools"]) if data.get("tools") else ()
-    if format == "text" or (format == "prompt-completion" and all(isinstance(data[key], str) for key in keys)):
+    if format == "text" or (
+        format == "prompt-completion" and all(isinstance(data[key], str) for key in keys)
+    ):
         plain = {key: _text(row, key, data[key], may_be_empty=key == "prompt") for key in keys}
         if tools:
             raise row.error(
@@ -115,7 +120,10 @@ def normalize(row: SourceRow, format: str) -> Row:
         turns = [*((message, False) for message, _ in context), *answer]
     else:
         turns = _turns(row, keys[0])
-    if format in ("alpaca", "sharegpt") and (system := _text(row, "system", data.get("system", ""))).strip():
+    if (
+        format in ("alpaca", "sharegpt")
+        and (system := _text(row, "system", data.get("system", ""))).strip()
+    ):
         turns.insert(0, ({"role": "system", "content": system}, True))
     messages = tuple(message for message, _ in turns)
     untrained = frozenset(index for index, (_, is_trained) in enumerate(turns) if not is_trained)
@@ -124,15 +132,22 @@ def normalize(row: SourceRow, format: str) -> Row:
 
 def _alpaca(row: SourceRow) -> list[Turn]:
     texts: dict[str, Any] = {}  # questions and answers in turn, by their places
-    for index, pair in enumerate(_array(row, "history", row.data.get("history", []), "[question, answer] pairs")):
+    for index, pair in enumerate(
+        _array(row, "history", row.data.get("history", []), "[question, answer] pairs")
+    ):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise row.error(f"history[{index}] is {kind_of(pair)}, expected a [question, answer] pair.")
+            raise row.error(
+                f"history[{index}] is {kind_of(pair)}, expected a [question, answer] pair."
+            )
         texts |= {f"history[{index}][{side}]": text for side, text in enumerate(pair)}
     asked = [_text(row, key, row.data.get(key, "")) for key in ("instruction", "input")]
     question = "\n\n".join(text for text in asked if text.strip())
     texts |= {"instruction": _text(row, "instruction", question, False), "output": row.data["output"]}
     sides = zip(cycle(("user", "assistant")), texts.items(), strict=False)
-    return [({"role": role, "content": _text(row, at, text, role == "user")}, True) for role, (at, text) in sides]
+    return [
+        ({"role": role, "content": _text(row, at, text, role == "user")}, True)
+        for role, (at, text) in sides
+    ]
 
 
 def _turns(row: SourceRow, key: str) -> list[Turn]:
@@ -149,14 +164,18 @@ def _turns(row: SourceRow, key: str) -> list[Turn]:
         turn = {name: item for name, item in entry.items() if item is not None}
         named = next((name for name in ("function_call", "tool_calls") if turn.get(name)), None)
         calls = _tool_calls(row, f"{at}.{named}", turn[named]) if named else []
-        role_key, content_key = (next((name for name in names if name in turn), names[0]) for names in spellings)
+        role_key, content_key = (
+            next((name for name in names if name in turn), names[0]) for names in spellings
+        )
         _check_keys(row, at, (role_key,) if calls else (role_key, content_key), turn)
         role = _ROLES.get(str(turn[role_key]).strip().lower())
         if role is None:
             got = f"{at}.{role_key} is {turn[role_key]!r}"
             raise row.error(f"{got}, expected system, user, assistant or tool (human, gpt).")
         content_at = f"{at}.{content_key}"
-        content = _content(row, content_at, turn.get(content_key, ""), role != "assistant" or bool(calls))
+        content = _content(
+            row, content_at, turn.get(content_key, ""), role != "assistant" or bool(calls)
+        )
         if turn[role_key] == "function_call":
             calls = _tool_calls(row, content_at, content)
             content = ""
@@ -167,7 +186,12 @@ def _turns(row: SourceRow, key: str) -> list[Turn]:
         weight = turn.get("weight", 1)
         if weight not in (0, 1):
             raise row.error(f"{at}.weight is {weight!r}, expected 0 (context only) or 1 (trained).")
-        message = {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
+        message = {
+            "role": role,
+            "content": content,
+            **({"tool_calls": calls} if calls else {}),
+            **kept,
+        }
         turns.append((message, weight == 1))
     return turns
 
@@ -185,7 +209,13 @@ def _tool_calls(row: SourceRow, at: str, value: Any) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise row.error(f"{place}.arguments is {kind_of(arguments)}, expected an object.")
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append(
+            {
+                **identity,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
     return calls
 
 
@@ -194,7 +224,9 @@ def _tools(row: SourceRow, value: Any) -> tuple[dict[str, Any], ...]:
     given = _array(row, "tools", value, "functions")
     functions = [_function(row, f"tools[{index}]", tool) for index, tool in enumerate(given)]
     try:
-        return tuple({"type": "function", "function": _without_nulls(function)} for function in functions)
+        return tuple(
+            {"type": "function", "function": _without_nulls(function)} for function in functions
+        )
     except RecursionError:
         raise row.error("'tools' is nested too deep for a schema; remove the row.") from None
 
@@ -217,7 +249,9 @@ def _from_json(row: SourceRow, at: str, value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise row.error(f"'{at}' is not valid JSON ({error}); write the value itself or its JSON.") from None
+        raise row.error(
+            f"'{at}' is not valid JSON ({error}); write the value itself or its JSON."
+        ) from None
 
 
 def _array(row: SourceRow, at: str, value: Any, what: str) -> list[Any]:
@@ -232,7 +266,9 @@ def _content(row: SourceRow, at: str, value: Any, may_be_empty: bool) -> str:
     if isinstance(value, list):
         for index, part in enumerate(value):
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise row.error(f"{at}[{index}] is {part!r:.80}, expected text parts only; remove the row.")
+                raise row.error(
+                    f"{at}[{index}] is {part!r:.80}, expected text parts only; remove the row."
+                )
         value = "".join(part["text"] for part in value)
     return _text(row, at, value, may_be_empty)
 
@@ -244,9 +280,12 @@ def _text(row: SourceRow, at: str, value: Any, may_be_empty: bool = True) -> str
         raise row.error(f"'{at}' is empty, expected text; fill it or delete the row.")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may escape half of a pair alone; no tokenizer can encode it
+    # JSON may escape half of a pair alone; no tokenizer can encode it.
+    except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise row.error(f"'{at}' holds {half}, half of a surrogate pair; remove the character.") from None
+        raise row.error(
+            f"'{at}' holds {half}, half of a surrogate pair; remove the character."
+        ) from None
     return value
 
 
@@ -257,12 +296,18 @@ def _listed(keys: Iterable[str]) -> str:
 def _renames(needed: Sequence[str], keys: Iterable[str]) -> str:
     """Advice to rename the keys that resemble an absent one."""
     lowered = {key.lower().strip(): key for key in keys if key not in needed}
-    near = {name: get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys}
-    return " and ".join(f"rename '{lowered[match[0]]}' to '{name}'" for name, match in near.items() if match)
+    near = {
+        name: get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys
+    }
+    return " and ".join(
+        f"rename '{lowered[match[0]]}' to '{name}'" for name, match in near.items() if match
+    )
 
 
 def _check_keys(row: SourceRow, what: str, needed: Sequence[str], keys: Iterable[str]) -> None:
     """UserError if ``what`` lacks a key that it needs."""
     if absent := [name for name in needed if name not in keys]:
         advice = _renames(needed, keys)
-        raise row.error(f"{what} needs {_listed(absent)}, got {_listed(keys)}{advice and f'; {advice}'}.")
+        raise row.error(
+            f"{what} needs {_listed(absent)}, got {_listed(keys)}{advice and f'; {advice}'}."
+        )

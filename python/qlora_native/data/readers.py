@@ -24,7 +24,8 @@ from qlora_native.errors import UserError
 FIRST_ROWS = 20  # of a file, by which its format and its columns are found
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # OWNER/NAME, of data [/CONFIG][:SPLIT]
+# OWNER/NAME, of data [/CONFIG][:SPLIT].
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
 _FILE = re.compile(r".*\.(gguf|jsonl?|ndjson|parquet|[ct]sv|txt|md)", re.IGNORECASE)
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -63,8 +64,12 @@ def read_rows(
             raise UserError(f"{file}: no such data file; {advice}")
         suffix = regular(file).suffix.lower()
         if suffix not in DATA_SUFFIXES:
-            raise UserError(f"{file}: got a '{suffix}' file, expected {', '.join(DATA_SUFFIXES)}; convert it to JSONL.")
-        rows = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}.get(suffix, _read_text)(file)
+            raise UserError(
+                f"{file}: got a '{suffix}' file, expected {', '.join(DATA_SUFFIXES)}; convert it to JSONL."
+            )
+        rows = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}.get(
+            suffix, _read_text
+        )(file)
     return _renamed(islice(rows, limit), columns or {}, file)
 
 
@@ -73,12 +78,16 @@ def _renamed(rows: Iterator[SourceRow], columns: Mapping[str, str], file: Path) 
     row, or the first ones have no such column."""
     first = list(islice(rows, FIRST_ROWS if columns else 1))
     if not first:
-        raise UserError(f"{file}: the file has no rows, expected at least one JSON object; write one object per line.")
+        raise UserError(
+            f"{file}: the file has no rows, expected at least one JSON object; write one object per line."
+        )
     found = {name for row in first for name in row.data}
     for key, column in columns.items():
         if not found & {key, column}:  # another of several files may have the key itself
             listed = ", ".join(f"'{name}'" for name in sorted(found))
-            raise UserError(f"{file}: data.columns.{key} is '{column}', and the file has {listed}; name one of these.")
+            raise UserError(
+                f"{file}: data.columns.{key} is '{column}', and the file has {listed}; name one of these."
+            )
     for row in chain(first, rows):
         pairs = [pair for pair in row.data.items() if pair[0] not in columns.values()]
         pairs += [(key, row.data.get(column)) for key, column in columns.items()]
@@ -180,14 +189,23 @@ def _skip_space(text: str, at: int) -> int:
 def _read_table(file: Path) -> Iterator[SourceRow]:
     """CSV, whose first row names the columns; an empty cell is an absent key."""
     csv.field_size_limit(1 << 24)  # characters; it is 131,072 otherwise
-    with reading(file, "save it as CSV in UTF-8"), file.open(encoding="utf-8-sig", newline="") as stream:
+    with (
+        reading(file, "save it as CSV in UTF-8"),
+        file.open(encoding="utf-8-sig", newline="") as stream,
+    ):
         delimiter = "," if file.suffix.lower() == ".csv" else "\t"
         table = csv.DictReader(stream, delimiter=delimiter, restkey="", restval="", strict=True)
         for cells in table:
-            line = table.line_num - sum(cell.count("\n") for cell in cells.values() if isinstance(cell, str))
-            row = SourceRow(f"{file}:{line}", line, {name: cell for name, cell in cells.items() if cell})
+            line = table.line_num - sum(
+                cell.count("\n") for cell in cells.values() if isinstance(cell, str)
+            )
+            row = SourceRow(
+                f"{file}:{line}", line, {name: cell for name, cell in cells.items() if cell}
+            )
             if "" in row.data:
-                raise row.error("the row has a cell more than the first one has names; quote cells with delimiters.")
+                raise row.error(
+                    "the row has a cell more than the first one has names; quote cells with delimiters."
+                )
             if row.data:
                 yield row
 
@@ -202,7 +220,9 @@ def _read_parquet(file: Path) -> Iterator[SourceRow]:
             "type pip install pyarrow, or convert the file to JSONL."
         ) from None
     with reading(file, "write the Parquet file again"), parquet.ParquetFile(file) as table:
-        values = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
+        values = chain.from_iterable(
+            batch.to_pylist() for batch in table.iter_batches(batch_size=1024)
+        )
         for line, value in enumerate(values, 1):
             yield _checked(file, line, value)
 
@@ -213,10 +233,16 @@ def _read_parquet(file: Path) -> Iterator[SourceRow]:
 def hub_id(path: str | os.PathLike[str]) -> re.Match[str] | None:
     """The parts of an id; None for what is here or would be, by its first folder or its suffix."""
     text = os.fspath(path)
-    return None if os.path.exists(text.partition("/")[0]) or _FILE.fullmatch(text) else _ID.fullmatch(text)
+    return (
+        None
+        if os.path.exists(text.partition("/")[0]) or _FILE.fullmatch(text)
+        else _ID.fullmatch(text)
+    )
 
 
-def fetch_model(name: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")) -> Path:
+def fetch_model(
+    name: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+) -> Path:
     """The folder in the hub's cache with the files of a model, which are downloaded if they are not there."""
     options = {"allow_patterns": list(files), "ignore_patterns": ["original/*", "consolidated*"]}
     return Path(_call("huggingface_hub", "snapshot_download", name, f"hf download {name}", **options))

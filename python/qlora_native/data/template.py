@@ -77,10 +77,16 @@ class ChatEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, train_on: TrainOn = "answers"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        train_on: TrainOn = "answers",
     ) -> None:
         if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length is {max_length}, expected at least 2: one token to read and one to predict")
+            raise ValueError(
+                f"max_length is {max_length}, expected at least 2: one token to read and one to predict"
+            )
         self.tokenizer: Any = tokenizer
         self.max_length = max_length
         self.train_on = train_on
@@ -100,7 +106,9 @@ class ChatEncoder:
         """Token ids and labels; UserError if the template refuses the row, or an answer is not found in its text."""
         self._tools = list(row.tools) or None
         with bounded_time(row.where):
-            ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
+            ids, trained = (
+                self._plain(row) if row.messages is None else self._messages(row, row.messages)
+            )
         if self.train_on == "all":
             trained = [True] * len(ids)
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, trained, strict=True)]
@@ -182,7 +190,9 @@ class ChatEncoder:
             end = -1
             if after is not None and text.endswith(after):
                 end = len(text) - len(after)
-            elif (through := self._try_render(messages[: index + 1])) is not None and text.startswith(through):
+            elif (through := self._try_render(messages[: index + 1])) is not None and text.startswith(
+                through
+            ):
                 end = len(through.rstrip())
             if not heads or end < len(heads[0]):
                 raise UserError(
@@ -220,7 +230,8 @@ class ChatEncoder:
             if stop < len(ids) and ids[stop] in self._control_ids:
                 trained[end : stop + 1] = [True] * (stop + 1 - end)
             elif stop == len(ids) and ends_in_answer and self.tokenizer.eos_token_id is not None:
-                return self._with_eos(ids[:end], trained[:end])  # without the white space, which would follow the end
+                # White space would follow the end: it is left out.
+                return self._with_eos(ids[:end], trained[:end])
         return ids, trained
 
     def ends_turn(self, ids: list[int]) -> bool:
@@ -230,7 +241,9 @@ class ChatEncoder:
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
-            self._blank[token] = token not in self._control_ids and not self.tokenizer.decode([token]).strip()
+            self._blank[token] = (
+                token not in self._control_ids and not self.tokenizer.decode([token]).strip()
+            )
         return self._blank[token]
 
     # ---- rendering
@@ -242,10 +255,16 @@ class ChatEncoder:
         try:
             return messages, self._render(messages, add_generation_prompt=add_generation_prompt), 0
         except ImportError as error:
-            raise UserError(f"chat templates need jinja2: {error}; type pip install jinja2.") from error
+            raise UserError(
+                f"chat templates need jinja2: {error}; type pip install jinja2."
+            ) from error
         except Exception as error:  # a template is a program and may raise anything
             folded = _fold_system(messages)
-            text = self._try_render(folded, add_generation_prompt=add_generation_prompt) if folded else None
+            text = (
+                self._try_render(folded, add_generation_prompt=add_generation_prompt)
+                if folded
+                else None
+            )
             if text is not None:
                 self.folded_system += 1
                 return folded, text, 1
@@ -275,7 +294,9 @@ class ChatEncoder:
 
     def _tokenize(self, text: str) -> tuple[list[int], Spans | None]:
         # verbose=False: transformers would warn of rows longer than the model's context, which are truncated here.
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
+        out = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False
+        )
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
 
     def _mask(self, text: str, spans: Spans) -> Masked:
@@ -319,7 +340,8 @@ class ChatEncoder:
     def _leading_ids(self) -> list[int]:
         """The ids (a beginning-of-sequence token, or none) that this tokenizer puts before a plain text."""
         bare, full = (
-            list(self.tokenizer("a", add_special_tokens=all_of_it)["input_ids"]) for all_of_it in (False, True)
+            list(self.tokenizer("a", add_special_tokens=all_of_it)["input_ids"])
+            for all_of_it in (False, True)
         )
         return full[: full.index(bare[0])] if bare and bare[0] in full else []
 
@@ -336,7 +358,11 @@ class ChatEncoder:
             content = str(added)
             if getattr(added, "special", False) or (content.strip() and content in self.chat_template):
                 found.add(token)
-        found -= {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.unk_token_id}
+        found -= {
+            self.tokenizer.bos_token_id,
+            self.tokenizer.pad_token_id,
+            self.tokenizer.unk_token_id,
+        }
         return frozenset(token for token in found | {self.tokenizer.eos_token_id} if token is not None)
 
 
@@ -352,7 +378,14 @@ def check_vocabulary(highest: int, tokenizer: Any, model: Any, where: str) -> No
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's own, else its end-of-sequence id, else 0 (padding is masked either way)."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)), 0)
+    return next(
+        (
+            token
+            for token in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+            if isinstance(token, int)
+        ),
+        0,
+    )
 
 
 def trained_runs(trained: Iterable[bool]) -> Spans:

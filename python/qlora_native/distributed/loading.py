@@ -67,10 +67,14 @@ def load_model(
         ValueError: likewise.
     """
     if lora is not None and lora.seed is None:
-        raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")
+        raise ValueError(
+            "load_model: lora has no seed: give it one, so that every rank starts the same adapter."
+        )
     if sharded and lora is not None and (lora.modules_to_save or lora.trainable_tokens):
         trained = "modules_to_save" if lora.modules_to_save else "trainable_tokens"
-        raise ValueError(f"load_model: lora has {trained}, which are not sharded: expected sharded=False, or none.")
+        raise ValueError(
+            f"load_model: lora has {trained}, which are not sharded: expected sharded=False, or none."
+        )
     reading, fused = Reading(), options.pop("fuse", True)
     if sharded and (source := open_source(path)).keeps(options.get("quant_type", AUTO)):
         raise UserError(
@@ -90,7 +94,9 @@ def load_model(
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
         parts: list[Any] = [*block.modules(), *block.parameters()]
         for part in parts:
-            part._is_hf_initialized = True  # keeps transformers' initialization off what replaced the tensors
+            part._is_hf_initialized = (
+                True  # keeps transformers' initialization off what replaced the tensors
+            )
         trim_heap()
 
     def read(source: Source, meta: MetaModel, items: Iterable[Item]) -> None:
@@ -108,7 +114,9 @@ def _adapt(model: nn.Module, prefix: str, config: LoraConfig) -> None:
     for path in select_targets(model, config):
         if path.startswith(f"{prefix}."):
             layer: Any = model.get_submodule(path)
-            adapted = LoRALinear(layer, config.rank_of(path), config.scale_of(path), config.dropout, torch.Generator())
+            adapted = LoRALinear(
+                layer, config.rank_of(path), config.scale_of(path), config.dropout, torch.Generator()
+            )
             model.set_submodule(path, adapted)
 
 
@@ -117,7 +125,9 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
     present = {path for path, _ in lora_layers(model)}
     targets = select_targets(model, config)
     generator = torch.Generator().manual_seed(config.seed or 0)  # load_model requires a seed
-    others = {path: (config.rank_of(path), config.scale_of(path)) for path in targets if path not in present}
+    others = {
+        path: (config.rank_of(path), config.scale_of(path)) for path in targets if path not in present
+    }
     insert(model, others, config, torch.Generator(), beside=True)
     layers = dict(lora_layers(model))
     for path in targets:
@@ -130,7 +140,11 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _read_together(
-    source: Source, meta: MetaModel, items: Iterable[Item], reading: Reading, finished: Callable[[nn.Module, str], None]
+    source: Source,
+    meta: MetaModel,
+    items: Iterable[Item],
+    reading: Reading,
+    finished: Callable[[nn.Module, str], None],
 ) -> None:
     rank = dist.get_rank()
     places = {module: path for path, module in meta.model.named_modules()}
@@ -146,7 +160,8 @@ def _read_together(
                 finished(meta.model, path)
 
     groups: Iterable[tuple[Iterable[Item], int]] = [(items, source.path.stat().st_size)]
-    if isinstance(source, SafetensorsSource):  # of a GGUF file only the rank that reads it looks into it
+    # Only the rank that reads a GGUF file looks into it.
+    if isinstance(source, SafetensorsSource):
         groups = [([item], item.entry.num_bytes) for item in items]
     loads = [0] * dist.get_world_size()
     for group, num_bytes in groups:
@@ -169,7 +184,9 @@ def _send_tensors(meta: MetaModel, items: Iterable[Item], stored: Callable[[str]
             file = item.entry.file
             for name, value in meta.values(item):
                 sent = _of_each(value, Tensor.contiguous)
-                dist.broadcast_object_list([(name, file, _of_each(sent, lambda tensor: tensor.to("meta")))], src=rank)
+                dist.broadcast_object_list(
+                    [(name, file, _of_each(sent, lambda tensor: tensor.to("meta")))], src=rank
+                )
                 _of_each(sent, partial(_broadcast, src=rank))
                 meta.store(name, value, file)
                 stored(name)

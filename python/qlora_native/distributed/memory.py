@@ -32,7 +32,9 @@ class RankMemory:
     world: int
     sharded: bool  # whether the model is sharded over the ranks (fsdp); else each has all of it (ddp)
     frozen: int  # held, of frozen weights, unsharded buffers included
-    trained: int  # held, of trained parameters; gradients take as much, and optimizer states in proportion
+    trained: (
+        int  # held, of trained parameters; gradients take as much, and optimizer states in proportion
+    )
     # Gathered at most while blocks run: one block, the prefetched one, the message that brings one, and what belongs
     # to no block; and while the input or the output embedding and its message are held.
     gathered_blocks: int
@@ -49,7 +51,9 @@ def rank_memory(
 
     ``micro_batches`` are those of one rank in a step, ``reshard`` is as :func:`shard`'s, which prefetches one block.
     """
-    scales = sum(weight.absmax.nbytes for part in model.modules() for weight in _weights(part).values())
+    scales = sum(
+        weight.absmax.nbytes for part in model.modules() for weight in _weights(part).values()
+    )
     buffers = sum(buffer.nbytes for buffer in model.buffers()) - scales
     others = world - 1
     if not sharded:

@@ -19,7 +19,9 @@ from qlora_native.data.batching import Items
 from qlora_native.distributed.one import OneProcess, RankLost, restarts
 from qlora_native.errors import UserError
 
-JOINING = 60  # seconds at least until a process that has not joined counts as lost: its imports take some
+JOINING = (
+    60  # seconds at least until a process that has not joined counts as lost: its imports take some
+)
 # Words of gloo's and NCCL's errors when another process does not take part in a collective.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|peer", re.IGNORECASE)
 
@@ -108,7 +110,8 @@ def join(mode: str, rank_timeout: float) -> Iterator[Ranks]:
         if isinstance(error, RankLost) or not (is_loss or isinstance(error, dist.DistError)):
             raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it kills what has not ended in 30 s
+            # torchrun's; it kills what has not ended in 30 s.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise RankLost(
             f"rank {ranks.rank} of {ranks.world} waited for another process that ended or hangs; the last checkpoint "
             "is intact, and --resume continues from it, on any number of processes"

@@ -52,7 +52,8 @@ def shard(
     lay_out(model)
     embedding, head = untied_embeddings(model)
     groups = [(block, reshard_after_forward) for block in blocks_of(model)]
-    for module, reshard in [*groups, (embedding, True), (head, False)]:  # the loss uses the head after its forward
+    # The loss uses the head after its forward.
+    for module, reshard in [*groups, (embedding, True), (head, False)]:
         if module is not None and not isinstance(module, FSDPModule):
             fully_shard(module, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)
@@ -99,7 +100,12 @@ def untied_embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | N
         if module is None or module is model:
             return None
         own, inside = {id(parameter) for parameter in module.parameters()}, set(module.modules())
-        elsewhere = {id(p) for part in model.modules() if part not in inside for p in part.parameters(recurse=False)}
+        elsewhere = {
+            id(p)
+            for part in model.modules()
+            if part not in inside
+            for p in part.parameters(recurse=False)
+        }
         return None if own & elsewhere else module
 
     return alone("get_input_embeddings"), alone("get_output_embeddings")
@@ -115,7 +121,9 @@ States = dict[int, dict[str, Any]]  # by the number of the parameter, as in an o
 def save_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Each rank writes its parts of the states; every rank calls it. OSError if one of them cannot write."""
     states: States = optimizer.state_dict()["state"]
-    named = {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+    named = {
+        f"{number}.{name}": value for number, state in states.items() for name, value in state.items()
+    }
     with _causes():
         dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
 
@@ -148,7 +156,9 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _METADATA.get(module, ()):
             return super().find_class(module, name)
-        raise ValueError(f".metadata names {module}.{name}, which is no part of a checkpoint's metadata")
+        raise ValueError(
+            f".metadata names {module}.{name}, which is no part of a checkpoint's metadata"
+        )
 
 
 class _Reader(dcp.FileSystemReader):
@@ -162,7 +172,9 @@ class _Reader(dcp.FileSystemReader):
                 raise ValueError(f".metadata has {key} as a {type(entry).__name__}, expected a tensor")
         for place in metadata.storage_data.values():
             if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f".metadata names the file {place.relative_path!r}, expected one beside it")
+                raise ValueError(
+                    f".metadata names the file {place.relative_path!r}, expected one beside it"
+                )
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -174,9 +186,14 @@ def load_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> State
     named: dict[str, Any] = {}
     for key in reader.read_metadata().state_dict_metadata:
         number, _, name = key.partition(".")
-        named[key] = torch.zeros(()) if name == "step" else torch.zeros_like(params[int(number)], dtype=torch.float32)
+        named[key] = (
+            torch.zeros(())
+            if name == "step"
+            else torch.zeros_like(params[int(number)], dtype=torch.float32)
+        )
     with warnings.catch_warnings(), _causes():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # on one process, as intended
+        # One process does so as intended.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
     states: States = {}
     for key, value in named.items():

@@ -10,7 +10,11 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import qlora_native as qn
@@ -82,16 +86,24 @@ class QLoRANativeConfig(QuantizationConfigMixin):
                 setattr(self, _THEIR_NAMES.get(name, name), value)
             elif name in _THEIR_OTHERS:
                 if value not in _THEIR_OTHERS[name]:
-                    raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
+                    raise ValueError(
+                        f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}."
+                    )
             elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
                 names = [*self.options(), "compute_dtype", "skip_modules"]
                 near = get_close_matches(name, [*names, *_THEIR_NAMES], n=2)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
+                hint = (
+                    f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
+                )
                 raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
 
     def options(self) -> dict[str, Any]:
         """The arguments of :func:`qlora_native.quantize`."""
-        return {"quant_type": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
+        return {
+            "quant_type": self.quant_type,
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+        }
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs

@@ -23,7 +23,9 @@ from qlora_native.nn.experts import Factors, QuantizedExperts, put_stack
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight, quantize
 
-_UNMERGED = "qlora_native.unmerged"  # where PEFT's cache of a layer holds the weight from before a merge
+_UNMERGED = (
+    "qlora_native.unmerged"  # where PEFT's cache of a layer holds the weight from before a merge
+)
 # What lora_A and lora_B may begin with where the base weight is neither read as floats nor changed.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -36,14 +38,18 @@ class QuantizedLoraLinear(Linear):
     decoded weight and the adapters anew; unmerging puts the earlier bytes back.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
+    ) -> None:
         config.fan_in_fan_out = False  # a 4-bit weight is [N, K] whatever the dense layer was
         super().__init__(base_layer, adapter_name, config, **options)
 
     def get_base_layer(self) -> nn.Module:
         return self.__dict__.get("_stand_in") or super().get_base_layer()
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any
+    ) -> None:
         init = config.init_lora_weights
         if init not in _PLAIN_INITS:
             raise ValueError(
@@ -132,7 +138,9 @@ class QuantizedParamWrapper(ParamWrapper):
                 yield
             return
         adapters = self._experts.adapters
-        adapters[self.parameter_name] = [self._factors(name) for name in active_adapters if name in self.lora_A]
+        adapters[self.parameter_name] = [
+            self._factors(name) for name in active_adapters if name in self.lora_A
+        ]
         try:
             yield
         finally:
@@ -147,7 +155,9 @@ class QuantizedParamWrapper(ParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the decoded stack, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
         before = self._experts.stack(self.parameter_name)
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
+        names = [
+            name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A
+        ]
         if before is None or not names:
             super().merge(safe_merge, adapter_names)
             return
@@ -155,7 +165,9 @@ class QuantizedParamWrapper(ParamWrapper):
         for name in names:
             dense += self.get_delta_weight(name)
         if safe_merge and not dense.isfinite().all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"
+            )
         self._caches.setdefault(_UNMERGED, before)
         put_stack(self._experts, self.parameter_name, _quantized_like(before, dense))
         self.merged_adapters.extend(names)
@@ -169,7 +181,9 @@ class QuantizedParamWrapper(ParamWrapper):
         self.merged_adapters.clear()
 
 
-QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT recognizes what may be wrapped for another stack
+QuantizedParamWrapper.__name__ = (
+    "ParamWrapper"  # by which PEFT recognizes what may be wrapped for another stack
+)
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
@@ -185,8 +199,27 @@ def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
 
 
 _LINEAR_NAMES = (
-    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "dense"),
-    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+    *(
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "out_proj",
+        "qkv_proj",
+        "query_key_value",
+        "c_attn",
+        "dense",
+    ),
+    *(
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "c_fc",
+        "c_proj",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    ),
     *("fc1", "fc2"),
 )
 
@@ -200,8 +233,15 @@ def peft_config(**options: Any) -> LoraConfig:
     """
     ours = LoraDefaults()
     # PEFT allows "all-linear" for all layers alone; names that a model does not have select nothing.
-    targets = ours.target_modules if options.get("layers_to_transform") is None else list(_LINEAR_NAMES)
-    defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    targets = (
+        ours.target_modules if options.get("layers_to_transform") is None else list(_LINEAR_NAMES)
+    )
+    defaults = {
+        "r": ours.r,
+        "lora_alpha": ours.alpha,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
     return LoraConfig(**{**defaults, **options})
 
 

@@ -19,7 +19,13 @@ from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
 from qlora_native.models.build import HeapTrimmer, put_dense, put_four_bit
 from qlora_native.models.load import make_report
-from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
+from qlora_native.nn.experts import (
+    STACKS,
+    QuantizedExperts,
+    quantized_stacks,
+    take_stack,
+    without_stacks,
+)
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import bnb_state_key, from_bnb, quantize
 from qlora_native.weights.config import METADATA
@@ -29,7 +35,15 @@ from qlora_native.weights.shapes import OUTPUT_EMBEDDING, four_bit_weights, kept
 from qlora_native.weights.stream import STATE_MARK
 
 # How the names of the parts of a 4-bit weight end.
-_PARTS = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4"]
+_PARTS = [
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    f"{STATE_MARK}nf4",
+    f"{STATE_MARK}fp4",
+]
 
 
 class QLoRANativeQuantizer(HfQuantizer):
@@ -62,7 +76,10 @@ class QLoRANativeQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes an element, for automatic device maps."""
-        return 0.5 + (1 if self.quantization_config.double_quant else 4) / self.quantization_config.block_size
+        return (
+            0.5
+            + (1 if self.quantization_config.double_quant else 4) / self.quantization_config.block_size
+        )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._weights
@@ -71,8 +88,13 @@ class QLoRANativeQuantizer(HfQuantizer):
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
-        stored = [name for file in files if file.suffix == ".safetensors" for name in read_header(file)]
-        config, scales = self.quantization_config, [name for name in stored if name.endswith(SCALE_SUFFIX)]
+        stored = [
+            name for file in files if file.suffix == ".safetensors" for name in read_header(file)
+        ]
+        config, scales = (
+            self.quantization_config,
+            [name for name in stored if name.endswith(SCALE_SUFFIX)],
+        )
         self.pre_quantized, self._scaled = any(STATE_MARK in name for name in stored), bool(scales)
         if not self.pre_quantized:
             setattr(config, METADATA, {"method": "rtn"})
@@ -100,7 +122,10 @@ class QLoRANativeQuantizer(HfQuantizer):
             endings, conversion = _PARTS, _Conversion(self, self._of_its_parts)
         elif not self._scaled:
             return []
-        return [WeightConverter([name + ending for ending in endings], name, [conversion]) for name in names]
+        return [
+            WeightConverter([name + ending for ending in endings], name, [conversion])
+            for name in names
+        ]
 
     def _quantized(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
         result = {}
@@ -112,9 +137,12 @@ class QLoRANativeQuantizer(HfQuantizer):
             dense = tensor.t().contiguous() if self._weights[key] else tensor
             try:
                 weight = quantize(dense, **options)
-            except ValueError as error:  # raised after loading, in a sentence: transformers would print a stack trace
+            # Raised after loading, in a sentence: transformers would print a stack trace.
+            except ValueError as error:
                 reason = first_sentence(error).removeprefix("quantize: ")
-                self._refused = self._refused or f"{self._folder}: weight {key} cannot be quantized: {reason}"
+                self._refused = (
+                    self._refused or f"{self._folder}: weight {key} cannot be quantized: {reason}"
+                )
                 weight = quantize(torch.zeros_like(dense), **options)
             weight.dtype = self._dtype
             self._trim(tensor.nbytes)  # what was freed so far; the tensor itself goes next time
@@ -176,12 +204,15 @@ class _Conversion(ConversionOps):
     """A function as a step of transformers' loading, which leaves the dtypes of the stored tensors to it."""
 
     def __init__(self, hf_quantizer: QLoRANativeQuantizer, function: Any) -> None:
-        self.hf_quantizer, self._function = hf_quantizer, function  # of (tensors by name, model, parameter's name)
+        # Of (tensors by name, model, parameter's name).
+        self.hf_quantizer, self._function = (hf_quantizer, function)
 
     def __deepcopy__(self, memo: object) -> _Conversion:
         return self  # transformers copies converters, a parameter each; the quantizer stays one
 
-    def convert(self, input_dict: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any) -> Any:
+    def convert(
+        self, input_dict: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> Any:
         for key, value in input_dict.items():
             input_dict[key] = value[0] if isinstance(value, list) else value
         return self._function(input_dict, model, full_layer_name)

@@ -21,7 +21,8 @@ def _reading_ours(load: Callable[..., Any], folder_of: Callable[..., str]) -> Ca
         folder = Path(folder_of(self, *args, **kwargs))
         if (folder / TENSORS_NAME).is_file() and any(lora_layers(self.model)):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that it takes the place of what was trained since
+                # The warning would say that it takes the place of what was trained since.
+                warnings.simplefilter("ignore", UserWarning)
                 return load_adapter(self.model, folder)
         return load(self, *args, **kwargs)
 
@@ -30,6 +31,9 @@ def _reading_ours(load: Callable[..., Any], folder_of: Callable[..., str]) -> Ca
 
 Trainer = trainer.Trainer
 Trainer._load_from_checkpoint = _reading_ours(
-    Trainer._load_from_checkpoint, lambda self, resume_from_checkpoint, model=None: resume_from_checkpoint
+    Trainer._load_from_checkpoint,
+    lambda self, resume_from_checkpoint, model=None: resume_from_checkpoint,
 )
-Trainer._load_best_model = _reading_ours(Trainer._load_best_model, lambda self: self.state.best_model_checkpoint)
+Trainer._load_best_model = _reading_ours(
+    Trainer._load_best_model, lambda self: self.state.best_model_checkpoint
+)

@@ -29,9 +29,12 @@ from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.weight import QuantizedWeight
 
 _theirs: Any = getattr(utils, "_ChunkedLogProbFunction", None)
-_quantized_heads = WeakTensorKeyDictionary()  # a head's packed bytes, which TRL hands on -> a reference to the head
+# A head's packed bytes, which TRL hands on -> a reference to the head.
+_quantized_heads = WeakTensorKeyDictionary()
 
-Outputs = tuple[Tensor | None, ...]  # log-probabilities and what the trainers log beside them, [M] each
+Outputs = tuple[
+    Tensor | None, ...
+]  # log-probabilities and what the trainers log beside them, [M] each
 
 
 def _remember_head(add: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +61,9 @@ def _of_chunk(
     if isinstance(weight, QuantizedWeight):
         logits = functional.linear(h, weight, bias)
     else:
-        logits = functional.dense_linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+        logits = functional.dense_linear(
+            h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
+        )
     logits = logits.float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -71,14 +76,18 @@ def _of_chunk(
         "mean_logits": lambda: fixed.mean(1),
         "is_top1": lambda: fixed.argmax(1) == targets,
     }
-    return chosen - log_sum, *(compute() if name in outputs else None for name, compute in found.items())
+    return chosen - log_sum, *(
+        compute() if name in outputs else None for name, compute in found.items()
+    )
 
 
 class ChunkedLogProbs:
     """In the place of TRL's autograd function of this interface."""
 
     @staticmethod
-    def apply(hidden: Tensor, weight: Any, bias: Tensor | None, targets: Tensor, *options: Any) -> Outputs:
+    def apply(
+        hidden: Tensor, weight: Any, bias: Tensor | None, targets: Tensor, *options: Any
+    ) -> Outputs:
         head = _quantized_heads.get(weight)
         if head is None and hidden.device.type != "cpu":
             return _theirs.apply(hidden, weight, bias, targets, *options)
@@ -88,10 +97,21 @@ class ChunkedLogProbs:
         size = chunk_tokens(hidden.device.type, weight.shape[0], hidden.dtype.itemsize, len(hidden))
         given = temperature, softcap, scale, outputs
         parts = [
-            checkpoint(_of_chunk, h, weight, bias, chosen, *given, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                _of_chunk,
+                h,
+                weight,
+                bias,
+                chosen,
+                *given,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
             for h, chosen in zip(hidden.split(size), targets.split(size), strict=True)
         ]
-        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        return tuple(
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+        )
 
 
 def patch_trl() -> None:
@@ -104,7 +124,8 @@ def patch_trl() -> None:
     if not hasattr(utils, "add_fused_lm_head") or utils._ChunkedLogProbFunction is ChunkedLogProbs:
         return
     use_triton, add = utils._use_triton, utils.add_fused_lm_head
-    utils._use_triton = lambda device: device.type == "cpu" or use_triton(device)  # with it, labels alone are scored
+    # With Triton, labels alone would be scored.
+    utils._use_triton = lambda device: device.type == "cpu" or use_triton(device)
     utils._ChunkedLogProbFunction = ChunkedLogProbs
     ours = _remember_head(add)
     for names in [vars(module) for name, module in sys.modules.items() if name.startswith("trl.")]:

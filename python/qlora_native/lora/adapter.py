@@ -71,17 +71,26 @@ def save_adapter(
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     state = state_dict or {}
     tensors = {
-        f"{PREFIX}{path}.lora_{side}.weight": gathered(state.get(f"{path}.lora_{side}", own)).float().cpu().contiguous()
+        f"{PREFIX}{path}.lora_{side}.weight": gathered(state.get(f"{path}.lora_{side}", own))
+        .float()
+        .cpu()
+        .contiguous()
         for path, layer in layers.items()
         for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
-    places: set[int] = set()  # of what is written once without a copy; tied parameters are written twice
-    others = {path: module.state_dict() for path, module in saved_modules(model, config.modules_to_save).items()}
+    # Of what is written once without a copy; tied parameters are written twice.
+    places: set[int] = set()
+    others = {
+        path: module.state_dict()
+        for path, module in saved_modules(model, config.modules_to_save).items()
+    }
     others |= {path: {DELTA: rows.trainable_tokens_delta} for path, rows in token_rows(model).items()}
     for path, named in others.items():
         for name, tensor in named.items():
             tensor = gathered(state.get(f"{path}.{name}", tensor)).cpu().contiguous()
-            tensors[f"{PREFIX}{path}.{name}"] = tensor.clone() if tensor.data_ptr() in places else tensor
+            tensors[f"{PREFIX}{path}.{name}"] = (
+                tensor.clone() if tensor.data_ptr() in places else tensor
+            )
             places.add(tensor.data_ptr())
     if not write:
         return
@@ -122,7 +131,9 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     settings, tensors, saved, config = _read(folder)
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    parameters_of(folder, model, {name: tensor for name, tensor in saved.items() if not name.endswith(DELTA)})
+    parameters_of(
+        folder, model, {name: tensor for name, tensor in saved.items() if not name.endswith(DELTA)}
+    )
     try:
         chosen = token_modules(model, config.trainable_tokens)
     except ValueError as error:
@@ -139,11 +150,19 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     as :func:`load_adapter`."""
     settings, _, _, config = _read(folder)
     names = settings.get("target_modules")
-    if not isinstance(names, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+    if (
+        not isinstance(names, list)
+        or settings.get("layers_to_transform")
+        or settings.get("exclude_modules")
+    ):
         names = list(config.target_modules)
     same = ("r", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern")
     tokens = list(dict.fromkeys(chain.from_iterable(dict(config.trainable_tokens).values())))
-    others = {"modules_to_save": list(config.modules_to_save), "trainable_tokens": tokens, "layers_to_transform": None}
+    others = {
+        "modules_to_save": list(config.modules_to_save),
+        "trainable_tokens": tokens,
+        "layers_to_transform": None,
+    }
     found = {name: getattr(config, name) for name in same}
     return {**found, **others, "target_modules": names}
 
@@ -167,10 +186,16 @@ def copy_into(target: Tensor, values: Tensor) -> None:
     target.copy_(distribute_tensor(values.to(target), mesh, target.placements, src_data_rank=None))  # type: ignore[attr-defined]
 
 
-def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def _peft_config(
+    model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]
+) -> dict[str, Any]:
     report = getattr(model, "load_report", None)
-    base = str((report.path if report else getattr(getattr(model, "config", None), "name_or_path", None)) or "")
-    if hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/\w+$", base):  # in the cache of the Hugging Face hub
+    base = str(
+        (report.path if report else getattr(getattr(model, "config", None), "name_or_path", None))
+        or ""
+    )
+    # The folder may lie in the cache of the Hugging Face hub.
+    if hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/\w+$", base):
         base = "/".join(hub.groups())
     is_causal = callable(getattr(model, "prepare_inputs_for_generation", None))
     rows = token_rows(model)
@@ -185,7 +210,9 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
         "bias": "none",
         "use_rslora": config.rslora,
         "use_dora": False,
-        "fan_in_fan_out": any(getattr(layer.base_layer, "fan_in_fan_out", False) for layer in layers.values()),
+        "fan_in_fan_out": any(
+            getattr(layer.base_layer, "fan_in_fan_out", False) for layer in layers.values()
+        ),
         "init_lora_weights": True,
         "inference_mode": True,
         # By their paths: PEFT would take "norm" for "input_layernorm" too.
@@ -194,7 +221,11 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
         "layers_pattern": None,
-        **({"trainable_token_indices": {path: part.ids for path, part in rows.items()}} if rows else {}),
+        **(
+            {"trainable_token_indices": {path: part.ids for path, part in rows.items()}}
+            if rows
+            else {}
+        ),
     }
 
 
@@ -226,7 +257,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     stored = read_json(path)
     if stored.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here.")
+        raise UserError(
+            f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here."
+        )
     for name in _UNSUPPORTED:
         if (stored.get(name) or "none") != "none":
             raise UserError(
@@ -246,7 +279,11 @@ def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
     """The pairs, and by name the rest."""
     path = folder / TENSORS_NAME
     if not path.is_file():
-        pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
+        pickle = (
+            " (a pickle, adapter_model.bin, is not read)"
+            if (folder / "adapter_model.bin").is_file()
+            else ""
+        )
         raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.")
     with reading(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -262,28 +299,41 @@ def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
         name = key.removeprefix(PREFIX)
         if tensor.dtype not in DTYPE_NUMBER or not bool(tensor.isfinite().all()):
             what = "finite float32, bfloat16 or float16"
-            raise UserError(f"{path}: {key} is {tensor.dtype}, or holds a NaN or an infinity: expected {what}.")
+            raise UserError(
+                f"{path}: {key} is {tensor.dtype}, or holds a NaN or an infinity: expected {what}."
+            )
         if match := _LORA_KEY.fullmatch(name):
             pairs.setdefault(match["path"], {})[match["side"]] = tensor
         elif ".lora_" in name:
-            raise UserError(f"{path}: {key} belongs to a kind of LoRA that this library does not compute.")
-        elif ".base_layer." not in name:  # PEFT may store an adapted embedding's own weight; the model has it
+            raise UserError(
+                f"{path}: {key} belongs to a kind of LoRA that this library does not compute."
+            )
+        # PEFT may store an adapted embedding's own weight; the model has it.
+        elif ".base_layer." not in name:
             saved[name] = tensor
     for layer, pair in pairs.items():
         if len(pair) != 2:
             side = next(iter(pair))
-            raise UserError(f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again.")
+            raise UserError(
+                f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again."
+            )
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
     return pairs, saved
 
 
-def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], saved: dict[str, Tensor]) -> LoraConfig:
+def _our_config(
+    folder: Path, stored: dict[str, Any], paths: list[str], saved: dict[str, Tensor]
+) -> LoraConfig:
     with reading(folder / CONFIG_NAME):
         rows = [name.removesuffix(f".{DELTA}") for name in saved if name.endswith(DELTA)]
-        tokens = stored.get("trainable_token_indices") or {}  # by the end of a module's path, or one list
+        # Targets are ends of module paths, or one list.
+        tokens = stored.get("trainable_token_indices") or {}
         tokens = dict.fromkeys(rows, tokens) if isinstance(tokens, list) else tokens
-        tokens = {path: next((ids for name, ids in tokens.items() if matches(path, name)), []) for path in rows}
+        tokens = {
+            path: next((ids for name, ids in tokens.items() if matches(path, name)), [])
+            for path in rows
+        }
         named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in saved})
         return LoraConfig(
             r=stored["r"],
@@ -306,7 +356,9 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: Pairs, bas
         layer = modules.get(path)
         if not isinstance(layer, nn.Linear):
             what = "no such module" if layer is None else f"a {type(layer).__name__} there"
-            raise UserError(f"{folder}: the adapter was trained on {base}: it is for {path}, but {name} has {what}.")
+            raise UserError(
+                f"{folder}: the adapter was trained on {base}: it is for {path}, but {name} has {what}."
+            )
         rank = config.rank_of(path)
         got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
         if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
@@ -342,7 +394,9 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: Pairs, bas
             )
 
 
-def parameters_of(folder: str | os.PathLike[str], model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+def parameters_of(
+    folder: str | os.PathLike[str], model: nn.Module, named: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The model's parameters and buffers of the names of ``named``. UserError if one is missing or of another shape."""
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, tensor in named.items():
@@ -356,4 +410,6 @@ def parameters_of(folder: str | os.PathLike[str], model: nn.Module, named: dict[
     return {name: state[name] for name in named}
 
 
-__getattr__ = names_from(__name__, dict.fromkeys(("load_adapter", "save_pretrained"), "qlora_native.lora.model"))
+__getattr__ = names_from(
+    __name__, dict.fromkeys(("load_adapter", "save_pretrained"), "qlora_native.lora.model")
+)

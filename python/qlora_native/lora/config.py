@@ -18,7 +18,9 @@ class Limits:
     def __init__(self, **limits: float) -> None:
         self.limits = limits
 
-    def __get_pydantic_core_schema__(self, annotation: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    def __get_pydantic_core_schema__(
+        self, annotation: Any, handler: Callable[[Any], dict[str, Any]]
+    ) -> dict[str, Any]:
         return {**handler(annotation), **self.limits}
 
 
@@ -36,7 +38,9 @@ class LoraSettings:
     regular expressions for the end of a path, as in PEFT.
     """
 
-    r: Rank = field(default=16, metadata={"description": "rank; parameters and memory of the adapter grow with it"})
+    r: Rank = field(
+        default=16, metadata={"description": "rank; parameters and memory of the adapter grow with it"}
+    )
     alpha: float = field(
         default=32.0,
         metadata={
@@ -54,11 +58,14 @@ class LoraSettings:
         },
     )
     target_modules: str | list[str] = field(
-        default=ALL_LINEAR, metadata={"description": "names of the layers that get an adapter, or all-linear"}
+        default=ALL_LINEAR,
+        metadata={"description": "names of the layers that get an adapter, or all-linear"},
     )
     layers_to_transform: list[Index] | None = field(
         default=None,
-        metadata={"description": "numbers of the decoder layers that get an adapter, counted from 0; null = all"},
+        metadata={
+            "description": "numbers of the decoder layers that get an adapter, counted from 0; null = all"
+        },
     )
     rank_pattern: dict[str, Rank] = field(
         default_factory=dict,
@@ -76,7 +83,9 @@ class LoraSettings:
             "[embed_tokens, lm_head]"
         },
     )
-    rslora: bool = field(default=False, metadata={"description": "scale by alpha / sqrt(r): steadier for large r"})
+    rslora: bool = field(
+        default=False, metadata={"description": "scale by alpha / sqrt(r): steadier for large r"}
+    )
 
 
 @dataclass(frozen=True)
@@ -96,33 +105,45 @@ class LoraConfig(LoraSettings):
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or not 1 <= rank < 1 << 31:
-                raise ValueError(f"LoraConfig: the rank {name!r} is {rank!r}: expected a whole number of 1 or more.")
+                raise ValueError(
+                    f"LoraConfig: the rank {name!r} is {rank!r}: expected a whole number of 1 or more."
+                )
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not _is_number(alpha):
-                raise ValueError(f"LoraConfig: the alpha {name!r} is {alpha!r}: expected a finite number.")
+                raise ValueError(
+                    f"LoraConfig: the alpha {name!r} is {alpha!r}: expected a finite number."
+                )
         if sum(map(_steps, (*self.rank_pattern, *self.alpha_pattern))) > MOST_STEPS:
             raise ValueError(
                 f"LoraConfig: matching rank_pattern and alpha_pattern may take over {MOST_STEPS:,} steps: expected "
                 "fewer patterns, of at most three *, + or {} each."
             )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoraConfig: dropout is {self.dropout}: expected 0 or more and less than 1.")
+            raise ValueError(
+                f"LoraConfig: dropout is {self.dropout}: expected 0 or more and less than 1."
+            )
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             object.__setattr__(self, "target_modules", [self.target_modules])
         if not self.target_modules:
-            raise ValueError(f"LoraConfig: target_modules is empty: expected {ALL_LINEAR!r} or names of layers.")
+            raise ValueError(
+                f"LoraConfig: target_modules is empty: expected {ALL_LINEAR!r} or names of layers."
+            )
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", [self.modules_to_save])
         tokens = self.trainable_tokens
         for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
             is_wrong = any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids)
             if is_wrong or len({*ids}) < len(ids) or (tokens and not ids):
-                raise ValueError(f"LoraConfig: trainable_tokens is {tokens!r:.200}: expected ids of tokens, each once.")
+                raise ValueError(
+                    f"LoraConfig: trainable_tokens is {tokens!r:.200}: expected ids of tokens, each once."
+                )
 
     def includes(self, path: str) -> bool:
         """Whether ``layers_to_transform`` has the first number in ``path``."""
         number = re.search(r"\.(\d+)\.", path)
-        return self.layers_to_transform is None or (number is not None and int(number[1]) in self.layers_to_transform)
+        return self.layers_to_transform is None or (
+            number is not None and int(number[1]) in self.layers_to_transform
+        )
 
     def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
         """The patterns that match none of the paths."""
@@ -144,7 +165,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -1e30 < value < 1e30
 
 
-MOST_STEPS = 1_000_000  # of matching a path of some 64 characters, which for (a+)+b would double with each
+MOST_STEPS = (
+    1_000_000  # of matching a path of some 64 characters, which for (a+)+b would double with each
+)
 
 
 def _steps(pattern: str) -> int:
@@ -156,7 +179,9 @@ def _steps(pattern: str) -> int:
         raise ValueError(f"LoraConfig: {pattern!r:.80} is not a pattern: {error}.") from None
     bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", pattern)
     if re.search(r"\)[*+{]|\(\?[^:]", bare):
-        raise ValueError(f"LoraConfig: the pattern {pattern!r:.80} repeats a group or looks around: expected neither.")
+        raise ValueError(
+            f"LoraConfig: the pattern {pattern!r:.80} repeats a group or looks around: expected neither."
+        )
     branches = (bare.count("|") + 1) ** max(1, bare.count("("))
     return 100 + 64 ** len(re.findall(r"[*+{]", bare)) * 2 ** bare.count("?") * branches
 

@@ -42,10 +42,14 @@ class LoRALinear(nn.Module):
         self.enabled = True
         device = base_layer.weight.device
         # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.
-        a = torch.empty(r, self.in_features, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
+        a = torch.empty(
+            r, self.in_features, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu"
+        )
         fill_a(a, generator)
         self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(
+            torch.zeros(self.out_features, r, dtype=torch.float32, device=device)
+        )
         self.train(base_layer.training)
 
     @property

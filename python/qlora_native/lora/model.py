@@ -133,12 +133,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not dict(lora_layers(model)):
         layers = {path: (len(a), scale) for path, (a, _, scale) in stored.pairs.items()}
         try:
-            insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
+            # The values come next; torch's own stays put.
+            insert(model, layers, stored.config, torch.Generator())
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
     elif any(gathered(layer.lora_B).any() for _, layer in lora_layers(model)):
         warnings.warn(
-            f"load_adapter: the adapter in {folder} takes the place of the one that the model has.", stacklevel=2
+            f"load_adapter: the adapter in {folder} takes the place of the one that the model has.",
+            stacklevel=2,
         )
     for path, layer in lora_layers(model):
         copy_into(layer.lora_A, stored.pairs[path][0])
@@ -162,7 +164,9 @@ def save_pretrained(
         save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         return
     if options.get("push_to_hub"):
-        raise ValueError("save_pretrained: push_to_hub=True takes no adapter: call model.push_to_hub(repo_id) instead.")
+        raise ValueError(
+            "save_pretrained: push_to_hub=True takes no adapter: call model.push_to_hub(repo_id) instead."
+        )
     if is_main_process:
         say_once(
             "save_pretrained writes the adapter alone, in PEFT's format: after qlora_native.merge(model) it writes a "

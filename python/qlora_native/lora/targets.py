@@ -19,7 +19,9 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield path, module.base_layer
-        elif not (path.endswith(".base_layer") and isinstance(model.get_submodule(path[:-11]), LoRALinear)):
+        elif not (
+            path.endswith(".base_layer") and isinstance(model.get_submodule(path[:-11]), LoRALinear)
+        ):
             yield path, module
 
 
@@ -27,13 +29,21 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the linear layers that get an adapter, in the model's order. ValueError for names, numbers of layers and
     patterns that select none."""
     saved = tuple(f"{path}." for path in saved_modules(model, config.modules_to_save))
-    named = [path for path in _named_targets(model, config.target_modules) if not f"{path}.".startswith(saved)]
+    named = [
+        path
+        for path in _named_targets(model, config.target_modules)
+        if not f"{path}.".startswith(saved)
+    ]
     targets = [path for path in named if config.includes(path)]
     for number in config.layers_to_transform or ():
         if not any(f".{number}." in path for path in targets):
-            raise ValueError(f"layers_to_transform: {type(model).__name__} has no layer {number} to adapt.")
+            raise ValueError(
+                f"layers_to_transform: {type(model).__name__} has no layer {number} to adapt."
+            )
     if unmatched := config.unmatched_patterns(targets):
-        raise ValueError(f"rank_pattern or alpha_pattern: {unmatched[0]!r} matches no layer that gets an adapter.")
+        raise ValueError(
+            f"rank_pattern or alpha_pattern: {unmatched[0]!r} matches no layer that gets an adapter."
+        )
     return targets
 
 
@@ -52,7 +62,9 @@ def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     """The modules that ``modules_to_save`` selects, by path, and those that share a parameter with them. ValueError for
     unknown ones and for 4-bit ones."""
     modules = {path: module for path, module in plain_modules(model) if path}
-    chosen = {path: modules[path] for path in _selected(model, names, "modules_to_save", "module", modules)}
+    chosen = {
+        path: modules[path] for path in _selected(model, names, "modules_to_save", "module", modules)
+    }
     inside = {part for module in chosen.values() for part in module.modules()}
     shared = {parameter for module in inside for parameter in module.parameters()}
     for path, module in modules.items():
@@ -80,11 +92,17 @@ def token_modules(
     for name, ids in tokens.items():
         for path in _selected(model, [name], "trainable_tokens", "module", modules):
             own[modules[path]._parameters.get("weight")] = ids
-    chosen = {path: (part, own[w]) for path, part in modules.items() if (w := part._parameters.get("weight")) in own}
+    chosen = {
+        path: (part, own[w])
+        for path, part in modules.items()
+        if (w := part._parameters.get("weight")) in own
+    }
     for path, (part, ids) in chosen.items():
         is_plain = type(part).forward in (nn.Embedding.forward, WithTokenRows.forward)
         is_plain = is_plain or isinstance(getattr(part, "embed_scale", None), Tensor)
-        is_linear = isinstance(part, nn.Linear) and not isinstance(part, QuantizedLinear) and part.bias is None
+        is_linear = (
+            isinstance(part, nn.Linear) and not isinstance(part, QuantizedLinear) and part.bias is None
+        )
         rows = len(part._parameters["weight"]) if is_plain or is_linear else 0  # type: ignore[arg-type]
         if not rows or any(token not in ids for token in range(rows, 1 + max(ids))):
             raise ValueError(
@@ -96,7 +114,9 @@ def token_modules(
 
 
 def embeddings(model: Any) -> list[nn.Module]:
-    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    return [
+        end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+    ]
 
 
 def matches(path: str, name: str) -> bool:
@@ -104,7 +124,9 @@ def matches(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _selected(model: nn.Module, names: Sequence[str], option: str, kind: str, paths: Iterable[str]) -> list[str]:
+def _selected(
+    model: nn.Module, names: Sequence[str], option: str, kind: str, paths: Iterable[str]
+) -> list[str]:
     """The paths that ``names`` selects; ValueError for a name that selects none."""
     for name in names:
         if not any(matches(path, name) for path in paths):

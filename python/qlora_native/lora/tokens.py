@@ -22,7 +22,9 @@ class TokenRows(nn.Module):
     def __init__(self, weight: Tensor, ids: Sequence[int]) -> None:
         super().__init__()
         self.ids, self.enabled = list(ids), True
-        self.register_buffer("token_ids", torch.tensor(self.ids, device=weight.device), persistent=False)
+        self.register_buffer(
+            "token_ids", torch.tensor(self.ids, device=weight.device), persistent=False
+        )
         self.trainable_tokens_delta = nn.Parameter(weight.detach()[self.token_ids].float())
 
 
@@ -43,7 +45,9 @@ class WithTokenRows(Substitute):
     def rows(self) -> Tensor:
         """The rows, fp32; its own while adapters are off."""
         adapter = self.token_adapter
-        return adapter.trainable_tokens_delta if adapter.enabled else self.own[adapter.token_ids].float()
+        return (
+            adapter.trainable_tokens_delta if adapter.enabled else self.own[adapter.token_ids].float()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         ids, own = self.token_adapter.token_ids, self.own

@@ -66,7 +66,8 @@ def four_bit_parts(model: nn.Module) -> dict[str, QuantizedWeight]:
     parts = {
         name: module.quantized
         for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and (name := f"{path}.weight") in parameters
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        and (name := f"{path}.weight") in parameters
     }
     return parts | {f"{path}.{name}": weight for path, _, name, weight in quantized_stacks(model)}
 
@@ -96,7 +97,9 @@ class MetaModel(ModelShapes):
         self.missing = set(self.shapes)
         self.trim = HeapTrimmer()
 
-    def load(self, items: Iterable[Item], progress: Callable[[str, int, int], None] | None = None) -> None:
+    def load(
+        self, items: Iterable[Item], progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
         """Read the items and store them, one at a time."""
         items, shown = [*items], time.monotonic()
         for number, item in enumerate(items):
@@ -171,7 +174,9 @@ class MetaModel(ModelShapes):
     def prepare(self) -> PreTrainedModel:
         """The model in a state in which those of its layers that are stored can run; others are still to come."""
         self.model.tie_weights(missing_keys=set(self.missing), recompute_mapping=False)
-        initialized = {module for module in self.model.modules() if "_is_hf_initialized" in vars(module)}
+        initialized = {
+            module for module in self.model.modules() if "_is_hf_initialized" in vars(module)
+        }
         self._compute_buffers()
         for module in self.model.modules():
             if module not in initialized:  # finish() initializes it again
@@ -196,5 +201,9 @@ class MetaModel(ModelShapes):
     def _has_twin(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor that is tied to ``name`` is stored already, with the same values."""
         origin = self.tied.get(name, name)
-        group = {origin, *(other for other, to in self.tied.items() if to == origin)} - {name} - self.missing
+        group = (
+            {origin, *(other for other, to in self.tied.items() if to == origin)}
+            - {name}
+            - self.missing
+        )
         return any(torch.equal(tensor, self.model.get_parameter(other)) for other in group)

@@ -23,7 +23,13 @@ from qlora_native._buffers import interleave
 from qlora_native._memory import trim_heap
 from qlora_native._version import __version__
 from qlora_native.calibration.data import CalibrationTokens, as_calibration, take_tokens
-from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
+from qlora_native.calibration.layers import (
+    MOST_IN_MEMORY,
+    FinishedLayers,
+    HiddenStates,
+    LayerCalls,
+    decoder_layers,
+)
 from qlora_native.calibration.quantize import quantize_calibrated, torch_threads
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from qlora_native.errors import UserError
@@ -73,20 +79,36 @@ def calibrated(
     try:
         with ExitStack() as stack:
             if work_dir is not None:
-                files = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
-                run = {"version": __version__, "model": files, "method": method, "calibration": described}
+                files = {
+                    str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns]
+                    for file in source.files
+                }
+                run = {
+                    "version": __version__,
+                    "model": files,
+                    "method": method,
+                    "calibration": described,
+                }
                 run |= {**options, "dtype": str(meta.dtype), "skip_modules": sorted(names)}
                 finished = FinishedLayers(work_dir, run)
                 if finished.changed:
                     changed = ", ".join(finished.changed)
-                    progress(f"{changed} changed since the run that was interrupted: starting anew", 0, total)
+                    progress(
+                        f"{changed} changed since the run that was interrupted: starting anew",
+                        0,
+                        total,
+                    )
                 elif finished.count:
                     progress(
-                        f"{finished.count} layers are finished already: going on after them", finished.count, total
+                        f"{finished.count} layers are finished already: going on after them",
+                        finished.count,
+                        total,
                     )
             elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="qlora-calibration-")))
-            fell_back = _Layers(source, meta, names, options, method, tokens.ids).run(finished, folder, progress)
+            fell_back = _Layers(source, meta, names, options, method, tokens.ids).run(
+                finished, folder, progress
+            )
         if finished is not None:
             finished.remove()
     except OSError as error:
@@ -101,14 +123,19 @@ def tokens_for(source: Source, given: Any, method: str) -> CalibrationTokens:
     """The sequences of the data ``given`` to calibrate the model of ``source`` with."""
     text = source.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
-    return take_tokens(as_calibration(given), method, partial(load_tokenizer, source), text.vocab_size, longest)
+    return take_tokens(
+        as_calibration(given), method, partial(load_tokenizer, source), text.vocab_size, longest
+    )
 
 
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that each run ops of torch alone; and how many they are."""
     count = min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else 1
-    with torch_threads(1), ThreadPoolExecutor(count, "calibration", torch.set_num_threads, (1,)) as pool:
+    with (
+        torch_threads(1),
+        ThreadPoolExecutor(count, "calibration", torch.set_num_threads, (1,)) as pool,
+    ):
         yield pool, count
 
 
@@ -127,7 +154,9 @@ class _Layers:
         self.path, self.layers = decoder_layers(self.meta.model)
         self.taps = InputTaps()
 
-    def run(self, finished: FinishedLayers | None, folder: Path | None, progress: Progress) -> FellBack:
+    def run(
+        self, finished: FinishedLayers | None, folder: Path | None, progress: Progress
+    ) -> FellBack:
         """As :func:`calibrated`; ``finished`` are layers of an earlier run, ``folder`` is for hidden states."""
         meta, inside, count = self.meta, f"{self.path}.", len(self.layers)
         start = finished.count if finished else 0
@@ -163,7 +192,9 @@ class _Layers:
                 progress(f"layer {index + 1} of {count}", index + 1, count)
         return fell_back
 
-    def calibrate(self, index: int, hidden: HiddenStates) -> tuple[dict[str, QuantizedWeight], FellBack]:
+    def calibrate(
+        self, index: int, hidden: HiddenStates
+    ) -> tuple[dict[str, QuantizedWeight], FellBack]:
         """Read a layer, run it, quantize it; ``hidden`` then also holds what it makes of its input."""
         prefix, layer = f"{self.path}.{index}.", self.layers[index]
         stored = self.read(prefix)
@@ -181,11 +212,14 @@ class _Layers:
         trim_heap()  # that of the activations, before weights are worked on
         groups = _by_size(statistics, stored)
         del statistics
-        with torch_threads(self.threads):  # weight after weight: one takes as much memory as the statistics
+        # Weight after weight: one takes as much memory as the statistics.
+        with torch_threads(self.threads):
             return self._quantize(groups, stored)
 
     @torch.no_grad()
-    def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
+    def _quantize(
+        self, groups: list[Group], stored: Stored
+    ) -> tuple[dict[str, QuantizedWeight], FellBack]:
         """Store the layer's weights in 4 bits; statistics and weights in 16 bits go as they are done."""
         done: dict[str, QuantizedWeight] = {}
         parts: dict[str, dict[int, QuantizedWeight]] = {}
@@ -265,7 +299,8 @@ class _Layers:
         for name, expert in keys:
             tensor, file = stored[name]
             options = self.options
-            if expert is not None:  # the scales of a stack are nested together, once all of them are there
+            # The scales of a stack are nested together, once all of them are there.
+            if expert is not None:
                 tensor, options = tensor[expert], {**options, "double_quant": False}
             tensor = tensor.t().contiguous() if self.names[name] else tensor
             try:

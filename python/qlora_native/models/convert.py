@@ -22,10 +22,28 @@ from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, n
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor
 from qlora_native.weights.open import SafetensorsSource, open_source
 from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING, ModelShapes
-from qlora_native.weights.stream import STATE_MARK, Entry, Item, Source, parts_of, slices, stored_parts, stream
+from qlora_native.weights.stream import (
+    STATE_MARK,
+    Entry,
+    Item,
+    Source,
+    parts_of,
+    slices,
+    stored_parts,
+    stream,
+)
 from qlora_native.weights.transforms import decoding, rounding
 
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf", ".h5")
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pth",
+    ".pt",
+    ".gguf",
+    ".h5",
+)
 
 
 @dataclass
@@ -66,10 +84,20 @@ def convert(
     """
     opened = open_source(source)
     if not isinstance(opened, SafetensorsSource):
-        reader = f"`qlora export {source} --to safetensors`" if target == "16bit" else f"`qlora quantize {source}`"
+        reader = (
+            f"`qlora export {source} --to safetensors`"
+            if target == "16bit"
+            else f"`qlora quantize {source}`"
+        )
         raise UserError(f"{source} is GGUF: expected a folder of safetensors; {reader} reads it.")
-    dtype = dtype or (opened.config.dtype if opened.config.dtype in MODEL_DTYPES[:2] else torch.bfloat16)
-    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    dtype = dtype or (
+        opened.config.dtype if opened.config.dtype in MODEL_DTYPES[:2] else torch.bfloat16
+    )
+    options: dict[str, Any] = {
+        "quant_type": quant_type,
+        "block_size": block_size,
+        "double_quant": double_quant,
+    }
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
     made = Conversion(opened, target, dtype, options, skip_modules)
     made.write(folder, shard_bytes)
@@ -87,7 +115,12 @@ class Conversion:
     """
 
     def __init__(
-        self, source: Source, target: str, dtype: torch.dtype, options: dict[str, Any], skip_modules: tuple[str, ...]
+        self,
+        source: Source,
+        target: str,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        skip_modules: tuple[str, ...],
     ) -> None:
         sleep_while_busy()
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
@@ -115,7 +148,10 @@ class Conversion:
 
     def items(self) -> Iterator[Item]:
         """The stream of the converted model."""
-        to_target = decoding(lambda name: self.target == "16bit"), rounding(self.meta, self.weights, self.options)
+        to_target = (
+            decoding(lambda name: self.target == "16bit"),
+            rounding(self.meta, self.weights, self.options),
+        )
         return stream(self.source, self.meta, to_target)
 
     def _items(self) -> Iterator[Item]:
@@ -123,11 +159,19 @@ class Conversion:
         for each; and one for each stored tensor that the model has no place for."""
         for item in self.items():
             if item.is_stored and item.weight is None:
-                yield from (replace(item, entry=replace(item.entry, parts=[stored])) for stored in item.entry.parts)
+                yield from (
+                    replace(item, entry=replace(item.entry, parts=[stored]))
+                    for stored in item.entry.parts
+                )
             else:
                 yield item
         for stored in self.match.unexpected if isinstance(self.source, SafetensorsSource) else ():
-            yield Item(Entry(stored.name, stored.name, [stored]), stored.shape, lambda: iter(()), lambda: iter(()))
+            yield Item(
+                Entry(stored.name, stored.name, [stored]),
+                stored.shape,
+                lambda: iter(()),
+                lambda: iter(()),
+            )
 
     def write(self, folder: Path, shard_bytes: int) -> None:
         """Write safetensors files of at most ``shard_bytes``, unless one tensor is larger; beside them config.json, and
@@ -143,7 +187,11 @@ class Conversion:
             size += num_bytes
         weight_map: dict[str, str] = {}
         for number, inside in enumerate(files, 1):
-            file = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+            file = (
+                WEIGHTS_NAME
+                if len(files) == 1
+                else f"model-{number:05}-of-{len(files):05}.safetensors"
+            )
             outputs = [output for item in inside for output in self._outputs(item)]
             with ShardWriter(folder / file, outputs, self.source.path) as writer:
                 for item in inside:
@@ -154,22 +202,33 @@ class Conversion:
         four_bit = {item.name for inside in files for item in inside if item.weight is not None}
         written = {"config.json": self.config(four_bit)}
         if len(files) > 1:
-            written[INDEX_NAME] = {"metadata": {"total_size": self.report.num_bytes}, "weight_map": weight_map}
+            written[INDEX_NAME] = {
+                "metadata": {"total_size": self.report.num_bytes},
+                "weight_map": weight_map,
+            }
         if isinstance(self.source, SafetensorsSource):
             for path in self.source.path.iterdir():
                 if not path.name.endswith(_WEIGHT_FILES) and is_own_file(path):
                     shutil.copyfile(path, folder / path.name)
         else:
-            written["generation_config.json"] = GenerationConfig.from_model_config(self.source.config).to_diff_dict()
+            written["generation_config.json"] = GenerationConfig.from_model_config(
+                self.source.config
+            ).to_diff_dict()
         for name, value in written.items():
-            (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / name).write_text(
+                json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
 
     def config(self, four_bit: set[str]) -> dict[str, Any]:
         """config.json: the source's, with another dtype, and with a description of the weights that are 4-bit."""
         if isinstance(self.source, SafetensorsSource):
             config = read_json(self.source.path / "config.json")
         else:
-            config = {key: value for key, value in self.source.config.to_dict().items() if "_name_or_path" not in key}
+            config = {
+                key: value
+                for key, value in self.source.config.to_dict().items()
+                if "_name_or_path" not in key
+            }
         config.pop("quantization_config", None)
         config["architectures"] = config.get("architectures") or [type(self.meta.model).__name__]
         if four_bit:
@@ -186,7 +245,11 @@ class Conversion:
             return dict(old)
         compute = old.get("compute_dtype", old.get("bnb_4bit_compute_dtype"))
         modules = self.meta.model.named_modules()
-        dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in four_bit]
+        dense = [
+            path
+            for path, module in modules
+            if type(module) is nn.Linear and f"{path}.weight" not in four_bit
+        ]
         made: dict[str, Any] = {METADATA: old.get(METADATA, {}) if old else {"method": "rtn"}}
         if self.target == "qlora":
             return native_config(dense, self.options, compute, **made)
@@ -199,12 +262,17 @@ class Conversion:
         """The tensors that are written of an item."""
         key = item.entry.key
         if item.is_stored:
-            return [Output(stored.name, self._dtype_of(item, stored), stored.shape) for stored in item.entry.parts]
+            return [
+                Output(stored.name, self._dtype_of(item, stored), stored.shape)
+                for stored in item.entry.parts
+            ]
         if item.weight is None:
             shape = item.shape[::-1] if item.name in self.meta.transposed else item.shape
             return [Output(key, self.meta.dtype_of(item.name), shape)]
         # Of memory that nothing is written to.
-        tensors = to_bnb(QuantizedWeight.empty(item.shape, dtype=self.dtype, device="cpu", **self.options), key)
+        tensors = to_bnb(
+            QuantizedWeight.empty(item.shape, dtype=self.dtype, device="cpu", **self.options), key
+        )
         return [
             Output(name, tensor.dtype, None if STATE_MARK in name else tuple(tensor.shape))
             for name, tensor in tensors.items()

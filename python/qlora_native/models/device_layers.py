@@ -40,7 +40,10 @@ def frozen_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(module, name, tensor) of the 4-bit weights in a layer: codes and scales."""
     for module in layer.modules():
         if isinstance(module, (QuantizedLinear, QuantizedExperts)):
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            for name, tensor in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ):
                 if name != "bias" and not tensor.requires_grad:
                     yield module, name, tensor
 
@@ -75,13 +78,16 @@ class StreamedLayers:
         bytes_copied: to the device so far.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], residency: Residency, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], residency: Residency, device: torch.device
+    ) -> None:
         self.residency, self.device = residency, device
         self.layers = list(layers)
         self.bytes_copied = 0
         self._wanted = {training: residency.wanted(training) for training in (False, True)}
         self._copies = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._copies):  # so that the memory is not reused before this stream's copies
+        # Thus the memory is not reused before this stream's copies.
+        with torch.cuda.stream(self._copies):
             new = partial(torch.empty, residency.slot_bytes, dtype=torch.uint8, device=device)
             self._slots = [_Slot(new()) for _ in range(residency.slots)]
         self._host = {unit: self._move_to_host(unit) for unit in residency.streamed}
@@ -94,7 +100,11 @@ class StreamedLayers:
 
     def _move_to_host(self, unit: int) -> Tensor:
         """Moves a layer's weights into pinned memory, which is returned, and makes its tensors views of its slot."""
-        layer, memory, size = self.layers[unit], self._slot_of(unit).memory, self.residency.units[unit].num_bytes
+        layer, memory, size = (
+            self.layers[unit],
+            self._slot_of(unit).memory,
+            self.residency.units[unit].num_bytes,
+        )
         home = partial(self.home, unit)
         host, at = _pinned(size, self.device), 0
         for module, name, tensor in list(frozen_parts(layer)):
@@ -119,11 +129,15 @@ class StreamedLayers:
             return tensor
         return self._host[unit][at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
-    def _apply(self, layer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(
+        self, layer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> nn.Module:
         """What moves or casts a module must leave the slots where they are."""
         memory = self._slots[0].memory[:1]
         if fn(memory).data_ptr() != memory.data_ptr():
-            raise RuntimeError(f"a model whose layers stream to {self.device} cannot be moved: load it again.")
+            raise RuntimeError(
+                f"a model whose layers stream to {self.device} cannot be moved: load it again."
+            )
         return type(layer)._apply(layer, fn, recurse)
 
     def _watch(self, unit: int, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -138,7 +152,9 @@ class StreamedLayers:
         RuntimeError while a CUDA graph is captured.
         """
         if _cuda_kernels.is_capturing(self.device):
-            raise RuntimeError(f"layers stream to {self.device}, which a CUDA graph cannot hold: run without graphs.")
+            raise RuntimeError(
+                f"layers stream to {self.device}, which a CUDA graph cannot hold: run without graphs."
+            )
         is_backward = torch._C._current_graph_task_id() != -1
         schedule = self._wanted[is_backward or self.layers[unit].training]
         stream = torch.cuda.current_stream(self.device)
@@ -186,7 +202,9 @@ def _pinned(num_bytes: int, device: torch.device) -> Tensor:
     return torch.frombuffer(store, dtype=torch.uint8, count=num_bytes)
 
 
-def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int | None = None) -> StreamedLayers | None:
+def stream_layers(
+    model: Any, device: torch.device | str = "cuda", budget: int | None = None
+) -> StreamedLayers | None:
     """Put a model in host memory on a device that is too small for it; None if it fits.
 
     As many decoder layers as ``budget`` allows stay on the device; the 4-bit weights of the others lie in pinned host
@@ -252,12 +270,15 @@ def load_to_device(
 
 def _rounded_bytes(source: Any, options: dict[str, Any]) -> int:
     """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
-    form = {"block_size": 64} | {name: options[name] for name in ("block_size", "double_quant") if name in options}
+    form = {"block_size": 64} | {
+        name: options[name] for name in ("block_size", "double_quant") if name in options
+    }
     skip = options.get("skip_modules")
     meta = ModelShapes(source.config, options.get("dtype", torch.bfloat16))
     chosen = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip is None else skip, form["block_size"])
     return sum(
-        quantize(tensor, **form).nbytes if name in chosen else tensor.nbytes for name, tensor in meta.shapes.items()
+        quantize(tensor, **form).nbytes if name in chosen else tensor.nbytes
+        for name, tensor in meta.shapes.items()
     )
 
 

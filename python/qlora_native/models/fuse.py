@@ -49,12 +49,15 @@ def fuse(model: nn.Module) -> dict[str, int]:
         How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``linear``.
     """
     counts: Counter[str] = Counter()
-    found: dict[Any, dict[str, Any] | None] = {}  # of modules alike, the first is tried out: trying reads its weights
-    for kinds in ((Dense,), (Norm, GatedMLP, Attention)):  # the latter are tried out with their linear layers
+    # Of modules alike, the first is tried out: trying reads its weights.
+    found: dict[Any, dict[str, Any] | None] = {}
+    # The modules are tried out with their linear layers, which come first.
+    for kinds in ((Dense,), (Norm, GatedMLP, Attention)):
         for module, kind in product(list(model.modules()), kinds):
             if isinstance(module, Fused):
                 continue
-            key = kind, module if kind is Dense else _likeness(module)  # each dense weight's pages are gathered
+            # Each dense weight's pages are gathered.
+            key = (kind, module if kind is Dense else _likeness(module))
             if key not in found:
                 found[key] = kind.recognize(module)
             settings = found[key]
@@ -68,7 +71,9 @@ def fuse(model: nn.Module) -> dict[str, int]:
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
     """The same of two modules that compute the same function of their weights and inputs."""
 
-    weights = ((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in module.named_parameters())
+    weights = (
+        (name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in module.named_parameters()
+    )
     settings = (
         (path, type(part), name, value if isinstance(value, PLAIN) else id(value))
         for path, part in module.named_modules()
@@ -113,11 +118,18 @@ class Norm(Fused):
             return None
         if weight.dim() != 1 or weight.dtype not in TOLERANCE or not is_ours(weight):
             return None
-        for eps in sorted({value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}):
+        for eps in sorted(
+            {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
+        ):
             # Rows about as small as eps show where it is added, and its value.
-            probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]], device="cpu")
+            probe = _noise(4, weight.shape[0]) * torch.tensor(
+                [[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]], device="cpu"
+            )
             probe = probe.to(weight)
-            if agree(_attempt(module, probe), torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0]):
+            if agree(
+                _attempt(module, probe),
+                torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0],
+            ):
                 return {"_fused_eps": eps}
         return None
 
@@ -142,7 +154,11 @@ class GatedMLP(Fused):
             if hasattr(part, "out_features") and hasattr(part, "in_features")
         }
         others = [part for name, part in parts.items() if name not in shapes]
-        if len(shapes) != 3 or len(others) != 1 or [*others[0].parameters(), *module.parameters(recurse=False)]:
+        if (
+            len(shapes) != 3
+            or len(others) != 1
+            or [*others[0].parameters(), *module.parameters(recurse=False)]
+        ):
             return None
         # The dtype in which a linear layer, dense, 4-bit or adapted, computes.
         layer = parts[min(shapes)]
@@ -158,9 +174,12 @@ class GatedMLP(Fused):
             if not shapes[gate] == shapes[up] == shapes[down][::-1]:
                 continue
             # Large numbers would show a clamp.
-            probe = (_noise(2, shapes[gate][1]) * torch.tensor([[1.0], [40.0]], device="cpu")).to(device, dtype)
+            probe = (_noise(2, shapes[gate][1]) * torch.tensor([[1.0], [40.0]], device="cpu")).to(
+                device, dtype
+            )
             with modes_kept(module), torch.no_grad():
-                for part in module.modules():  # so that dropout in the module's own forward shows, and not in its parts
+                # Thus dropout in the module's own forward shows, and not in its parts.
+                for part in module.modules():
                     part.training = part is module
                 got = parts[down](torch.ops.qlora_native.swiglu(parts[gate](probe), parts[up](probe)))
                 if agree(_attempt(module, probe), got, each_row=True):
@@ -201,9 +220,14 @@ class Dense(Fused):
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_on_cpu(module.weight):
+        if (
+            type(module) is not nn.Linear
+            or module.weight.dtype not in SIXTEEN_BITS
+            or not is_on_cpu(module.weight)
+        ):
             return None
-        is_large = module.weight.numel() >= 1 << 22 and module.weight.is_contiguous()  # no cache holds it
+        # No cache holds it.
+        is_large = module.weight.numel() >= 1 << 22 and module.weight.is_contiguous()
         if is_large and mapped_part(module.weight) is None:
             gather_pages(module.weight)
         return {}
@@ -231,7 +255,9 @@ def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     difference, size = (got.float() - expected.float()).abs(), expected.float().abs()
-    difference, size = (difference.amax(-1), size.amax(-1)) if each_row else (difference, size.clamp_min(1e-3))
+    difference, size = (
+        (difference.amax(-1), size.amax(-1)) if each_row else (difference, size.clamp_min(1e-3))
+    )
     return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
 
 
@@ -281,10 +307,12 @@ def _with_native_parts(function: FunctionType, attends: bool = True) -> Function
     if not swapped and copied is inner:
         return function
     cells = function.__closure__ and tuple(
-        CellType(copied) if inner is not None and cell.cell_contents is inner else cell for cell in function.__closure__
+        CellType(copied) if inner is not None and cell.cell_contents is inner else cell
+        for cell in function.__closure__
     )
     names = {**function.__globals__, **swapped}
-    names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
+    # By its name torch.compile would look the swapped ones up in the module itself.
+    names.pop("__name__", None)
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
@@ -299,7 +327,9 @@ def _rotates(function: FunctionType) -> bool:
     expected = (torch.ops.qlora_native.rotary(x, cos, sin, False) for x in (q, k))
     try:
         is_named = list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]
-        return is_named and all(agree(*pair) for pair in zip(function(q, k, cos, sin), expected, strict=True))
+        return is_named and all(
+            agree(*pair) for pair in zip(function(q, k, cos, sin), expected, strict=True)
+        )
     except Exception:  # it takes something else
         return False
 
@@ -307,7 +337,12 @@ def _rotates(function: FunctionType) -> bool:
 def _native_rotary(original: FunctionType) -> Callable[..., Any]:
     @wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4
+        plain = (
+            not args
+            and not kwargs
+            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dim() == k.dim() == 4
+        )
         fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_taken(q)
         if not fits or cos.requires_grad or sin.requires_grad:
             return original(q, k, cos, sin, *args, **kwargs)
@@ -341,11 +376,17 @@ def _attention(
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
     if not is_on_cpu(query):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, is_causal=is_causal, **options
+        )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     square = query.shape[2] == key.shape[2] > 1 and options.get("position_bias") is None
-    alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
+    alike = (
+        query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and query.shape[3] == key.shape[3]
+    )
     native = square and alike and not options.get("dropout") and is_native(query)
     widen = widen and query.dtype in TOLERANCE
 
@@ -357,7 +398,9 @@ def _attention(
         if widen:
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask
             q, k, v = q.float(), k.float(), v.float()
-        return sdpa_attention_forward(module, q, k, v, mask, is_causal=causal, **options)[0].to(query.dtype)
+        return sdpa_attention_forward(module, q, k, v, mask, is_causal=causal, **options)[0].to(
+            query.dtype
+        )
 
     documents = None
     if attention_mask is not None and square and not torch.compiler.is_compiling():
@@ -369,7 +412,9 @@ def _attention(
     for sequence, *operands in zip(documents, *(x.split(1) for x in (query, key, value)), strict=True):
         lengths = [document.length for document in sequence]
         parts = zip(sequence, *(x.split(lengths, 2) for x in operands), strict=True)
-        rows.append(torch.cat([attend(q, k, v, document.mask, True) for document, q, k, v in parts], 1))
+        rows.append(
+            torch.cat([attend(q, k, v, document.mask, True) for document, q, k, v in parts], 1)
+        )
     return torch.cat(rows), None
 
 
@@ -403,8 +448,13 @@ def _find(mask: Tensor) -> Documents | None:
         # Every position sees itself and, unless it is a document's first, the one before it.
         starts = [0, *((~square.diagonal(-1)).nonzero().flatten() + 1).tolist(), len(square)]
         parts = [square[start:end, start:end] for start, end in pairwise(starts)]
-        if not bool(square.diagonal().all()) or sum(int(part.sum()) for part in parts) != int(square.sum()):
+        if not bool(square.diagonal().all()) or sum(int(part.sum()) for part in parts) != int(
+            square.sum()
+        ):
             return None
-        masks = (None if torch.equal(part, torch.ones_like(part).tril()) else part[None, None] for part in parts)
+        masks = (
+            None if torch.equal(part, torch.ones_like(part).tril()) else part[None, None]
+            for part in parts
+        )
         sequences.append(tuple(map(Document, map(len, parts), masks)))
     return tuple(sequences) if any(len(documents) > 1 for documents in sequences) else None

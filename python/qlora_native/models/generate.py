@@ -34,19 +34,26 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}: expected more than 0 and at most 1")
 
 
-def iter_tokens(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
+def iter_tokens(
+    model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]
+) -> Iterator[int]:
     """The answer's tokens, without the one of ``stop`` that ends it, as far as the model's context reaches.
 
     UserError if the prompt alone is longer.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or len(prompt) + sampling.max_tokens
+    context = (
+        getattr(model.config, "max_position_embeddings", None) or len(prompt) + sampling.max_tokens
+    )
     if len(prompt) >= context:
-        raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {context}: begin a new one")
+        raise UserError(
+            f"the conversation has {len(prompt)} tokens, the model's context {context}: begin a new one"
+        )
     generator = torch.Generator().manual_seed(sampling.seed)
     # Of a long prompt, only the logits of the last token are needed.
     parameters = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # by the version of transformers
+    # The name depends on the version of transformers.
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
     for _ in range(min(sampling.max_tokens, context - len(prompt))):
         output = model(ids, **{cache_name: cache}, use_cache=True, **last)
@@ -80,6 +87,8 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
         ids = getattr(owner, "eos_token_id", None)
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if wrong := [token for token in ids if type(token) is not int]:
-            raise UserError(f"eos_token_id of the model or its tokenizer is {wrong[0]!r}: expected a token's number.")
+            raise UserError(
+                f"eos_token_id of the model or its tokenizer is {wrong[0]!r}: expected a token's number."
+            )
         found |= set(ids)
     return found

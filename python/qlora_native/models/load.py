@@ -158,22 +158,38 @@ def load_model(
         ValueError: an argument is wrong.
     """
     if dtype not in MODEL_DTYPES:
-        raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+        raise ValueError(
+            f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32."
+        )
     if quant_type == AUTO and not (method is None and calibration is None):
         quant_type = "nf4"
     method = method or ("rtn" if calibration is None else CALIBRATED[0])
     if method not in METHODS:
-        raise ValueError(f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}.")
+        raise ValueError(
+            f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}."
+        )
     if calibration is not None and method not in CALIBRATED:
-        raise ValueError(f"load_model: method {method!r} takes no calibration data: leave calibration out.")
+        raise ValueError(
+            f"load_model: method {method!r} takes no calibration data: leave calibration out."
+        )
     if calibration is None and method in CALIBRATED:
-        raise ValueError(f"load_model: method {method!r} needs calibration data: give calibration a file or texts.")
+        raise ValueError(
+            f"load_model: method {method!r} needs calibration data: give calibration a file or texts."
+        )
     if isinstance(skip_modules, str):
-        raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
+        raise ValueError(
+            f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names."
+        )
     if residency not in RESIDENCIES:
-        raise ValueError(f"load_model: residency is {residency!r}: expected {', '.join(map(repr, RESIDENCIES))}.")
+        raise ValueError(
+            f"load_model: residency is {residency!r}: expected {', '.join(map(repr, RESIDENCIES))}."
+        )
     rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
-    options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
+    options: dict[str, Any] = {
+        "quant_type": rounded,
+        "block_size": block_size,
+        "double_quant": double_quant,
+    }
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
     sleep_while_busy()
@@ -185,14 +201,20 @@ def load_model(
     made: dict[str, Any] = {"method": KEEP if is_kept else method}
     fell_back: dict[str, str] = {}
     if is_kept and method != "rtn":
-        raise UserError(f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'.")
+        raise UserError(
+            f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'."
+        )
     is_mapped = _can_map(source, is_kept, residency, target, reader is None)
     copied: dict[str, str] = {}  # why, of the tensors that could not be mapped
     names: dict[str, bool] = {}  # of the weights that become 4-bit here
     if not source.has_bnb_weights and not is_kept:
-        names = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
+        names = meta.four_bit_weights(
+            (OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size
+        )
     elif method != "rtn":
-        raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
+        raise UserError(
+            f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
+        )
     if method in CALIBRATED:
         from qlora_native.models.calibrate import calibrated
 
@@ -215,7 +237,9 @@ def load_model(
     model = meta.finish()
     if isinstance(source, SafetensorsSource):
         model.generation_config = source.generation_config() or model.generation_config
-    model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
+    model._weight_conversions = without_stacks(
+        getattr(model, "_weight_conversions", None) or (), model
+    )
     if four_bit_parts(model):
         dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         ours = {**bitsandbytes_config(dtype, options, dense), METADATA: made}
@@ -228,7 +252,9 @@ def load_model(
     if fuse:
         fusion.fuse(model)
     trim_heap()
-    report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
+    report = replace(
+        make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began
+    )
     if is_mapped:
         tensors = chain(model.parameters(), model.buffers())
         bytes_mapped = sum(tensor.nbytes for tensor in tensors if mapped_part(tensor) is not None)
@@ -237,17 +263,22 @@ def load_model(
     return model
 
 
-def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device, is_alone: bool) -> bool:
+def _can_map(
+    source: Source, is_kept: bool, residency: str, device: torch.device, is_alone: bool
+) -> bool:
     """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
     needs = {
-        "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept or source.has_bnb_weights,
+        "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept
+        or source.has_bnb_weights,
         "one process, since several read such a folder together": is_kept or is_alone,
         "a model on the CPU": device.type == "cpu",
         "Linux": hasattr(_C, "MappedFile"),
     }
     missing = [text for text, has in needs.items() if not has]
     if residency == "mapped" and missing:
-        raise UserError(f"{source.path} cannot be mapped: residency 'mapped' needs {' and '.join(missing)}.")
+        raise UserError(
+            f"{source.path} cannot be mapped: residency 'mapped' needs {' and '.join(missing)}."
+        )
     return residency != "memory" and not missing
 
 
@@ -262,9 +293,13 @@ def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrai
     """As :func:`load_model`, with nothing quantized."""
     source = open_source(path)
     if source.has_bnb_weights:
-        raise UserError(f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from.")
+        raise UserError(
+            f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from."
+        )
     meta = MetaModel(source.config, torch.bfloat16, torch.device("meta"))
-    return load_model(source, skip_modules=[name for name, _ in meta.model.named_children()], **options)
+    return load_model(
+        source, skip_modules=[name for name, _ in meta.model.named_children()], **options
+    )
 
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
@@ -276,7 +311,8 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
     return LoadReport(
         path=path,
         bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
-        bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
+        bytes_dense=sum(dense.values())
+        + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
         method=metadata.get("method") if four_bit else None,
         calibration=metadata.get("calibration"),

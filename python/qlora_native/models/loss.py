@@ -28,7 +28,13 @@ from qlora_native.models.fuse import Dense, modes_kept
 from qlora_native.nn.linear import QuantizedLinear
 
 # config fields by which known models change the logits after the output embedding
-LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+LOGIT_FIELDS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 Finder = Callable[[Any, Mapping[str, Tensor]], bool]
 
@@ -63,7 +69,9 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     if not has_plain_head(model, inputs):
         trained = targets != IGNORE_INDEX
-        return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
+        return F.cross_entropy(
+            model(**inputs, use_cache=False).logits[trained].float(), targets[trained]
+        )
     hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
     if isinstance(head, WithTokenRows):
         rows = head.rows(), head.token_adapter.token_ids
@@ -84,7 +92,9 @@ def check_loss(model: Any) -> None:
         _is_causal(model, {"input_ids": ids})
 
 
-def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+def without_needless_mask(
+    model: Any, inputs: Mapping[str, Tensor], targets: Tensor
+) -> dict[str, Tensor]:
     """The inputs with an attention mask of ones where it hides only padding behind a row, which no trained token sees.
 
     A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
@@ -149,7 +159,8 @@ def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
-    kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
+    # FSDP puts two classes before it.
+    kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)
     kind = kind.__bases__[1] if issubclass(kind, (TrainedModule, WithTokenRows)) else kind
     if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
         reason = f"its output embedding is {kind.__name__}, not a linear layer"
@@ -165,9 +176,17 @@ def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
 
         with head.register_forward_hook(swap), modes_kept(model):
             logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
-        if len(given) == 1 and given[0].shape[1] == 2 and torch.equal(logits.float(), given[0].float()):
+        if (
+            len(given) == 1
+            and given[0].shape[1] == 2
+            and torch.equal(logits.float(), given[0].float())
+        ):
             return True
-        fields = (f" ({key}={value})" for key in LOGIT_FIELDS if (value := getattr(config, key, None)) is not None)
+        fields = (
+            f" ({key}={value})"
+            for key in LOGIT_FIELDS
+            if (value := getattr(config, key, None)) is not None
+        )
         reason = f"it changes its logits after the output embedding{next(fields, '')}"
     warnings.warn(
         f"{type(model).__name__}: {reason}, so the loss is taken from the model's own logits, "
@@ -181,5 +200,8 @@ def is_random(model: Any) -> bool:
     """Whether the model draws random numbers in training, by its modules and its config."""
     options = model.config.get_text_config().to_dict()
     rates = [rate for name, rate in options.items() if re.search("drop|jitter|noise", name)]
-    rates += [getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", None) for module in model.modules()]
+    rates += [
+        getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", None)
+        for module in model.modules()
+    ]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

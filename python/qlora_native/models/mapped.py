@@ -37,7 +37,9 @@ def check_files(files: list[_C.MappedFile]) -> None:
     """UserError if a file was changed since it was mapped."""
     for file in files:
         if sentence := file.change():
-            raise UserError(f"{sentence[:-1]}; load the model again, or continue from the last checkpoint.")
+            raise UserError(
+                f"{sentence[:-1]}; load the model again, or continue from the last checkpoint."
+            )
 
 
 def check_mapped_finite(model: nn.Module, where: str) -> None:
@@ -49,7 +51,10 @@ def check_mapped_finite(model: nn.Module, where: str) -> None:
 
 def parts_of(module: nn.Module) -> list[MappedPart]:
     """The ranges of mapped files that a module's tensors take, in the files' order, near ones as one."""
-    found = sorted((part for _, _, part in mapped_tensors(module)), key=lambda part: (part.file.address, part.begin))
+    found = sorted(
+        (part for _, _, part in mapped_tensors(module)),
+        key=lambda part: (part.file.address, part.begin),
+    )
     merged: list[MappedPart] = []
     for part in found:
         last = merged[-1] if merged else None
@@ -86,7 +91,8 @@ class Streaming:
         self._training = False
         streamed = set(self.plan.streamed)
         resident = [part for unit, each in enumerate(parts) if unit not in streamed for part in each]
-        rows = [part for part in parts_of(model.get_input_embeddings()) if part not in parts[-1]]  # not of a tied head
+        # A tied head has none.
+        rows = [part for part in parts_of(model.get_input_embeddings()) if part not in parts[-1]]
         units_of_stream = [part if unit in streamed else [] for unit, part in enumerate(parts)]
         self.stream = _C.WeightStream(units_of_stream, resident, rows)
         decoder = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
@@ -113,7 +119,11 @@ class Streaming:
     def _behind(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         """Behind a forward pass: have the gradient of its output call, which comes before the layer's backward pass."""
         hidden = output[0] if isinstance(output, tuple) else output
-        if isinstance(hidden, Tensor) and hidden.requires_grad and torch._C._current_graph_task_id() == -1:
+        if (
+            isinstance(hidden, Tensor)
+            and hidden.requires_grad
+            and torch._C._current_graph_task_id() == -1
+        ):
             hidden.register_hook(_Hook(self._visit, number, True))
 
     def _visit(self, number: int, is_backward: bool, *_: Any) -> None:
@@ -122,7 +132,9 @@ class Streaming:
         now = number if number in wanted and number in self.plan.streamed else -1
         if not self.stream.want(wanted, now, number == 1 and not is_backward):
             check_files(self.files)
-            raise UserError("a file of the model cannot be read: its disk fails; continue from the last checkpoint.")
+            raise UserError(
+                "a file of the model cannot be read: its disk fails; continue from the last checkpoint."
+            )
 
 
 def _unit_parts(model: Any) -> list[list[MappedPart]]:
@@ -138,7 +150,10 @@ def plan_streaming(model: Any, budget: int) -> Residency:
     """
     parts = _unit_parts(model)
     names = ["embedding", *(f"layer {number}" for number in range(len(parts) - 2)), "head"]
-    units = [Unit(name, num_bytes(part), must_stay=name == "head") for name, part in zip(names, parts, strict=True)]
+    units = [
+        Unit(name, num_bytes(part), must_stay=name == "head")
+        for name, part in zip(names, parts, strict=True)
+    ]
     try:
         return plan_residency(units, budget)
     except ValueError:

@@ -24,7 +24,9 @@ from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes
 from qlora_native.weights.stream import Source, stream
 
 
-def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def merge(
+    model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     """Turn the model into dense layers with W + scale * B A, the sum taken in fp32 and rounded once to ``dtype``.
 
     Layers without an adapter become dense as well, so the result is an ordinary transformers model for
@@ -46,7 +48,9 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if base not in ("original", "dequantized"):
         raise ValueError(f"merge: base is {base!r}: expected 'original' or 'dequantized'.")
     if dtype not in MODEL_DTYPES:
-        raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+        raise ValueError(
+            f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32."
+        )
     report: LoadReport | None = getattr(model, "load_report", None)
     config, rows = model.__dict__.get("lora_config"), token_rows(model)
     end_training_rows(model)
@@ -54,16 +58,26 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     layers: Layers = {
         f"{path}.weight": (path, layer, layer.base_layer if isinstance(layer, LoRALinear) else layer)
         for path, layer in model.named_modules()
-        if isinstance(layer, LoRALinear) or (isinstance(layer, QuantizedLinear) and id(layer) not in adapted)
+        if isinstance(layer, LoRALinear)
+        or (isinstance(layer, QuantizedLinear) and id(layer) not in adapted)
     }
-    stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
+    stacks = {
+        f"{path}.{name}": (experts, name, weight)
+        for path, experts, name, weight in quantized_stacks(model)
+    }
     if base == "dequantized":
         weights = _decoded(layers, stacks, dtype)
     elif report is None:
         raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
     else:
-        trained = tuple(f"{path}." for path in saved_modules(model, config.modules_to_save)) if config else ()
-        parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
+        trained = (
+            tuple(f"{path}." for path in saved_modules(model, config.modules_to_save))
+            if config
+            else ()
+        )
+        parameters = {
+            name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()
+        }
         parameters = {
             name: tensor
             for name, tensor in parameters.items()
@@ -78,7 +92,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
             take_stack(experts, leaf, weight.to(stack.device, dtype, copy=base == "original"))
     _make_embeddings_dense(model, dtype)
     if stacks:
-        model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
+        # This is transformers' own for the class: experts one by one again.
+        model.__dict__.pop("_weight_conversions", None)
     end_training_modules(model)
     unfuse(model)
     for parameter in model.parameters():
@@ -89,21 +104,28 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
         weight.data = put_rows(weight.data, part.token_ids, part.trainable_tokens_delta.data)
     model.config.dtype = dtype
     model.config.__dict__.pop("quantization_config", None)
-    for name in ("lora_config", "save_pretrained"):  # the latter refuses while the weights are those of a GGUF file
+    # `save_pretrained` refuses while the weights are those of a GGUF file.
+    for name in ("lora_config", "save_pretrained"):
         model.__dict__.pop(name, None)
     if report is not None:
         model.load_report = make_report(model, report.path)
     return model.requires_grad_(False)
 
 
-Layers = dict[str, tuple[str, "LoRALinear | QuantizedLinear", nn.Linear]]  # path, layer, and the layer without adapter
+# Path, layer, and the layer without adapter.
+Layers = dict[str, tuple[str, "LoRALinear | QuantizedLinear", nn.Linear]]
 Stacks = dict[str, tuple[QuantizedExperts, str, QuantizedWeight]]
 
 
 def _decoded(layers: Layers, stacks: Stacks, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The weights by name as the model holds them; those of 4-bit layers in fp32, to which adapters are added."""
     for name, (_, _, inner) in layers.items():
-        yield name, inner.quantized.dequantize(torch.float32) if isinstance(inner, QuantizedLinear) else inner.weight
+        yield (
+            name,
+            inner.quantized.dequantize(torch.float32)
+            if isinstance(inner, QuantizedLinear)
+            else inner.weight,
+        )
     for name, (*_, weight) in stacks.items():
         yield name, weight.dequantize(dtype)
 
@@ -114,15 +136,24 @@ def _original(
     """The weights by name as the files hold them. What else the model holds in a dtype that loses something against the
     files is read into ``parameters``."""
     if source.has_bnb_weights:
-        raise UserError(f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
+        raise UserError(
+            f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'."
+        )
     meta = ModelShapes(source.config, dtype)
     absent = {*layers, *stacks}
-    widened = {name for name in parameters.keys() & meta.shapes if parameters[name].dtype != meta.dtype_of(name)}
+    widened = {
+        name
+        for name in parameters.keys() & meta.shapes
+        if parameters[name].dtype != meta.dtype_of(name)
+    }
     widened -= absent
-    tied_to = {meta.tied[name]: name for name in layers if name in meta.tied}  # of which a file may hold one
+    # A file may hold one of these.
+    tied_to = {meta.tied[name]: name for name in layers if name in meta.tied}
 
     def changed(what: str) -> UserError:
-        return UserError(f"{source.path} has changed since the model was loaded: {what}; load the model again.")
+        return UserError(
+            f"{source.path} has changed since the model was loaded: {what}; load the model again."
+        )
 
     needed = absent | widened | tied_to.keys()
     items = (item for item in stream(source, meta) if not item.entry.is_plain or item.name in needed)
@@ -138,7 +169,9 @@ def _original(
         absent.discard(name)
         value = value.t() if name in meta.transposed else value
         inner = layers[name][2] if name in layers else None
-        if value.shape != ((inner.out_features, inner.in_features) if inner is not None else stacks[name][2].shape):
+        if value.shape != (
+            (inner.out_features, inner.in_features) if inner is not None else stacks[name][2].shape
+        ):
             raise changed(f"{name} is {list(value.shape)} there now")
         yield name, value
     if absent:
@@ -147,7 +180,12 @@ def _original(
 
 @torch.no_grad()
 def _make_dense(
-    model: PreTrainedModel, path: str, layer: nn.Module, inner: nn.Linear, weight: Tensor, dtype: torch.dtype
+    model: PreTrainedModel,
+    path: str,
+    layer: nn.Module,
+    inner: nn.Linear,
+    weight: Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Put a dense layer of ``weight`` [N, K], plus the adapter's delta, at ``path``."""
     device = inner.weight.device

@@ -56,8 +56,14 @@ class Merging(Conversion):
         source = open_source(path)
         self.is_kept = source.keeps(quant_type)
         rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
-        options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
-        super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
+        options: dict[str, Any] = {
+            "quant_type": rounded,
+            "block_size": block_size,
+            "double_quant": double_quant,
+        }
+        super().__init__(
+            source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules
+        )
         self.adapter_folder, self.skip_modules = adapter, skip_modules
         if self.four_bit and base == "original":
             raise UserError(
@@ -77,8 +83,12 @@ class Merging(Conversion):
         self.codes: dict[str, Path] = {}
         for name in self.meta.transposed:  # an adapter is read for linear layers
             width, height = self.meta.shapes[name].shape
-            self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
-        self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
+            self.meta.model.set_submodule(
+                name.removesuffix(".weight"), nn.Linear(width, height, device="meta")
+            )
+        self.adapter = (
+            StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
+        )
         tied = self.meta.tied
         for module, ids in dict(self.adapter.config.trainable_tokens).items():
             name, rows = f"{module}.weight", self.adapter.saved.pop(f"{module}.{DELTA}")
@@ -113,7 +123,9 @@ class Merging(Conversion):
         return is_adapted or (self.target == "16bit" and name in self.rounded)
 
     def _is_decoded(self, name: str) -> bool:
-        return self.target == "16bit" or (self.changes(name) and name.removesuffix(".weight") not in self.codes)
+        return self.target == "16bit" or (
+            self.changes(name) and name.removesuffix(".weight") not in self.codes
+        )
 
     def write(self, folder: Path, shard_bytes: int) -> None:
         """Write the folder, as :meth:`Conversion.write`, with the chat template of the adapter."""
@@ -134,7 +146,9 @@ class Merging(Conversion):
         """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
         adapted weights that are not there."""
         found = []
-        for name in sorted({f"{path}.weight" for path in self.adapter.pairs} | self.adapter.saved.keys()):
+        for name in sorted(
+            {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.saved.keys()
+        ):
             entry, origin = self.entries.get(name), self.entries.get(self.meta.tied.get(name, ""))
             if entry is not None and entry.converter is None:
                 continue

@@ -21,7 +21,11 @@ def layer_progress(*, quiet: bool = False) -> Iterator[Progress]:
             from rich import progress as rich
             from rich.console import Console
 
-            columns = rich.TextColumn("{task.description}"), rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
+            columns = (
+                rich.TextColumn("{task.description}"),
+                rich.MofNCompleteColumn(),
+                rich.BarColumn(bar_width=24),
+            )
             bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True))
             bar.add_task("calibrating", visible=False)
 

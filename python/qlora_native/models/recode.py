@@ -40,14 +40,21 @@ def calibrated_codes(
     model: Any = load_adapter(load_model(work.source.path, **options, fuse=False), adapter)
     streaming = stream_if_needed(model, None, BESIDE)
     total = sum(isinstance(layer.base_layer, QuantizedLinear) for _, layer in lora_layers(model))
-    progress(f"finding the codes of {total} weights with {len(ids)} sequences of {ids.shape[1]} tokens", 0, total)
+    progress(
+        f"finding the codes of {total} weights with {len(ids)} sequences of {ids.shape[1]} tokens",
+        0,
+        total,
+    )
 
     def write(path: str, packed: Tensor) -> None:
         codes[path] = folder / f"{len(codes)}.codes"
         packed.cpu().numpy().tofile(codes[path])
         progress(f"layer {len(codes)} of {total}", len(codes), total)
 
-    with side_by_side(model.device) as (pool, _), nullcontext() if streaming is None else closing(streaming):
+    with (
+        side_by_side(model.device) as (pool, _),
+        nullcontext() if streaming is None else closing(streaming),
+    ):
         recode(model, ids, pool, write)
     return codes
 
@@ -63,7 +70,8 @@ def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor
     shared: dict[str, Any] = {}  # q, k and v have the same input
 
     def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
-        both = x.numel() == 2 * ids.numel() * x.shape[-1]  # an expert has some tokens; fused layers pass [tokens, K]
+        # An expert has some tokens; fused layers pass [tokens, K].
+        both = x.numel() == 2 * ids.numel() * x.shape[-1]
         trained, ships = x.chunk(2) if both else (x, x)
         if shared.get("x") is not x:
             statistic = Statistics(full=True)
@@ -80,7 +88,11 @@ def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor
         new = QuantizedLinear.from_quantized(weight.with_packed(packed), layer.bias)
         return torch.cat([plain(trained), new(ships)])
 
-    layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}
+    layers = {
+        path: layer
+        for path, layer in lora_layers(model)
+        if isinstance(layer.base_layer, QuantizedLinear)
+    }
     for path, layer in layers.items():
         layer.forward = partial(forward, layer, layer.forward, path)  # type: ignore[method-assign]
     try:

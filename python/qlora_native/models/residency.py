@@ -79,7 +79,11 @@ class Residency:
         return sum(self.units[unit].num_bytes for reads in self.reads(training) for unit in reads)
 
     def seconds(
-        self, rate: float, forward: Sequence[float], backward: Sequence[float] = (), slower: float = 0.0
+        self,
+        rate: float,
+        forward: Sequence[float],
+        backward: Sequence[float] = (),
+        slower: float = 0.0,
     ) -> float:
         """Predicted seconds of a step; of a forward pass without ``backward``.
 

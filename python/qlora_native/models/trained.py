@@ -52,7 +52,9 @@ def can_round_again(report: LoadReport | None) -> bool:
     return report is None or not report.bytes_4bit or report.method in ("rtn", KEEP)
 
 
-def store_model(model: Any, folder: Path, tokenizer: Any, shard_bytes: int = SHARD_BYTES, advice: str = "") -> None:
+def store_model(
+    model: Any, folder: Path, tokenizer: Any, shard_bytes: int = SHARD_BYTES, advice: str = ""
+) -> None:
     """Write a 4-bit ``model`` without an adapter, and its tokenizer if there is one, as `qlora quantize` does.
 
     UserError, which ends with ``advice``, if it cannot be written; a folder that was there stays then.
@@ -67,10 +69,16 @@ def store_model(model: Any, folder: Path, tokenizer: Any, shard_bytes: int = SHA
 def source_of(model: Any, source: Source | None = None) -> Source | None:
     """What a model was loaded from, if it says so and ``source`` is not that already."""
     report: LoadReport | None = getattr(model, "load_report", None)
-    return open_source(report.path) if source is None and report is not None and report.path.exists() else source
+    return (
+        open_source(report.path)
+        if source is None and report is not None and report.path.exists()
+        else source
+    )
 
 
-def record_of(model: Any, source: Source | None, stored: Source | None, output_dir: Path) -> dict[str, str]:
+def record_of(
+    model: Any, source: Source | None, stored: Source | None, output_dir: Path
+) -> dict[str, str]:
     """What is recorded beside the adapters of ``model`` in ``output_dir``, whose base ``source``, ``stored`` or
     the folder STORED holds; nothing of 16-bit weights that were rounded to nearest."""
     report: LoadReport | None = getattr(model, "load_report", None)
@@ -112,7 +120,11 @@ def stored_base(adapter: Path | None, source: Source | None) -> Source | None:
         return None
     record = read_record(adapter)
     folder = Path(os.path.abspath(adapter)).parent / record.get("folder", STORED)
-    if "folder" not in record or record["made_from"] != digest(source) or not (folder / "config.json").is_file():
+    if (
+        "folder" not in record
+        or record["made_from"] != digest(source)
+        or not (folder / "config.json").is_file()
+    ):
         return None
     stored = open_source(folder)
     return stored if digest(stored) == record["sha256"] else None

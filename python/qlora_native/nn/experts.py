@@ -16,7 +16,8 @@ from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import KeepsBits, from_tensors, in_rows, scales_in, state_key, to_tensors
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
 
-Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
+# A [E, r, K], B [E, N, r] and the scale of an adapter of a stack.
+Factors = tuple[Tensor, Tensor, float]
 Product = Callable[[str, int, Tensor], Tensor]
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SCALES = TENSOR_FIELDS[1:]
@@ -36,7 +37,11 @@ class Substitute(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind, base = type(self).__bases__
-        return _blank, (kind, base), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+        return (
+            _blank,
+            (kind, base),
+            self.__getstate__() if hasattr(self, "__getstate__") else vars(self),
+        )
 
 
 _made: dict[tuple[type[Substitute], type[nn.Module]], type[nn.Module]] = {}
@@ -45,7 +50,11 @@ _made: dict[tuple[type[Substitute], type[nn.Module]], type[nn.Module]] = {}
 def substitute_class(kind: type[Substitute], base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` with ``kind``'s forward; the same one every time."""
     if (kind, base) not in _made:
-        members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        members = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
         _made[kind, base] = type(base.__name__, (kind, base), {**members, **kind.members(base)})
     return _made[kind, base]
 
@@ -152,15 +161,23 @@ class QuantizedExperts(Substitute, KeepsBits):
             elif state_key(state_dict, prefix + name) is None:
                 missing_keys.append(prefix + name)
             else:
-                put_stack(self, name, from_tensors(state_dict, prefix + name).to(self._parameters[name].device))  # type: ignore[union-attr]
+                device = self._parameters[name].device  # type: ignore[union-attr]
+                put_stack(self, name, from_tensors(state_dict, prefix + name).to(device))
 
 
 def by_expert(
-    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, product: Product
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    product: Product,
 ) -> Tensor:
     """The rule of a module that :func:`stacks_of` names, expert by expert: ``product(name, e, x [t, K])`` is x times
     the transpose of that stack's slice e."""
-    up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    up, activate = (
+        ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    )
     result = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         if expert >= experts.num_experts:  # another process has it
@@ -178,7 +195,9 @@ def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Ten
     for path, module in model.named_modules():
         # transformers' rule for experts is all that the module does. Biases would be added in `by_expert`, behind each
         # product; stacks stored as [E, in, out] need their transpose in weights/ (CONTRIBUTING.md, "Where to add").
-        if hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings):
+        if hasattr(module, "_apply_gate") and all(
+            getattr(module, name, True) is False for name in settings
+        ):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:
                     yield path, name, parameter
@@ -219,7 +238,12 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
             for name in list(module._stacks):
                 weight = module.stack(name)
                 assert weight is not None
-                yield path, module, name, weight if module.at_home is None else weight.map(module.at_home)
+                yield (
+                    path,
+                    module,
+                    name,
+                    weight if module.at_home is None else weight.map(module.at_home),
+                )
 
 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:

@@ -86,8 +86,14 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a dense weight
         self.in_features = in_features
         self.out_features = out_features
-        options = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
-        self.quantized = QuantizedWeight.empty((out_features, in_features), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
+        self.quantized = QuantizedWeight.empty(
+            (out_features, in_features),
+            dtype=dtype,
+            quant_type=quant_type,
+            block_size=block_size,
+            double_quant=double_quant,
+            device=device,
+        )
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", made)
 
@@ -105,7 +111,9 @@ class QuantizedLinear(KeepsBits, nn.Linear):
                 f"expected [{self.out_features}, {self.in_features}]."
             )
         if self.is_laid_out:
-            raise ValueError("QuantizedLinear: a weight laid out for sharding cannot be exchanged: load it before.")
+            raise ValueError(
+                "QuantizedLinear: a weight laid out for sharding cannot be exchanged: load it before."
+            )
         self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
         for name in _SCALES:
             # As persistent ones, though state_dict is written below: transformers makes the others anew after loading.
@@ -126,7 +134,9 @@ class QuantizedLinear(KeepsBits, nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> QuantizedLinear:
         """Quantize a dense layer; ``options`` as :func:`qlora_native.quantize`. The bias is shared, not copied."""
-        return cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias).train(linear.training)
+        return cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias).train(
+            linear.training
+        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense layer with the decoded weight, by default in the original dtype; the bias is shared."""
@@ -145,7 +155,9 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         """
         if not self.is_laid_out:
             numel = self.in_features * self.out_features
-            self.weight, self.absmax_bytes = in_rows(self.weight, self.absmax, numel, self._about.block_size)
+            self.weight, self.absmax_bytes = in_rows(
+                self.weight, self.absmax, numel, self._about.block_size
+            )
             del self.absmax
 
     @property
@@ -179,7 +191,9 @@ class QuantizedLinear(KeepsBits, nn.Linear):
                 return y
         return linear_4bit(x, self._weight(), self.bias)
 
-    def with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None) -> Tensor:
+    def with_adapter(
+        self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None
+    ) -> Tensor:
         """y = x W^T + bias + scale * (x_lora A^T) B^T, x_lora being x if it is None: x [..., K], a [r, K], b [N, r].
 
         :func:`qlora_native.lora_linear` over this layer's weight and bias.
@@ -193,7 +207,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
     def _matrix(self) -> Matrix | None:
         """The native form of the weight, made once; None where it has none."""
         parameters = self._parameters
-        if "weight" not in parameters or "bias" not in parameters:  # something else stands in their place
+        # Without them, something else stands in their place.
+        if "weight" not in parameters or "bias" not in parameters:
             return None
         if self._prepared is None:
             self._prepared = Prepared()
@@ -225,11 +240,16 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             if state_key(state_dict, name) is not None:
                 value = from_tensors(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
-                options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
+                options: Any = {
+                    "quant_type": self._about.quant_type,
+                    "block_size": self._about.block_size,
+                }
                 double_quant = self.nested_absmax is not None
                 value = weight.quantize(state_dict[name], double_quant=double_quant, **options)
             if value is None and name in state_dict:
-                raise ValueError(f"it is {state_dict[name].dtype} without a quant state: expected floats, or that too.")
+                raise ValueError(
+                    f"it is {state_dict[name].dtype} without a quant state: expected floats, or that too."
+                )
             if value is None:
                 missing_keys.append(name)
             else:
@@ -242,14 +262,20 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             if bias is None:
                 missing_keys.append(prefix + "bias")
             elif bias.shape != self.bias.shape:
-                error_msgs.append(f"'{prefix}bias' is {list(bias.shape)}: expected {list(self.bias.shape)}.")
-            elif self.bias.device.type == "meta" or local_metadata.get("assign_to_params_buffers", False):
+                error_msgs.append(
+                    f"'{prefix}bias' is {list(bias.shape)}: expected {list(self.bias.shape)}."
+                )
+            elif self.bias.device.type == "meta" or local_metadata.get(
+                "assign_to_params_buffers", False
+            ):
                 self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
             else:
                 with torch.no_grad():
                     self.bias.copy_(bias)
         if strict:
-            ours = (key for key in state_dict if key.startswith(prefix) and not key.startswith(name + "."))
+            ours = (
+                key for key in state_dict if key.startswith(prefix) and not key.startswith(name + ".")
+            )
             unexpected_keys += [key for key in ours if key not in (name, prefix + "bias")]
 
 
@@ -289,11 +315,15 @@ class QuantizedEmbedding(KeepsBits, nn.Embedding):
         return f"{super().extra_repr()}, {self._about.quant_type}"
 
 
-def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tuple[nn.Parameter, nn.Parameter]:
+def in_rows(
+    packed: Tensor, absmax: Tensor, numel: int, block_size: int
+) -> tuple[nn.Parameter, nn.Parameter]:
     """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
     uint8 parameters over the same memory. Raises ValueError for a weight in a GGUF format."""
     if numel and not absmax.numel():
-        raise ValueError("a weight in a GGUF format cannot be sharded over processes: quantize it to nf4 for that.")
+        raise ValueError(
+            "a weight in a GGUF format cannot be sharded over processes: quantize it to nf4 for that."
+        )
     rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
     scales = absmax.view(-1, 1).view(torch.uint8)
     return nn.Parameter(rows, requires_grad=False), nn.Parameter(scales, requires_grad=False)
@@ -306,7 +336,9 @@ def scales_in(stored: Tensor, double_quant: bool) -> Tensor:
 
 def state_key(keys: Container[str], prefix: str = "weight") -> str | None:
     """The key of ``prefix`` among ``keys`` that describes a quantized weight (:func:`to_tensors`), or None."""
-    ours = (f"{prefix}.quant_state.gguf__{_native.QUANT_TYPES[number]}" for number in _native.GGUF_BLOCKS)
+    ours = (
+        f"{prefix}.quant_state.gguf__{_native.QUANT_TYPES[number]}" for number in _native.GGUF_BLOCKS
+    )
     return next((key for key in ours if key in keys), bnb_state_key(keys, prefix))
 
 
@@ -331,6 +363,8 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quant
         if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
             raise ValueError(f"'{prefix}' is missing or holds no bytes")
         about: Any = {"shape": state["shape"], "dtype": getattr(torch, state["dtype"])}
-        return QuantizedWeight.of_blocks(packed.reshape(-1), quant_type=key.rpartition("__")[2], **about)
+        return QuantizedWeight.of_blocks(
+            packed.reshape(-1), quant_type=key.rpartition("__")[2], **about
+        )
     except ValueError as error:
         raise ValueError(f"from_tensors: '{key}': {error}") from None

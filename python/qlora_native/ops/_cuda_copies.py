@@ -60,7 +60,12 @@ register_optimizer_step_post_hook(_after_step)
 def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[..., Tensor]) -> Tensor:
     """``make(matrix, dtype, scale)``, which is scale times the matrix in a dtype; a kept one, where it still holds."""
     copies = _copies.get(id(matrix)) if recording.on else None
-    if copies is None or copies.in_graph or copies.matrix() is not matrix or _cuda_kernels.is_capturing(matrix.device):
+    if (
+        copies is None
+        or copies.in_graph
+        or copies.matrix() is not matrix
+        or _cuda_kernels.is_capturing(matrix.device)
+    ):
         return make(matrix, dtype, scale)
     stream = _cuda_kernels.raw_stream(matrix.get_device())
     state = matrix._version, matrix.data_ptr(), matrix.stride(), stream

@@ -33,7 +33,9 @@ def _loaded() -> ModuleType | None:
     from qlora_native import _cuda
 
     if _cuda.device_count() == 0:
-        built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version()))
+        built, driver = (
+            f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version())
+        )
         say_once(
             f"qlora_native: the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}; {SLOWER} "
             "Update the driver, or reinstall from source with an older nvcc."

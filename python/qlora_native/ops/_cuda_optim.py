@@ -36,7 +36,9 @@ class Scaling(NamedTuple):
     """What gradients are multiplied by. The tensors are fp32 [1] on the device, or None."""
 
     grad_factor: float = 1.0
-    max_norm: float | None = None  # clips the norm of all gradients; skips the step if it is not finite
+    max_norm: float | None = (
+        None  # clips the norm of all gradients; skips the step if it is not finite
+    )
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
@@ -48,7 +50,9 @@ class DeviceTable:
     on the device.
     """
 
-    def __init__(self, module: ModuleType, op: str, rows: array[int], num_tensors: int, device: torch.device) -> None:
+    def __init__(
+        self, module: ModuleType, op: str, rows: array[int], num_tensors: int, device: torch.device
+    ) -> None:
         if _cuda_kernels.is_capturing(device):
             raise RuntimeError(
                 f"{op}: its tables are not on {device} yet, and a CUDA graph cannot put them there: run one step of "
@@ -71,9 +75,12 @@ class DeviceTable:
         self.held_options: array[float] = array("d")
         if count:
             _upload(chunks, self.chunks)
-        self.workspace = torch.zeros(module.gradient_norm_workspace(count), dtype=torch.uint8, device=device)
+        self.workspace = torch.zeros(
+            module.gradient_norm_workspace(count), dtype=torch.uint8, device=device
+        )
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
-        self.norm = torch.zeros((), dtype=torch.float64, device=device)  # of the gradients as they stand
+        # This is the norm of the gradients as they stand.
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros_like(self.norm)
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -141,7 +148,9 @@ class DeviceTable:
             self.measure(rows)
         with _cuda_kernels.launching(self.device) as stream:
             if stores is None:
-                getattr(self.module, self.op)(*self._table(rows), *self._arguments(options, by), stream)
+                getattr(self.module, self.op)(
+                    *self._table(rows), *self._arguments(options, by), stream
+                )
             for store, budget in stores or ():
                 store.point_at(rows)
                 addresses = store.tensors.data_ptr(), store.chunks.data_ptr(), budget
@@ -150,9 +159,14 @@ class DeviceTable:
     def _arguments(self, options: Sequence[tuple[float, ...]], by: Scaling) -> tuple[Any, ...]:
         """What the native functions take between the table and the stream."""
         self.write_options(options)
-        kind = (bool(options[0][-1]),) if self.op == ADAMW else ()  # one of Adam and AdamW: all groups have the same
+        # One of Adam and AdamW: all groups have the same.
+        kind = (bool(options[0][-1]),) if self.op == ADAMW else ()
         addresses = [0 if t is None else t.data_ptr() for t in (by.grad_scale, by.found_inf)]
-        clip = (by.max_norm, *addresses, self.norm.data_ptr()) if by.max_norm is not None else (0.0, *addresses, 0)
+        clip = (
+            (by.max_norm, *addresses, self.norm.data_ptr())
+            if by.max_norm is not None
+            else (0.0, *addresses, 0)
+        )
         results = self.grad_norm.data_ptr(), self.skipped.data_ptr(), self.finished.data_ptr()
         return self.options.data_ptr(), len(options), *kind, by.grad_factor, *clip, *results
 
@@ -163,7 +177,9 @@ class StoreTable:
     ``row_of``: the row of the optimizer's table that updates each tensor of the store, or -1.
     """
 
-    def __init__(self, module: ModuleType, store: Any, row_of: list[int], device: torch.device) -> None:
+    def __init__(
+        self, module: ModuleType, store: Any, row_of: list[int], device: torch.device
+    ) -> None:
         staging_bytes = store.staging_bytes if isinstance(store, module.PinnedStore) else 0
         self.staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
         self.native = module.StoreTable(store, row_of, self.staging.data_ptr())

@@ -62,18 +62,30 @@ class Sizes(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_of(
-    module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0, always_fused: bool = False
+    module: ModuleType,
+    sizes: Sizes,
+    device: torch.device,
+    quant_type: int = 0,
+    always_fused: bool = False,
 ) -> Plan:
     """The plan of a product. ``always_fused``, with which the checks on a card reach every kernel, is for any m."""
     facts = _cuda_kernels.facts(device)
-    return Plan(*module.plan_matmul((*sizes, always_fused, facts.compute_capability, facts.sm_count, quant_type)))
+    return Plan(
+        *module.plan_matmul(
+            (*sizes, always_fused, facts.compute_capability, facts.sm_count, quant_type)
+        )
+    )
 
 
 @lru_cache(maxsize=4096)
 def panel_columns(width: int, depth: int, itemsize: int) -> int:
     """Columns of y [M, width] whose weights, ``depth`` elements each, are decoded at once."""
     most = max(1, PANEL_BYTES // max(1, depth * itemsize))
-    return width if width <= most else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
+    return (
+        width
+        if width <= most
+        else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
+    )
 
 
 def _placed(tensor: Any) -> tuple[Any, int]:
@@ -92,7 +104,9 @@ def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
     if numel := out.numel():
         panel = panel or (numel, 0, 1, 0, numel)
         with _cuda_kernels.launching(out.device) as stream:
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel, stream, weight.pointers())
+            module.dequantize_4bit(
+                DTYPE_NUMBER[out.dtype], out.data_ptr(), panel, stream, weight.pointers()
+            )
 
 
 class Cuda(Engine):
@@ -102,7 +116,12 @@ class Cuda(Engine):
         self.module = module
 
     def product(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         if bias is not None:
             bias = bias.to(x.dtype)
@@ -160,7 +179,9 @@ class Cuda(Engine):
         for first in range(0, width, max(1, columns)):
             last = min(first + columns, width)
             rectangle = (first, last, 0, k) if is_forward else (0, n, first, last)
-            decoded = panel[: (last - first) * depth].view((last - first, k) if is_forward else (n, last - first))
+            decoded = panel[: (last - first) * depth].view(
+                (last - first, k) if is_forward else (n, last - first)
+            )
             decode(self.module, weight, decoded, (k, *rectangle))
             right = decoded.to(x.dtype)
             out = y[:, first:last]
@@ -191,18 +212,23 @@ class Cuda(Engine):
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         if b.dtype == grad_y.dtype:
             return self.dense(False, grad_y, b, scale=scale)
-        return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
+        # The copy that forward multiplied.
+        return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
             return super().narrow(tensor, dtype, scale)
-        wide = tensor if tensor.dtype == dtype else tensor.float()  # torch computes in the operand's dtype
+        # torch computes in the operand's dtype.
+        wide = tensor if tensor.dtype == dtype else tensor.float()
         return torch.mul(wide, scale, out=torch.empty(tensor.shape, dtype=dtype, device=tensor.device))
 
-    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    def outer(
+        self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False
+    ) -> Tensor:
         is_wide = left.dtype == dtype == torch.float32
         if not is_wide and (left.dtype.itemsize > 2 or (dtype == left.dtype and scale == 1.0)):
-            return super().outer(left, right, scale, dtype, transposed)  # torch's product rounds once as well
+            # torch's product rounds once as well.
+            return super().outer(left, right, scale, dtype, transposed)
         if transposed:
             left, right = right, left
         if is_wide:

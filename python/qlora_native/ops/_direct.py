@@ -33,7 +33,8 @@ def _key_sets() -> tuple[Any, Any, Any, dict[int, str], frozenset[int]]:
     for device in ("CPU", "CUDA"):
         own = keys(getattr(key, device)) | keys(getattr(key, f"Autocast{device}"))
         derivative = keys(key.ADInplaceOrView) | keys(getattr(key, f"Autograd{device}"))
-        devices |= {own.raw_repr(): device, (own | derivative).raw_repr(): device}  # the first in inference mode
+        # Tensors have the first in inference mode.
+        devices |= {own.raw_repr(): device, (own | derivative).raw_repr(): device}
     thread = keys(key.BackendSelect)
     return (
         torch._C._dispatch_keys,
@@ -99,7 +100,9 @@ def by_dispatcher(name: str, *arguments: Any) -> Any:
     return op(*arguments[:-1], *arguments[-1]) if name in FROZEN else op(*arguments)
 
 
-def kernel_of(name: str, arguments: Values, looked_at: Sequence[int] | None = None) -> Callable[..., Any] | None:
+def kernel_of(
+    name: str, arguments: Values, looked_at: Sequence[int] | None = None
+) -> Callable[..., Any] | None:
     """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device.
 
     Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a frozen weight's the type
@@ -126,4 +129,5 @@ def kernel_of(name: str, arguments: Values, looked_at: Sequence[int] | None = No
     return (NODES if _graph_task() < 0 else RECOMPUTED).get((name, device))
 
 
-__getattr__ = names_from(__name__, {"Prepared": "qlora_native.ops.linear_4bit"})  # which pickles of release 0.1 name
+# Pickles of release 0.1 name this.
+__getattr__ = names_from(__name__, {"Prepared": "qlora_native.ops.linear_4bit"})

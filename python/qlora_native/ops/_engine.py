@@ -31,7 +31,12 @@ class Engine:
     makes_low = False  # whether an adapter may carry ``down``
 
     def product(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """With a frozen weight W [N, K], in x's dtype.
 
@@ -46,7 +51,11 @@ class Engine:
 
     def plain(self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """:meth:`product` without an adapter."""
-        y: Tensor = call("linear_4bit", x, bias, weight) if is_forward else call("linear_4bit_grad_input", x, weight)
+        y: Tensor = (
+            call("linear_4bit", x, bias, weight)
+            if is_forward
+            else call("linear_4bit_grad_input", x, weight)
+        )
         return y
 
     def dense(
@@ -81,7 +90,9 @@ class Engine:
             tensor = tensor.to(WIDE[tensor.dtype]) * scale
         return tensor.to(dtype).contiguous()
 
-    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    def outer(
+        self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False
+    ) -> Tensor:
         """scale * left^T right, for left [M, r] and right [M, C]: [r, C] in ``dtype``, or ``transposed`` [C, r]."""
         wide = torch.promote_types(left.dtype, dtype)
         if transposed:

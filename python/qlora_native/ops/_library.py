@@ -80,11 +80,16 @@ SCHEMAS = {
 
 # Ops that wait for the device, or copy from memory of the host that is gone at a replay: not for CUDA graphs.
 # torch.compile leaves them out of its own.
-NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit"), *("adamw_step", "lion_step", "gradient_norm")}
+NOT_IN_GRAPHS = {
+    *("quantize_4bit", "search_scales_4bit", "gptq_4bit"),
+    *("adamw_step", "lion_step", "gradient_norm"),
+}
 
 LIBRARY = torch.library.Library("qlora_native", "DEF")
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ())
+    LIBRARY.define(
+        _name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ()
+    )
 
 Function = Callable[..., Any]
 Values = tuple[Any, ...]  # arguments, or a gradient for each of them
@@ -99,7 +104,9 @@ def _arguments(schema: str) -> list[list[str]]:
     return [argument.split() for argument in listed.split(", ") if argument]
 
 
-PARAMETERS = {name: [parameter for _, parameter in _arguments(schema)] for name, schema in SCHEMAS.items()}
+PARAMETERS = {
+    name: [parameter for _, parameter in _arguments(schema)] for name, schema in SCHEMAS.items()
+}
 # Where the tensors among these stand.
 TENSORS = {
     name: [place for place, (kind, _) in enumerate(_arguments(schema)) if kind.startswith("Tensor")]
@@ -107,11 +114,14 @@ TENSORS = {
 }
 
 # By op and dispatch key:
-FUNCTIONS: dict[tuple[str, str], Function] = {}  # what :func:`implement` was given, which trusts its operands
+# What :func:`implement` was given, which trusts its operands.
+FUNCTIONS: dict[tuple[str, str], Function] = {}
 KERNELS: dict[tuple[str, str], Function] = {}  # the same behind the check of the operands
 NODES: dict[tuple[str, str], Function] = {}  # and with the derivative
-RECOMPUTED: dict[tuple[str, str], Function] = {}  # of those, what a forward within a backward pass takes
-IMPLEMENTATIONS: dict[tuple[str, str], Function] = {}  # kernels as the dispatcher calls them, by the schema
+# Of those, what a forward within a backward pass takes.
+RECOMPUTED: dict[tuple[str, str], Function] = {}
+# Kernels as the dispatcher calls them, by the schema.
+IMPLEMENTATIONS: dict[tuple[str, str], Function] = {}
 CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCHEMAS}
 
 
@@ -119,7 +129,8 @@ class _Recording(threading.local):
     on = False
 
 
-recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
+# Whether this thread is inside a kernel that autograd records, or a derivative.
+recording = _Recording()
 
 
 def _with_weight(arguments: Values) -> Values:
@@ -159,7 +170,11 @@ def implement(name: str, device: str) -> Callable[[Function], Function]:
         kernel = _behind(CHECKS[name], function)
         by_schema = _by_schema(name, kernel)
         LIBRARY.impl(name, by_schema, device)
-        FUNCTIONS[name, device], KERNELS[name, device], IMPLEMENTATIONS[name, device] = function, kernel, by_schema
+        FUNCTIONS[name, device], KERNELS[name, device], IMPLEMENTATIONS[name, device] = (
+            function,
+            kernel,
+            by_schema,
+        )
         return function
 
     return register
@@ -177,7 +192,9 @@ def fake(name: str) -> Callable[[Function], Function]:
     return register
 
 
-def autograd(name: str, backward: Function, setup_context: Function, before: Function | None = None) -> None:
+def autograd(
+    name: str, backward: Function, setup_context: Function, before: Function | None = None
+) -> None:
     """Registers the op's derivative: with the dispatcher, and as a node over the CPU or the CUDA kernel alone.
 
     ``backward`` returns a gradient or None for each argument but a frozen weight. For a product, ``before`` computes
@@ -197,7 +214,9 @@ def autograd(name: str, backward: Function, setup_context: Function, before: Fun
     )
     for device in ("CPU", "CUDA"):
         if (name, device) in FUNCTIONS:  # else the same for all devices, of other ops
-            NODES[name, device] = RECOMPUTED[name, device] = _node(name, device, backward, setup_context)
+            NODES[name, device] = RECOMPUTED[name, device] = _node(
+                name, device, backward, setup_context
+            )
             if before is not None:
                 RECOMPUTED[name, device] = _saved_first(name, device, backward, setup_context, before)
 
@@ -235,7 +254,9 @@ def _applied(name: str, forward: Function, backward: Function) -> Function:
     return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
-def _saved_first(name: str, device: str, backward: Function, setup_context: Function, before: Function) -> Function:
+def _saved_first(
+    name: str, device: str, backward: Function, setup_context: Function, before: Function
+) -> Function:
     """:func:`_node`, which saves before it computes the product.
 
     ``torch.utils.checkpoint`` ends a recomputation by an exception when its last tensor is saved. A node saves after
@@ -252,7 +273,8 @@ def _saved_first(name: str, device: str, backward: Function, setup_context: Func
 
     def compute(ctx: Any, saved: Any, found: Values, *inputs: Any) -> Any:
         ctx.saved = saved
-        ctx.set_materialize_grads(not found)  # as `setup_context` has it, where there is a second output
+        # As `setup_context` has it, where there is a second output.
+        ctx.set_materialize_grads(not found)
         recording.on = True
         try:
             return function(*inputs, *found)

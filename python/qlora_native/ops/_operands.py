@@ -55,7 +55,9 @@ OPERANDS = {
     "swiglu_backward": "gate T [...]; grad_y T [...]; up T [...]",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WIDE: dict[torch.dtype | None, torch.dtype] = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}
+WIDE: dict[torch.dtype | None, torch.dtype] = {
+    dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS
+}
 ACCEPTED = {"float": FLOATS, "native": tuple(DTYPE_NUMBER)}
 ACCEPTED |= {name: (getattr(torch, name),) for name in ("float32", "int64", "uint8")}
 
@@ -105,14 +107,18 @@ class Weight(NamedTuple):
         nested = self.nested_absmax.reshape(-1)[group : -(-last // NESTED_BLOCK)]
         if inside == 0:
             return part._replace(nested_absmax=nested)
-        scales = reference.scales(self.absmax[first - inside : last], nested, self.nested_offset, self.nested_code)
+        scales = reference.scales(
+            self.absmax[first - inside : last], nested, self.nested_offset, self.nested_code
+        )
         plain = scales[inside:].clone()
         return part._replace(absmax=plain, nested_absmax=None, nested_offset=None, nested_code=None)
 
     def facts(self) -> Facts:
         """What a check of it looks at."""
         tensors = self[:6]
-        parts = [None if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in tensors]
+        parts = [
+            None if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in tensors
+        ]
         return tuple(parts), tuple(self.shape), self.quant_type, self.block_size
 
     def check(self) -> None:
@@ -121,7 +127,17 @@ class Weight(NamedTuple):
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, which is to be checked before; 0 for no tensor."""
-        packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = self
+        (
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            code,
+            nested_code,
+            shape,
+            quant_type,
+            block_size,
+        ) = self
         return (
             packed.data_ptr(),
             absmax.data_ptr() if nested_absmax is None else 0,
@@ -157,12 +173,20 @@ def _check_weight(weight: Facts) -> None:
     is_gguf = number in GGUF_BLOCKS  # whose blocks hold scales and codes
     elements, num_bytes = GGUF_BLOCKS.get(number, (2, 1))
     about = f"quantized weight {list(shape)} in blocks of {block_size}"
-    is_whole = block_size == elements and numel % elements == 0 if is_gguf else block_size in reference.BLOCK_SIZES
+    is_whole = (
+        block_size == elements and numel % elements == 0
+        if is_gguf
+        else block_size in reference.BLOCK_SIZES
+    )
     if not is_whole or min(shape, default=0) < 0:
-        blocks = f"whole blocks of {elements}" if is_gguf else "blocks of a power of two from 32 to 4096"
+        blocks = (
+            f"whole blocks of {elements}" if is_gguf else "blocks of a power of two from 32 to 4096"
+        )
         raise ValueError(f"{about}: expected sizes of 0 or more, and {blocks}.")
     if is_gguf and any(facts[2:]):
-        raise ValueError(f"{about}: expected no nested scales and no tables, which lie in the packed bytes.")
+        raise ValueError(
+            f"{about}: expected no nested scales and no tables, which lie in the packed bytes."
+        )
     if nested_absmax is not None and nested_offset is None:
         raise ValueError(f"{about}: nested_absmax is given, nested_offset is not.")
     scales = 0 if is_gguf else -(-numel // block_size)
@@ -180,7 +204,9 @@ def _check_weight(weight: Facts) -> None:
         dtype, dims, device, is_contiguous = fact
         if (dtype, math.prod(dims)) != form or not is_contiguous:
             given = f"{dtype} {list(dims)}{'' if is_contiguous else ', not contiguous'}"
-            raise ValueError(f"{about}: {name} is {given}: expected {form[1]} contiguous {form[0]} values.")
+            raise ValueError(
+                f"{about}: {name} is {given}: expected {form[1]} contiguous {form[0]} values."
+            )
         if device != packed[2]:
             raise ValueError(
                 f"quantized weight: {name} is on {device}, packed on {packed[2]}: "
@@ -203,7 +229,10 @@ class Operand(NamedTuple):
         return cls(name.rstrip("?"), name.endswith("?"), dtype, tuple(axes))
 
 
-TABLE = {op: [Operand.read(entry) for entry in filter(None, line.split("; "))] for op, line in OPERANDS.items()}
+TABLE = {
+    op: [Operand.read(entry) for entry in filter(None, line.split("; "))]
+    for op, line in OPERANDS.items()
+}
 
 
 @lru_cache(MOST_KEPT)
@@ -218,7 +247,8 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
         (packed, absmax, *_), shape, *_ = weight
         if packed is None:
             raise ValueError(f"{op}: packed is None: expected a tensor.")
-        if absmax is not None or all(operand.name != "packed" for operand in operands):  # else it is dense
+        # A weight without scales is dense.
+        if absmax is not None or all(operand.name != "packed" for operand in operands):
             _check_weight.__wrapped__(weight)
         device = packed[2]
         if not any({"N", "K"} & set(operand.axes) for operand in operands):
@@ -235,7 +265,9 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
         dtype, dims, place, layout = found
         if kind is None and dtype in FLOATS:
             kind = dtype
-        accepted = ACCEPTED.get(words) or ((WIDE.get(kind),) if words == "wide" else (kind,) if kind else FLOATS)
+        accepted = ACCEPTED.get(words) or (
+            (WIDE.get(kind),) if words == "wide" else (kind,) if kind else FLOATS
+        )
         expected = " or ".join(map(str, accepted))
         fits = dtype in accepted and place == device and layout is torch.strided
         if axes:
@@ -248,7 +280,9 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
             is_broadcast = axes[0] == "B?" and dims[:1] == (1,)
             fits = fits and list(dims[is_broadcast:]) == want[is_broadcast:]
         if not fits:
-            given = f"{dtype} {list(dims)} on {place}" + ("" if layout is torch.strided else f", {layout}")
+            given = f"{dtype} {list(dims)} on {place}" + (
+                "" if layout is torch.strided else f", {layout}"
+            )
             raise ValueError(f"{op}: {name} is {given}: expected {expected} on {device}.")
 
 

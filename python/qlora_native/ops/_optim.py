@@ -20,14 +20,18 @@ from qlora_native.ops._operands import part_of
 if TYPE_CHECKING:
     from qlora_native.ops._cuda_optim import DeviceTable
 
-State = Mapping[str, Any]  # of a parameter: tensors by the names of STATES, absmaxes beside codes alone
+State = Mapping[
+    str, Any
+]  # of a parameter: tensors by the names of STATES, absmaxes beside codes alone
 STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}  # with an absmax beside them
 
 
 def row_of(param: Tensor, grad: Tensor, state: State, group: int = 0) -> list[int]:
     """One row of the table; tensors are contiguous, on one device, and kept alive by the caller."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, *map(state.get, STATES))]
+    addresses = [
+        0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, *map(state.get, STATES))
+    ]
     return [*addresses, param.numel(), DTYPE_NUMBER[param.dtype], group]
 
 
@@ -58,7 +62,11 @@ def check_state(owner: str, number: int, part: Tensor, state: State, is_flat: bo
         fits = isinstance(value, Tensor) and value.dtype == dtype and value.numel() == shape.numel()
         fits = fits and value.is_contiguous() and (is_flat or value.device == part.device)
         if not fits or not (is_flat or value.shape == shape or name == "step"):
-            given = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+            given = (
+                f"{value.dtype} {list(value.shape)} on {value.device}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
             raise ValueError(
                 f"{owner}: parameter {number} is {list(part.shape)}, its state {name} {given}: expected contiguous "
                 f"{dtype} {list(shape)} on {part.device}; a parameter that was given other data needs a new optimizer."
@@ -81,7 +89,9 @@ class StepTable:
             check_state("optimizer", number, part, state)
         self.devices = {value.device for value in self.kept if isinstance(value, Tensor)}
         self.on_device: DeviceTable | None = None
-        self.numbers: array[int] | None = None  # of the parameters in their page stores, once they are asked for
+        self.numbers: array[int] | None = (
+            None  # of the parameters in their page stores, once they are asked for
+        )
         rows = zip(self.parts, self.parts, states, groups, strict=True)
         self.rows: array[int] = table_of([row_of(*row) for row in rows])
 
@@ -97,7 +107,8 @@ class StepTable:
             and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, map(part_of, params), self.parts))
             and all(map(operator.is_, values, self.kept))
-            and list(map(Tensor.numel, self.parts)) == self.numels  # `param.data = other` keeps the parameter
+            and list(map(Tensor.numel, self.parts))
+            == self.numels  # `param.data = other` keeps the parameter
             and [part.dtype for part in self.parts] == self.dtypes
         )
 
@@ -133,10 +144,14 @@ def define(op: str, names: Sequence[str]) -> Callable[..., None]:
         for name, tensors in zip(PARAMETERS[op][:count], arguments[:count], strict=True):
             expected = len(params) if is_coded or not name.endswith("absmaxes") else 0
             if len(tensors) != expected:
-                raise ValueError(f"{op}: {len(params)} params, but {len(tensors)} {name}: expected {expected}.")
+                raise ValueError(
+                    f"{op}: {len(params)} params, but {len(tensors)} {name}: expected {expected}."
+                )
         betas = options["beta1"], options["beta2"]
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{op}: beta1 and beta2 are {betas}: expected 0 or more, and less than 1.")
+            raise ValueError(
+                f"{op}: beta1 and beta2 are {betas}: expected 0 or more, and less than 1."
+            )
         held = [name for name, tensors in zip(names, lists, strict=True) if tensors]
         stored = zip(*filter(None, lists), strict=True)
         states: list[State] = [dict(zip(held, tensors, strict=True)) for tensors in stored]
@@ -181,8 +196,12 @@ def define(op: str, names: Sequence[str]) -> Callable[..., None]:
             anywhere(*arguments)
             return
 
-        def step(table: array[int], num_tensors: int, options: list[Values], grad_factor: float) -> None:
-            DeviceTable(module, op, table, num_tensors, *devices).step(table, options, Scaling(grad_factor))
+        def step(
+            table: array[int], num_tensors: int, options: list[Values], grad_factor: float
+        ) -> None:
+            DeviceTable(module, op, table, num_tensors, *devices).step(
+                table, options, Scaling(grad_factor)
+            )
 
         natively(arguments, step)
 

@@ -76,7 +76,9 @@ def native(run: Function, results: Pair, q: Tensor, k: Tensor, v: Tensor, scale:
 define("causal_attention", outputs, reference.causal_attention, native, False, is_native)
 
 
-def grad_outputs(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
+def grad_outputs(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Triple:
     outputs(q, k, v, scale)
     return _output(q), _output(k), _output(v)
 

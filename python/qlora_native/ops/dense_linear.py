@@ -18,7 +18,9 @@ from qlora_native.ops._library import Values, autograd, fake, implement, save_in
 from qlora_native.ops.linear_4bit import CPU, grad_input_shapes
 
 
-def _product(engine: Engine, is_forward: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(
+    engine: Engine, is_forward: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """x W^T + bias for x [..., K], or x W for x [..., N]."""
     with without_autocast(x):
         y = engine.dense(is_forward, as_rows(x), weight, bias)

@@ -21,7 +21,11 @@ def check(dtype: torch.dtype) -> None:
 
 
 def decode_panel(
-    pointers: tuple[int, ...], row_length: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor
+    pointers: tuple[int, ...],
+    row_length: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    out: Tensor,
 ) -> None:
     """Decodes rows x columns of a CPU weight, seen with rows of ``row_length``, into the contiguous ``out``."""
     panel = (row_length, *rows, *columns)

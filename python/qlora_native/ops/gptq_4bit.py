@@ -10,7 +10,9 @@ from qlora_native.ops.quantize_4bit import check as check_format
 from qlora_native.ops.quantize_4bit import empty_codes
 
 
-def output(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
+def output(
+    t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int
+) -> Tensor:
     """The packed codes."""
     check_format(quant_type, block_size)
     blocks = -(-t.numel() // block_size)

@@ -49,7 +49,12 @@ class Cpu(Engine):
     makes_low = True
 
     def product(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None = None, adapter: Adapter | None = None
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         if x.dtype not in DTYPE_NUMBER:
             return super().product(is_forward, x, weight, bias, adapter)
@@ -63,7 +68,17 @@ class Cpu(Engine):
         if adapter is not None:  # contiguous by construction
             low, up, down, down_scale = adapter
             factors = address(down), down_scale, low.data_ptr(), up.data_ptr(), low.shape[1]
-        operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), address(bias), *factors, y.data_ptr(), m, n, k)
+        operands = (
+            is_forward,
+            DTYPE_NUMBER[x.dtype],
+            x.data_ptr(),
+            address(bias),
+            *factors,
+            y.data_ptr(),
+            m,
+            n,
+            k,
+        )
         pointers = weight.pointers()
         room = buffer(0)
         while needed := _C.linear_4bit(*operands, *room, pointers):
@@ -86,7 +101,9 @@ class Cpu(Engine):
                 y.addmm_(x[:, first:last], panel.double())
         return y if bias is None else y.add_(bias)
 
-    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    def outer(
+        self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False
+    ) -> Tensor:
         if left.dtype not in DTYPE_NUMBER:
             return super().outer(left, right, scale, dtype, transposed)
         left = left.contiguous()
@@ -118,7 +135,14 @@ class Cpu(Engine):
         n, k = weight.shape
         m = x.shape[0]
         y = empty_like(x, (m, n if is_forward else k)) if out is None else out
-        operands = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), address(bias), scale)
+        operands = (
+            is_forward,
+            DTYPE_NUMBER[x.dtype],
+            x.data_ptr(),
+            weight.data_ptr(),
+            address(bias),
+            scale,
+        )
         room = buffer(0)
         while needed := _C.dense_linear(*operands, y.data_ptr(), m, n, k, *room):
             room = buffer(needed)
@@ -194,7 +218,8 @@ class Prepared:
     __slots__ = ("_made",)
 
     def __init__(self) -> None:
-        self._made: tuple[Any, Matrix | None] = (None, None)  # replaced as a whole: threads may share an owner
+        # This is replaced as a whole: threads may share an owner.
+        self._made: tuple[Any, Matrix | None] = (None, None)
 
     def __reduce__(self) -> Values:
         return Prepared, ()
@@ -213,7 +238,9 @@ class Prepared:
         made, matrix = self._made
         if made == key:
             return matrix
-        if len(numbers[0]) != 2 or not all(t is None or (type(t) in PLAIN and t.device == _CPU) for t in parts):
+        if len(numbers[0]) != 2 or not all(
+            t is None or (type(t) in PLAIN and t.device == _CPU) for t in parts
+        ):
             return None
         checked = Weight(*weight)
         checked.check()
@@ -234,7 +261,9 @@ def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None, *adapter: Any
         return None
     n, k, native = matrix
     rows = x.numel() // k if n and k and shape[-1] == k else 0
-    if not rows or not (bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())):
+    if not rows or not (
+        bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())
+    ):
         return None
     y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
     addend = 0 if bias is None else bias.data_ptr()

@@ -53,7 +53,9 @@ def read(*arguments: Any) -> Values:
     if need_grad_weight and rows is None and weight.absmax is not None:
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
     if (rows is None) != (row_ids is None):
-        raise ValueError("linear_cross_entropy: only one of rows and row_ids is given: expected an id a row.")
+        raise ValueError(
+            "linear_cross_entropy: only one of rows and row_ids is given: expected an id a row."
+        )
     return h, labels.contiguous(), ignore_index, need_grad_h, need_grad_weight, rows, row_ids, weight
 
 
@@ -74,10 +76,13 @@ def empty_gradients(call: Values) -> tuple[Tensor, Tensor]:
     return grad_h, torch.zeros_like(weight.packed if rows is None else rows, dtype=WIDE[h.dtype])
 
 
-Loss = Callable[[Tensor, Tensor, Tensor, bool], None]  # of logits [M, V], labels and losses [M], need_gradient
+# Of logits [M, V], labels and losses [M], need_gradient.
+Loss = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
-def _torch_loss(ignore_index: int, logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
+def _torch_loss(
+    ignore_index: int, logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool
+) -> None:
     """The losses, and with ``need_gradient`` their own gradients in place of the logits.
 
     0 where a label is to be ignored; NaN where it is no word otherwise.
@@ -91,14 +96,24 @@ def _torch_loss(ignore_index: int, logits: Tensor, labels: Tensor, losses: Tenso
     losses.copy_(found.masked_fill_(strange, torch.nan).masked_fill_(ignored, 0.0))
     if need_gradient:
         softmax = (wide - log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-        logits.copy_(softmax.masked_fill_(strange[:, None], torch.nan).masked_fill_(ignored[:, None], 0.0))
+        logits.copy_(
+            softmax.masked_fill_(strange[:, None], torch.nan).masked_fill_(ignored[:, None], 0.0)
+        )
 
 
 def _native_loss(
-    run: Function, ignored: Values, stream: Values, logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool
+    run: Function,
+    ignored: Values,
+    stream: Values,
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    need_gradient: bool,
 ) -> None:
     """The same in one sweep; on a CPU, where nothing is ``ignored``, of labels that are words."""
-    run(*plain((logits.dtype, logits, labels, *ignored, *logits.shape, need_gradient, losses)), *stream)
+    run(
+        *plain((logits.dtype, logits, labels, *ignored, *logits.shape, need_gradient, losses)), *stream
+    )
 
 
 @implement("linear_cross_entropy", "CPU")
@@ -185,7 +200,8 @@ def _chunked(loss_of: Loss, call: Values, device: str, kept: Tensor | None = Non
             if need_grad_weight:
                 grad_weight.addmm_(grad_derived.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
             del logits, grad_derived  # before the next chunk's are allocated
-    wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype  # which not every device has
+    # Not every device has float64.
+    wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype
     count = (targets != ignore_index).sum()
     return (losses.sum(dtype=wide) / count).to(losses.dtype), grad_h, grad_weight
 
@@ -210,7 +226,17 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Values:
     grad_h = sum_grad_h * factor.to(sum_grad_h.dtype) if needs_h else None
     grad_weight = sum_grad_weight * factor if needs_rows or needs_weight else None
     of_rows, of_packed = (grad_weight, None) if needs_rows else (None, grad_weight)
-    return grad_h, None, None, None, None, of_rows, None, of_packed, *[None] * (len(Weight._fields) - 1)
+    return (
+        grad_h,
+        None,
+        None,
+        None,
+        None,
+        of_rows,
+        None,
+        of_packed,
+        *[None] * (len(Weight._fields) - 1),
+    )
 
 
 autograd("linear_cross_entropy", _backward, _setup)

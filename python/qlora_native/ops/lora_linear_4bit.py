@@ -67,7 +67,12 @@ def adapted_product(
 
 
 def adapted_at_once(
-    matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    matrix: Callable[[], Matrix | None],
+    x: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
 ) -> Tensor | None:
     """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
     if (
@@ -150,7 +155,9 @@ def backward_by(
             if grad_xa is not None:
                 low = low + grad_xa.reshape(low.shape)
             if need_x:
-                grad_x = engine.product(False, rows, weight, None, None if separate else Adapter(low, down))
+                grad_x = engine.product(
+                    False, rows, weight, None, None if separate else Adapter(low, down)
+                )
             if need_x_lora:
                 grad_x_lora = engine.dense(False, low, down).view(x.shape)
         if need_x and tokens is not x:
@@ -172,7 +179,9 @@ implement("lora_linear_4bit", "CPU")(partial(forward_by, CPU))
 implement("lora_linear_4bit_backward", "CPU")(partial(backward_by, CPU))
 
 
-def _by_device(engine_of: Callable[[torch.device], Engine], function: Function, first: Tensor, *others: Any) -> Any:
+def _by_device(
+    engine_of: Callable[[torch.device], Engine], function: Function, first: Tensor, *others: Any
+) -> Any:
     return function(engine_of(first.device), first, *others)
 
 
@@ -207,10 +216,19 @@ def shapes(x: Tensor, x_lora: Tensor | None, a: Tensor, b: Tensor, *others: Any)
 
 @fake("lora_linear_4bit_backward")
 def backward_shapes(
-    grad_y: Tensor, x: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float, separate: bool, *others: Any
+    grad_y: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    separate: bool,
+    *others: Any,
 ) -> Values:
     needed, _ = others
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, x, a, b), needed, strict=True))
+    return tuple(
+        t.new_empty(t.shape if need else 0) for t, need in zip((x, x, a, b), needed, strict=True)
+    )
 
 
 def _setup(ctx: Any, inputs: Values, output: Pair) -> None:
@@ -238,7 +256,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> Values
 
 
 def _xa(
-    x: Tensor, x_lora: Tensor | None, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, weight: Weight
+    x: Tensor,
+    x_lora: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    weight: Weight,
 ) -> tuple[Tensor]:
     """What backward needs of the outputs, without the product: xa."""
     engine = ENGINES["CPU" if x.device.type == "cpu" else "CUDA"](x.device)

@@ -21,7 +21,9 @@ def check(quant_type: int, block_size: int) -> None:
     if quant_type not in (0, 1):
         raise ValueError(f"quantize: quant_type number is {quant_type}: expected 0 (nf4) or 1 (fp4).")
     if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
-        raise ValueError(f"quantize: block_size is {block_size}: expected a power of two from 32 to 4096.")
+        raise ValueError(
+            f"quantize: block_size is {block_size}: expected a power of two from 32 to 4096."
+        )
 
 
 def empty_codes(t: Tensor) -> Tensor:
@@ -35,7 +37,9 @@ def empty_outputs(numel: int, device: torch.device, block_size: int, double_quan
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device)
     sizes = ((blocks + 255) // 256, ()) if double_quant else (0, 0)
-    nested_absmax, nested_offset = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+    nested_absmax, nested_offset = (
+        torch.empty(size, dtype=torch.float32, device=device) for size in sizes
+    )
     return packed, absmax, nested_absmax, nested_offset
 
 
@@ -63,7 +67,9 @@ def cpu(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outp
     return results
 
 
-def double_quantize(scales: Tensor, absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> None:
+def double_quantize(
+    scales: Tensor, absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor
+) -> None:
     """Stores CPU ``scales``, fp32 [blocks], in 8 bits: codes, uint8 [blocks], and the two tensors that decode them."""
     _C.quantize_scales(*plain((scales, scales.numel(), absmax, nested_absmax, nested_offset)))
 

@@ -34,7 +34,16 @@ def native(run: Function, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, invers
     source = x if x.stride(-1) == 1 else x.contiguous()
     target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
     angles = (cos.contiguous(), sin.contiguous(), cos.shape[0])
-    run(x.dtype, source, source.stride()[:3], *angles, tuple(x.shape), inverse, target, target.stride()[:3])
+    run(
+        x.dtype,
+        source,
+        source.stride()[:3],
+        *angles,
+        tuple(x.shape),
+        inverse,
+        target,
+        target.stride()[:3],
+    )
     if target is not y:
         y.copy_(target)
 

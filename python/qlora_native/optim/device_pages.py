@@ -44,7 +44,9 @@ class DevicePages(Pages):
         self.is_out = self.paged is True  # "auto" too is under pressure, or page_out was asked for
         self._policy = PagingPolicy()
         self._resident_steps = 0
-        self._tables: tuple[StepTable, list[StoreTable]] | None = None  # of the table that stepped last
+        self._tables: tuple[StepTable, list[StoreTable]] | None = (
+            None  # of the table that stepped last
+        )
         self.could_pin = not self.managed
         if self.could_pin and self.is_out:
             self.pin({})
@@ -89,8 +91,14 @@ class DevicePages(Pages):
         if not self.managed or self.device.type != "cuda":
             return super()._view(store, offset, shape, dtype)
         data = store.address + offset, False
-        interface = {"shape": (shape.numel(),), "typestr": TYPE_CODES[dtype], "data": data, "version": 3}
-        place = SimpleNamespace(store=store, __cuda_array_interface__=interface)  # keeps the store alive
+        interface = {
+            "shape": (shape.numel(),),
+            "typestr": TYPE_CODES[dtype],
+            "data": data,
+            "version": 3,
+        }
+        # Keeps the store alive.
+        place = SimpleNamespace(store=store, __cuda_array_interface__=interface)
         return torch.as_tensor(place, device=self.device).view(shape)
 
     def wait_until_readable(self) -> None:
@@ -115,7 +123,9 @@ class DevicePages(Pages):
         if not is_capturing:
             self._apply_policy()
         stays = self.managed and not self.is_out
-        if is_capturing and not (stays and not self.moved and all(store.is_resident for store in self.stores)):
+        if is_capturing and not (
+            stays and not self.moved and all(store.is_resident for store in self.stores)
+        ):
             raise RuntimeError(
                 f"{self.owner}: its paged states move between host and device in a step, and wait for what moved in "
                 "the step before, which a CUDA graph cannot hold: use paged=False, or capture all but step()."
@@ -133,7 +143,10 @@ class DevicePages(Pages):
             return
         if self._tables is None or self._tables[0] is not table:
             self._tables = table, self._tables_of(table)
-        stores = [(rows, self._budget_of(store)) for rows, store in zip(self._tables[1], self.stores, strict=True)]
+        stores = [
+            (rows, self._budget_of(store))
+            for rows, store in zip(self._tables[1], self.stores, strict=True)
+        ]
         table.on_device.step(table.rows, options, by, stores)
 
     def _bring_back(self, stream: int, is_capturing: bool) -> None:
@@ -155,7 +168,12 @@ class DevicePages(Pages):
         rows = {number: row for row, number in enumerate(self.numbers(table))}
         numbers = count()
         return [
-            StoreTable(self.module, store, [rows.get(n, -1) for n in islice(numbers, len(store.places))], self.device)
+            StoreTable(
+                self.module,
+                store,
+                [rows.get(n, -1) for n in islice(numbers, len(store.places))],
+                self.device,
+            )
             for store in self.stores
         ]
 
@@ -179,7 +197,11 @@ class DevicePages(Pages):
             return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
         least = CHUNKS_AT_ONCE * int(store.largest_chunk)
         # Under "auto" another program needs what is free.
-        return max(least, free_device_memory(self.device).bytes // 2 // share) if self.paged is True else least
+        return (
+            max(least, free_device_memory(self.device).bytes // 2 // share)
+            if self.paged is True
+            else least
+        )
 
     def page_out(self) -> None:
         """Send all states to the host, and return when they are there; "auto" then pages until there is room. Those in

@@ -51,7 +51,9 @@ class PagingStatistics(TypedDict):
     stall_seconds: float
 
 
-def state_forms(moments: Moments, param: Tensor, coded: bool) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def state_forms(
+    moments: Moments, param: Tensor, coded: bool
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each moment of a parameter and, behind them, of the scales of codes."""
     part = part_of(param)
     forms = {name: (part.shape, codes if coded else torch.float32) for name, codes in moments.items()}
@@ -69,11 +71,15 @@ class Pages:
     moments: Moments
     paged: Paged
     folder: Path | None  # of the page file
-    budget: int | None  # bytes in memory while states are paged out, None for a share of what is free at each step
+    # Bytes in memory while states are paged out, None for a share of what is free at each step.
+    budget: int | None
     stores: list[Any] = field(default_factory=list, init=False)
-    places: dict[Tensor, tuple[int, State]] = field(default_factory=dict, init=False)  # a parameter's number and states
-    could_pin: bool = field(default=False, init=False)  # states are ordinary tensors, which pinned memory could take
-    moved: bool = field(default=False, init=False)  # the host wrote states, which may have moved their pages
+    # A parameter's number and states.
+    places: dict[Tensor, tuple[int, State]] = field(default_factory=dict, init=False)
+    # States are ordinary tensors, which pinned memory could take.
+    could_pin: bool = field(default=False, init=False)
+    # The host wrote states, which may have moved their pages.
+    moved: bool = field(default=False, init=False)
     _numbers: Iterator[int] = field(default_factory=count, init=False)
     _taken: set[Tensor] = field(default_factory=set, init=False)
 
@@ -120,7 +126,9 @@ class Pages:
             table.numbers = array("q")
             for param, state in zip(table.params, table.states, strict=True):
                 number, place = self.places.get(param, (-1, {}))
-                table.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
+                table.numbers.append(
+                    number if all(state.get(name) is t for name, t in place.items()) else -1
+                )
         return table.numbers
 
     def wait_until_readable(self) -> None:
@@ -148,7 +156,9 @@ class HostPages(Pages):
     def reserve(self, wanted: Wanted) -> None:
         """Make room for the states of these parameters, all 0, in one arena more. PageFileError (an OSError) if a page
         file is required and cannot be had."""
-        chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
+        chunk_bytes = (
+            CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
+        )
         block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
         layout = _C.PagePlan(self._forms(wanted), _C.page_bytes, chunk_bytes, block_bytes)
         try:
@@ -209,7 +219,9 @@ class HostPages(Pages):
         """The values of :class:`PagingStatistics`."""
         resident, pager = self._resident(), self.pager
         counts = self.state_bytes(), resident, max(0, self.states_paged_out() - resident)
-        moved = (sum(getattr(store, way) for store in self.stores) for way in ("bytes_in", "bytes_out"))
+        moved = (
+            sum(getattr(store, way) for store in self.stores) for way in ("bytes_in", "bytes_out")
+        )
         return *counts, *moved, pager.stalls, pager.stall_seconds
 
 

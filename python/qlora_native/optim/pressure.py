@@ -34,7 +34,9 @@ class PagingPolicy:
         self._short = -math.inf  # when there was last too little room to come back
         self._came_back = -math.inf
 
-    def decide(self, now: float, free: Free, in_memory: int, paged_out: int) -> Literal["out", "in"] | None:
+    def decide(
+        self, now: float, free: Free, in_memory: int, paged_out: int
+    ) -> Literal["out", "in"] | None:
         """The move to make at ``now``, seconds of any clock; the states are in bytes."""
         if in_memory > 0 and free.bytes < free.margin:
             return "out"
@@ -55,7 +57,10 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def watch(
-    optimizer: Any, free_bytes: Callable[[], Free | None], interval: float = 0, policy: PagingPolicy | None = None
+    optimizer: Any,
+    free_bytes: Callable[[], Free | None],
+    interval: float = 0,
+    policy: PagingPolicy | None = None,
 ) -> threading.Thread:
     """Start the watcher of an optimizer's paged states; ``interval`` is in seconds, ``INTERVAL`` by default.
 
@@ -79,13 +84,17 @@ def watch(
     return thread
 
 
-def _watch(reference: Any, free_bytes: Callable[[], Free | None], interval: float, policy: PagingPolicy) -> None:
+def _watch(
+    reference: Any, free_bytes: Callable[[], Free | None], interval: float, policy: PagingPolicy
+) -> None:
     while not _ending.wait(interval):
         free = free_bytes()
         optimizer = reference()
         if free is None or optimizer is None:
             return
-        move = policy.decide(time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out())
+        move = policy.decide(
+            time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out()
+        )
         if move is not None:
             getattr(optimizer, f"page_{move}")()
         del optimizer

@@ -23,7 +23,15 @@ from qlora_native.ops import _library
 from qlora_native.ops._operands import is_sharded, part_of
 from qlora_native.ops._optim import STATES, StepTable
 from qlora_native.optim import paging, pressure
-from qlora_native.optim.paging import HostPages, Moments, Paged, Pages, PagingStatistics, is_coded, state_forms
+from qlora_native.optim.paging import (
+    HostPages,
+    Moments,
+    Paged,
+    Pages,
+    PagingStatistics,
+    is_coded,
+    state_forms,
+)
 
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 LEAST_WATCHED = 1 << 20  # bytes of states; fewer are not worth a thread
@@ -41,11 +49,16 @@ class PagedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], *options: Any) -> None:
         self._set_options(*options)
         super().__init__(params, defaults)
-        if self.paged is True:  # fail here, not in the first step, if there is no room for the page file
+        # Fail here, not in the first step, if there is no room for the page file.
+        if self.paged is True:
             self._reserve()
 
     def _set_options(
-        self, paged: Paged, page_dir: str | Path | None, page_budget: int | None, max_norm: float | None
+        self,
+        paged: Paged,
+        page_dir: str | Path | None,
+        page_budget: int | None,
+        max_norm: float | None,
     ) -> None:
         name = type(self).__name__
         if max_norm is not None and not max_norm > 0:
@@ -70,7 +83,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if self.paged is True and self._pages:  # torch's constructor comes here before ours has reserved any
+            # torch's constructor comes here before ours has reserved any.
+            if self.paged is True and self._pages:
                 self._reserve()
         except (ValueError, OSError):
             self.param_groups.pop()
@@ -79,12 +93,17 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
         are_betas = len(group["betas"]) == 2 and all(0 <= float(beta) < 1 for beta in group["betas"])
-        are_numbers = {key: 0 <= float(group.get(key, 0)) < math.inf for key in ("lr", "eps", "weight_decay")}
+        are_numbers = {
+            key: 0 <= float(group.get(key, 0)) < math.inf for key in ("lr", "eps", "weight_decay")
+        }
         checks = {
             "bits": (group["bits"] in (8, 32), "32 or 8"),
             "betas": (are_betas, "two numbers from 0 up to, not including, 1"),
             **{key: (is_number, "0 or more, and finite") for key, is_number in are_numbers.items()},
-            **{key: (not group.get(key), "False, since it is not offered") for key in ("amsgrad", "maximize")},
+            **{
+                key: (not group.get(key), "False, since it is not offered")
+                for key in ("amsgrad", "maximize")
+            },
         }
         for key, (is_right, expected) in checks.items():
             if not is_right:
@@ -127,7 +146,8 @@ class PagedOptimizer(torch.optim.Optimizer):
             pages.reserve(chosen)
             self._pages[device] = pages
             grew = before < LEAST_WATCHED <= pages.state_bytes()
-            if grew and self.paged == "auto" and isinstance(pages, HostPages):  # on a device, every step looks
+            # States on a device need no watch: every step looks.
+            if grew and self.paged == "auto" and isinstance(pages, HostPages):
                 pressure.watch(self, paging.free_memory)
 
     def _new_pages(self, device: torch.device) -> Pages | None:
@@ -150,7 +170,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _has_place(self, param: Tensor, coded: bool) -> bool:
         """Whether states of this form were reserved for the parameter."""
         pages = self._pages.get(param.device)
-        return pages is not None and param in pages.places and is_coded(pages.places[param][1]) == coded
+        return (
+            pages is not None and param in pages.places and is_coded(pages.places[param][1]) == coded
+        )
 
     def _new_state(self, param: Tensor, group: dict[str, Any], blank: bool = True) -> dict[str, Any]:
         """The states of a parameter, zeros if ``blank``; where they have a place reserved, there."""
@@ -159,8 +181,14 @@ class PagedOptimizer(torch.optim.Optimizer):
             state = self._pages[device].take(param, blank)
         else:
             forms = state_forms(self._moments, param, coded).items()
-            state = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in forms}
-        step = {"step": torch.zeros((), dtype=torch.float32, device=device)} if "step" in self._tensors else {}
+            state = {
+                name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in forms
+            }
+        step = (
+            {"step": torch.zeros((), dtype=torch.float32, device=device)}
+            if "step" in self._tensors
+            else {}
+        )
         return {**step, **state}
 
     def _pinnable(self, pages: Any) -> dict[Tensor, dict[str, Any]]:
@@ -187,7 +215,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
         found = list(self._pages.values())
         plain = [state for pages in found for state in self._pinnable(pages).values()]
-        plain_bytes = sum(tensor.nbytes for state in plain for name, tensor in state.items() if name != "step")
+        plain_bytes = sum(
+            tensor.nbytes for state in plain for name, tensor in state.items() if name != "step"
+        )
         return plain_bytes + sum(pages.states_in_memory() for pages in found)
 
     def states_paged_out(self) -> int:
@@ -232,7 +262,9 @@ class PagedOptimizer(torch.optim.Optimizer):
             numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
             placed = zip(numbers, self._placed(), strict=True)
             states = given["state"]
-            self._fit({param: self._checked(param, states[n]) for n, (param, _) in placed if n in states})
+            self._fit(
+                {param: self._checked(param, states[n]) for n, (param, _) in placed if n in states}
+            )
 
         with (
             self.register_load_state_dict_pre_hook(hold),
@@ -243,17 +275,28 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _checked(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """This rank's parts of a loaded state; ValueError if it is not one of this optimizer."""
-        if is_sharded(param) and not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        if is_sharded(param) and not any(
+            isinstance(value, Tensor) and is_sharded(value) for value in state.values()
+        ):
             state = sharded_states(param, state)
-        given = {name: part_of(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        given = {
+            name: part_of(value) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
         forms = state_forms(self._moments, param, is_coded(given))
         wrong: dict[str, str] = {}
         for name, (shape, dtype) in forms.items():
             value = given.get(name)
             dtypes = _native.DTYPE_NUMBER if dtype.is_floating_point else (dtype,)
-            is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+            is_dense = (
+                isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+            )
             if value is None or not is_dense or value.shape != shape or value.dtype not in dtypes:
-                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                found = (
+                    f"{value.dtype} {list(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
                 wrong[name] = f"is {found}: expected {dtype} {list(shape)}, dense and with values"
             elif not reference.is_finite(value):
                 wrong[name] = "holds a NaN or an infinity: expected finite numbers"
@@ -265,14 +308,18 @@ class PagedOptimizer(torch.optim.Optimizer):
             if not (step.is_integer() and 0 <= step < 1 << 31):
                 wrong["step"] = f"is {step}: expected a whole number from 0 up to, not including, 2^31"
         for name, text in wrong.items():
-            raise ValueError(f"{type(self).__name__}: {name} of a parameter {list(param.shape)} {text}.")
+            raise ValueError(
+                f"{type(self).__name__}: {name} of a parameter {list(param.shape)} {text}."
+            )
         return {name: given[name] for name in forms}
 
     def _fit(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy states into those of the parameters, in the form that each group asks for."""
         self._reserve()
         arenas = [place for pages in self._pages.values() for place in pages.places.items()]
-        owners = {tensor.data_ptr(): param for param, (_, place) in arenas for tensor in place.values()}
+        owners = {
+            tensor.data_ptr(): param for param, (_, place) in arenas for tensor in place.values()
+        }
         for param, given in states.items():
             for key, value in given.items():
                 if isinstance(value, Tensor) and owners.get(value.data_ptr(), param) is not param:
@@ -287,7 +334,9 @@ class PagedOptimizer(torch.optim.Optimizer):
                 if absmax is not None and own_absmax is None:
                     value = reference.decode_state(value, absmax.to(param.device))
                 elif absmax is None and own_absmax is not None:
-                    value, absmax = reference.encode_state(value.float(), signed=state[name].dtype == torch.int8)
+                    value, absmax = reference.encode_state(
+                        value.float(), signed=state[name].dtype == torch.int8
+                    )
                 state[name].copy_(value)
                 if own_absmax is not None:
                     own_absmax.copy_(absmax)
@@ -327,7 +376,9 @@ def whole_states(param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
     layout = {"run_check": False, "shape": param.shape, "stride": param.stride()}
     return {
-        name: part if name == "step" else DTensor.from_local(part, param.device_mesh, param.placements, **layout)
+        name: part
+        if name == "step"
+        else DTensor.from_local(part, param.device_mesh, param.placements, **layout)
         for name, part in decoded(state).items()
     }
 
@@ -337,7 +388,9 @@ def sharded_states(param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     from torch.distributed.tensor import distribute_tensor
 
     return {
-        name: distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+        name: distribute_tensor(
+            value.to(param.device), param.device_mesh, param.placements, src_data_rank=None
+        )
         if isinstance(value, Tensor) and value.shape == param.shape
         else value
         for name, value in decoded(state).items()

@@ -70,7 +70,10 @@ class Optimizer(PagedOptimizer):
         """The options of each group in the order of the op's arguments."""
         names = [name for name in ("eps", "weight_decay") if name in self.defaults]
         return [
-            (*map(float, (group["lr"], *group["betas"], *(group[name] for name in names))), *self._flags)
+            (
+                *map(float, (group["lr"], *group["betas"], *(group[name] for name in names))),
+                *self._flags,
+            )
             for group in self.param_groups
         ]
 
@@ -83,7 +86,9 @@ class Optimizer(PagedOptimizer):
             return
         sharded = self.max_norm is not None and any(map(is_sharded, table.params))
         norm = whole_norm(table.params, grads) if sharded else None
-        if not sharded and self._step_on_device(table, grads, 1.0, self.max_norm, grad_scale, found_inf):
+        if not sharded and self._step_on_device(
+            table, grads, 1.0, self.max_norm, grad_scale, found_inf
+        ):
             return
         if found_inf is not None and float(found_inf) != 0:
             self._skipped = True
@@ -93,7 +98,9 @@ class Optimizer(PagedOptimizer):
         if self.max_norm is not None:
             if norm is None and native:
                 norm = _C.gradient_norm(address_of(table.rows), len(grads))
-            self._grad_norm = norm = factor * (whole_norm(table.params, grads) if norm is None else norm)
+            self._grad_norm = norm = factor * (
+                whole_norm(table.params, grads) if norm is None else norm
+            )
             if not math.isfinite(norm):
                 self._skipped = True
                 return
@@ -107,7 +114,9 @@ class Optimizer(PagedOptimizer):
         """The last step's table, or a new one with states for parameters that had none; this rank's gradients. None
         where no parameter has a gradient."""
         groups = enumerate(self.param_groups)
-        found = [(p, number) for number, group in groups for p in group["params"] if p.grad is not None]
+        found = [
+            (p, number) for number, group in groups for p in group["params"] if p.grad is not None
+        ]
         params, numbers = [param for param, _ in found], [number for _, number in found]
         grads: list[Any] = [param.grad for param in params]
         if odd := {grad.layout for grad in grads} - {torch.strided}:
@@ -151,7 +160,9 @@ class Optimizer(PagedOptimizer):
 
         if table.on_device is None:
             table.on_device = DeviceTable(module, self._op, table.rows, len(grads), device)
-        scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
+        scale, skip = (
+            None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf)
+        )
         by = Scaling(grad_factor, max_norm, scale, skip)
         if pages is not None and is_paged:
             pages.step(table, self._options(), by)
@@ -167,12 +178,16 @@ class Optimizer(PagedOptimizer):
         pager: tuple[_C.Pager | None, int, int] = (None, 0, 0)
         if isinstance(pages := self._pages.get(torch.device("cpu")), HostPages):
             pager = pages.pager, address_of(pages.numbers(table)), pages.budget_now()
-        getattr(_C, self._op)(address_of(table.rows), len(table.params), self._options(), grad_factor, *pager)
+        getattr(_C, self._op)(
+            address_of(table.rows), len(table.params), self._options(), grad_factor, *pager
+        )
 
     def _step_by_ops(self, table: StepTable, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
         calls: dict[tuple[int, torch.device, bool], list[int]] = {}
-        for i, (param, number, state) in enumerate(zip(table.params, table.groups, table.states, strict=True)):
+        for i, (param, number, state) in enumerate(
+            zip(table.params, table.groups, table.states, strict=True)
+        ):
             calls.setdefault((number, param.device, is_coded(state)), []).append(i)
         for (number, _, _), chosen in calls.items():
             states = [table.states[i] for i in chosen]
@@ -192,7 +207,9 @@ def whole_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
         parts.setdefault((*sharding, grad.device), []).append(grad)
     total = 0.0
     for (mesh, placements, device), part in parts.items():
-        square = torch.tensor(float(torch.ops.qlora_native.gradient_norm(part)) ** 2, dtype=torch.float64)
+        square = torch.tensor(
+            float(torch.ops.qlora_native.gradient_norm(part)) ** 2, dtype=torch.float64
+        )
         for dimension, placement in enumerate(placements):
             if placement.is_shard():
                 square = square.to(device)

@@ -43,19 +43,25 @@ class TrainConfig(Section):
         "bytes of mapped weights that may be in memory at once, the others are read in each pass; without it decided "
         "from what is free",
     )
-    output_dir: str = option("qlora-out", "folder for the adapter, checkpoints, metrics.jsonl and report.html")
+    output_dir: str = option(
+        "qlora-out", "folder for the adapter, checkpoints, metrics.jsonl and report.html"
+    )
     resume: str | None = option(
-        None, "auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint"
+        None,
+        "auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
     logging: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = option(
-        [], "other programs to send the figures of metrics.jsonl to: tensorboard, trackio, wandb, mlflow"
+        [],
+        "other programs to send the figures of metrics.jsonl to: tensorboard, trackio, wandb, mlflow",
     )
     parallel: Literal["none", "ddp", "fsdp"] = option(
         "none",
         "of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
         "part; the rows of a step are divided, so the result is that of one process",
     )
-    rank_timeout: Positive = option(600, "seconds that one process may keep the others waiting before the run ends")
+    rank_timeout: Positive = option(
+        600, "seconds that one process may keep the others waiting before the run ends"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
@@ -69,9 +75,13 @@ class TrainConfig(Section):
             )
         for key, value in (("parallel", self.parallel), ("lora.ship", self.lora.ship)):
             if self.lora.modules_to_save and value in ("fsdp", "gguf"):
-                raise ValueError(f"lora.modules_to_save is set and {key} is {value}: expected one of them")
+                raise ValueError(
+                    f"lora.modules_to_save is set and {key} is {value}: expected one of them"
+                )
             if self.lora.trainable_tokens and value in ("fsdp", "gguf", "nf4"):
-                raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
+                raise ValueError(
+                    f"lora.trainable_tokens is set and {key} is {value}: expected one of them"
+                )
         return self
 
     @model_validator(mode="wrap")
@@ -86,8 +96,14 @@ class TrainConfig(Section):
         data, train, adapter = config.data, config.train, config.adapter
         if data.eval is None and data.eval_fraction == 0 and "samples" not in train.model_fields_set:
             sections["train"] = train.model_copy(update={"samples": 0})
-        if adapter is not None and "quant" not in given and (record := adapter / "config.yaml").is_file():
-            sections["quant"] = quant = QuantConfig.model_validate(read_yaml(record)[0].get("quant") or {})
+        if (
+            adapter is not None
+            and "quant" not in given
+            and (record := adapter / "config.yaml").is_file()
+        ):
+            sections["quant"] = quant = QuantConfig.model_validate(
+                read_yaml(record)[0].get("quant") or {}
+            )
             if quant.method != "rtn" and not quant.save:
                 made = f"weights made by {quant.method}, which its run did not store"
                 raise ValueError(f"{adapter} was trained on {made}: set quant")
@@ -145,7 +161,9 @@ class TrainConfig(Section):
             flags = apply_flags(values, overrides, keys(), _value_of)
         # A block whose keys are all commented out is an empty block, not a mistake.
         sections = cls.model_fields.keys() - keys()
-        values = {key: {} if value is None and key in sections else value for key, value in values.items()}
+        values = {
+            key: {} if value is None and key in sections else value for key, value in values.items()
+        }
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -199,7 +217,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         try:
             for name, line in _iter_lines(yaml.compose(text, Loader=yaml.SafeLoader)):
                 if name in lines:
-                    raise UserError(f"{path}:{line}: {name} was already set on line {lines[name]}; remove one of them")
+                    raise UserError(
+                        f"{path}:{line}: {name} was already set on line {lines[name]}; remove one of them"
+                    )
                 lines[name] = line
                 if len(lines) > MOST_NODES:
                     raise ValueError(f"it has more than {MOST_NODES:,} values")
@@ -211,7 +231,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
+        raise UserError(
+            f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines"
+        )
     return values, lines
 
 

@@ -44,20 +44,31 @@ class DataConfig(Section):
     train: str | list[str] = Field(
         description="file of training rows (.jsonl, .csv, .parquet), hub id, or list of them"
     )
-    weights: list[PositiveFloat] | None = option(None, "the files' shares of an epoch; null = every row once")
-    eval: str | None = option(None, "file of held-out rows; without it eval_fraction of the training rows is held out")
+    weights: list[PositiveFloat] | None = option(
+        None, "the files' shares of an epoch; null = every row once"
+    )
+    eval: str | None = option(
+        None, "file of held-out rows; without it eval_fraction of the training rows is held out"
+    )
     eval_fraction: float = option(
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
-    format: str = option("auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows")
+    format: str = option(
+        "auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows"
+    )
     columns: dict[str, str] = option(
-        {}, "the files' columns by the keys of the format that they stand for: {prompt: question, completion: sql}"
+        {},
+        "the files' columns by the keys of the format that they stand for: {prompt: question, completion: sql}",
     )
     max_length: Positive = option(
         1024, "tokens per row at most, longer rows are truncated; memory grows with it", le=1 << 24
     )
-    chat_template: str | None = option(None, "Jinja template, or a file of it, in place of the tokenizer's")
-    train_on: Literal["answers", "all"] = option("answers", "learn the answers only, or every token of the row")
+    chat_template: str | None = option(
+        None, "Jinja template, or a file of it, in place of the tokenizer's"
+    )
+    train_on: Literal["answers", "all"] = option(
+        "answers", "learn the answers only, or every token of the row"
+    )
     packing: bool = option(
         False,
         "concatenate whole rows up to max_length, without attention across rows; batch_size then counts "
@@ -83,7 +94,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _a_weight_each(self) -> DataConfig:
         if not self.files or (self.weights is not None and len(self.weights) != len(self.files)):
-            raise ValueError(f"train is {self.train} and weights is {self.weights}: expected a weight for each file")
+            raise ValueError(
+                f"train is {self.train} and weights is {self.weights}: expected a weight for each file"
+            )
         return self
 
     @property
@@ -119,7 +132,9 @@ class QuantConfig(Section):
         "how codes and scales are chosen: rtn = nearest; wmse and gptq calibrate with text, lose less, and take "
         "seconds or minutes longer to load",
     )
-    calibration: str | None = option(None, "file of that text for wmse and gptq; without it the training rows are used")
+    calibration: str | None = option(
+        None, "file of that text for wmse and gptq; without it the training rows are used"
+    )
     save: bool = option(
         True,
         "store weights that another method than rtn made in output_dir/base-4bit, where --resume and every command on "
@@ -129,7 +144,9 @@ class QuantConfig(Section):
     @model_validator(mode="after")
     def _kept_or_rounded(self) -> QuantConfig:
         if self.type == "keep" and self.method != "rtn":
-            raise ValueError(f"type is keep and method is {self.method}: expected nf4 or fp4 with a method")
+            raise ValueError(
+                f"type is keep and method is {self.method}: expected nf4 or fp4 with a method"
+            )
         return self
 
     @property
@@ -141,7 +158,11 @@ class QuantConfig(Section):
     def options(self) -> dict[str, Any]:
         """Arguments of :func:`qlora_native.load_model`."""
         quant_type = "nf4" if self.type == "auto" and self.method != "rtn" else self.type
-        return {"quant_type": quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
+        return {
+            "quant_type": quant_type,
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+        }
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -149,10 +170,12 @@ class LoraSection(LoraSettings):
     """The small matrices that are trained: the fields of :class:`qlora_native.LoraConfig`, and what a run adds."""
 
     adapter: str | None = option(
-        None, "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own"
+        None,
+        "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own",
     )
     lora_plus_ratio: PositiveFloat = option(
-        1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)"
+        1.0,
+        "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)",
     )
     trainable_tokens: list[NonNegative | str] = Field(
         default_factory=list,
@@ -192,7 +215,9 @@ class LoraSection(LoraSettings):
                 continue
             mine = getattr(section, name)
             if name in named and mine not in (value, ALL_LINEAR):
-                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
+                raise ValueError(
+                    f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}"
+                )
             decided[name] = value
         return check(decided)
 
@@ -201,12 +226,17 @@ class LoraSection(LoraSettings):
         ``trainable_tokens``, these have the right number alone."""
         tokens: Sequence[Any] = range(len(self.trainable_tokens))
         if tokenizer is not None and self.trainable_tokens:
-            known, names = tokenizer.get_vocab(), [token for token in self.trainable_tokens if isinstance(token, str)]
+            known, names = (
+                tokenizer.get_vocab(),
+                [token for token in self.trainable_tokens if isinstance(token, str)],
+            )
             tokenizer.add_tokens([name for name in names if name not in known], special_tokens=True)
             ids: dict[Any, int] = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
-                raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
+                raise UserError(
+                    f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts"
+                )
         shared = {field.name: getattr(self, field.name) for field in fields(LoraSettings)}
         return LoraConfig(**shared, trainable_tokens=list(tokens), seed=seed)
 
@@ -215,12 +245,16 @@ class LoopSection(Section):
     """The optimizer, its schedule, and when to evaluate, save and print."""
 
     steps: Positive | None = option(None, "optimizer steps; give this or epochs")
-    epochs: float | None = option(None, "passes over the rows; give this or steps (neither: 1 epoch)", gt=0, le=1e6)
+    epochs: float | None = option(
+        None, "passes over the rows; give this or steps (neither: 1 epoch)", gt=0, le=1e6
+    )
     batch_size: Rows = option(
-        4, "rows held in memory at once; a step learns from batch_size * grad_accum rows however they are divided"
+        4,
+        "rows held in memory at once; a step learns from batch_size * grad_accum rows however they are divided",
     )
     grad_accum: Rows = option(
-        4, "micro-batches per step; raise it and lower batch_size to save memory without changing the result"
+        4,
+        "micro-batches per step; raise it and lower batch_size to save memory without changing the result",
     )
     optimizer: Literal["adamw", "adamw8bit", "lion"] = option(
         "adamw",
@@ -232,17 +266,26 @@ class LoopSection(Section):
         "where the optimizer's averages lie: auto = in memory until it runs short, then in a page file; "
         "true = in the file from the start; false = in memory, whatever happens",
     )
-    page_dir: str | None = option(None, "folder of that file, on a disk; without it output_dir. No file is left behind")
+    page_dir: str | None = option(
+        None, "folder of that file, on a disk; without it output_dir. No file is left behind"
+    )
     page_budget: Bytes | None = option(
-        None, "bytes of paged averages that may be in memory at once; without it decided from what is free"
+        None,
+        "bytes of paged averages that may be in memory at once; without it decided from what is free",
     )
     lr: PositiveFloat = option(2e-4, "peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "how the learning rate falls to 0 after the warm-up"
     )
-    warmup: float = option(0.03, "steps over which the learning rate rises; below 1 it is a share of all steps", ge=0)
-    weight_decay: float = option(0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0, le=1e9)
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW or Lion betas; lion is usually given [0.9, 0.99]")
+    warmup: float = option(
+        0.03, "steps over which the learning rate rises; below 1 it is a share of all steps", ge=0
+    )
+    weight_decay: float = option(
+        0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0, le=1e9
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "AdamW or Lion betas; lion is usually given [0.9, 0.99]"
+    )
     eps: float = option(1e-8, "added to AdamW's denominator", gt=0)
     clip: float = option(1.0, "largest norm of a step's gradient; 0 = no clipping", ge=0)
     seed: NonNegative = option(0, "fixes the adapter's start, the order of the rows and dropout")
@@ -254,9 +297,12 @@ class LoopSection(Section):
         "on a CUDA device, capture forward and backward passes into CUDA graphs, one for each shape of a "
         "micro-batch, where that is possible: less work for the host",
     )
-    eval_every: NonNegative = option(100, "steps between evaluations; 0 = at the start and the end only")
+    eval_every: NonNegative = option(
+        100, "steps between evaluations; 0 = at the start and the end only"
+    )
     patience: Positive | None = option(
-        None, "stop after so many evaluations in a row without a lower held-out loss; without it, never early"
+        None,
+        "stop after so many evaluations in a row without a lower held-out loss; without it, never early",
     )
     samples: NonNegative | list[str] = option(
         2,
@@ -283,13 +329,19 @@ class LoopSection(Section):
     def _of_the_card(cls, value: str) -> str:
         if value != "auto":
             return value
-        has_it = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        has_it = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return "bfloat16" if has_it else "float16"
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopSection:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}: expected one of them")
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}: expected one of them"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {list(self.betas)}: expected two numbers from 0 up to, not including, 1")
+            raise ValueError(
+                f"betas is {list(self.betas)}: expected two numbers from 0 up to, not including, 1"
+            )
         return self

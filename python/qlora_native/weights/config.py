@@ -14,7 +14,9 @@ from qlora_native.errors import UserError
 from qlora_native.weights.files import first_sentence
 
 METHOD = "qlora_native"  # quant_method in config.json
-METADATA = "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
+METADATA = (
+    "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
+)
 _MOST_LAYERS = 2048  # transformers makes a module of each
 # The least and the most of the numbers of these names: with others a model takes all memory, or cannot be.
 _BOUNDS = (
@@ -31,7 +33,9 @@ def check_config(path: Path, values: dict[str, Any]) -> None:
         if isinstance(value, dict):
             check_config(path, value)
         elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
-            raise UserError(f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'.")
+            raise UserError(
+                f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'."
+            )
         for pattern, least, most in _BOUNDS if type(value) in (int, float) else ():
             if pattern.fullmatch(key) and not least <= value <= most:
                 raise UserError(f"{path}: {key} is {value:,}: expected {least} to {most:,}.")
@@ -48,7 +52,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
             raise ValueError(f"sliding_window is {window!r}: expected a whole number over 0, or null")
     kind = values.get("model_type")
     if not kind:
-        raise UserError(f"{path} has no model_type: expected the configuration of a transformers model.")
+        raise UserError(
+            f"{path} has no model_type: expected the configuration of a transformers model."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its validators raise types of their own, with the reason as the cause
@@ -65,7 +71,9 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
     method = values.get("quant_method")
-    if method == METHOD or (method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))):
+    if method == METHOD or (
+        method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))
+    ):
         return values
     if method == "fp8":
         return None
@@ -76,12 +84,22 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
     )
 
 
-def native_config(dense: list[str], options: dict[str, Any], compute_dtype: str | None, **made: Any) -> dict[str, Any]:
+def native_config(
+    dense: list[str], options: dict[str, Any], compute_dtype: str | None, **made: Any
+) -> dict[str, Any]:
     """The quantization_config of 4-bit weights as :class:`qlora_native.QLoRANativeConfig` has it."""
-    return {"quant_method": METHOD, **options, "skip_modules": dense, "compute_dtype": compute_dtype, **made}
+    return {
+        "quant_method": METHOD,
+        **options,
+        "skip_modules": dense,
+        "compute_dtype": compute_dtype,
+        **made,
+    }
 
 
-def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
+def bitsandbytes_config(
+    dtype: torch.dtype, options: dict[str, Any], dense: list[str]
+) -> dict[str, Any]:
     """The quantization_config of 4-bit weights in bitsandbytes' format; ``dense`` are the other linear layers."""
     return {
         "quant_method": "bitsandbytes",

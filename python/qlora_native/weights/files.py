@@ -72,7 +72,9 @@ class StoredTensor:
         with reading(self.file), self.file.open("rb") as file:
             file.seek(self.start + begin * self.dtype.itemsize)
             if file.readinto(raw) < raw.nbytes:
-                raise ValueError(f"it ends at byte {file.seek(0, os.SEEK_END):,}, within tensor {self.name}")
+                raise ValueError(
+                    f"it ends at byte {file.seek(0, os.SEEK_END):,}, within tensor {self.name}"
+                )
         return tensor
 
 
@@ -186,13 +188,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened; "
             f"expected {WEIGHTS_NAME}; load it once in transformers and call save_pretrained on another folder."
         )
-    raise UserError(f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; copy the whole model again.")
+    raise UserError(
+        f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; copy the whole model again."
+    )
 
 
 def check_finite(tensor: Tensor, name: str, where: str) -> None:
     """UserError for a NaN or an infinity."""
     if not is_finite(tensor):
-        raise UserError(f"{where}: tensor {name} holds a NaN or an infinity; copy or train the model again.")
+        raise UserError(
+            f"{where}: tensor {name} holds a NaN or an infinity; copy or train the model again."
+        )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -202,7 +208,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             prefix = file.read(8)
             if prefix == b"version ":
-                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.")
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}."
+                )
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"its first 8 bytes, {prefix!r}, are no header length")
@@ -214,7 +222,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {name: _entry(path, name, entry, end) for name, entry in entries.items()}
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
             if tensor.start != end:
-                raise ValueError(f"{tensor.name} begins at byte {tensor.start:,}, the one before it ends at {end:,}")
+                raise ValueError(
+                    f"{tensor.name} begins at byte {tensor.start:,}, the one before it ends at {end:,}"
+                )
             end += tensor.num_bytes
         if end != size:
             raise ValueError(f"it holds {size:,} bytes: expected {end:,}")
@@ -231,17 +241,23 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not is_sound or len(shape) > MOST_DIMS:
         raise ValueError(f"the header entry of {name} is malformed")
     if dtype is None:
-        raise UserError(f"{path}: tensor {name} has dtype {kind}: expected one of {', '.join(STORED_DTYPES)}.")
+        raise UserError(
+            f"{path}: tensor {name} has dtype {kind}: expected one of {', '.join(STORED_DTYPES)}."
+        )
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
-        raise ValueError(f"{name} is {kind} {[*shape]}, {num_bytes:,} bytes, but the header gives it {end - begin:,}")
+        raise ValueError(
+            f"{name} is {kind} {[*shape]}, {num_bytes:,} bytes, but the header gives it {end - begin:,}"
+        )
     return StoredTensor(name, path, dtype, shape, data_start + begin, num_bytes)
 
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
     names = read_json(index, object_pairs_hook=unique_keys).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise UserError(f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.')
+        raise UserError(
+            f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.'
+        )
     files = sorted(set(names.values()))
     if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
         raise UserError(f"{index} names {some_of(outside)}: expected files in {index.parent}.")
@@ -297,7 +313,12 @@ class ShardWriter:
 
     def __init__(self, path: Path, outputs: Iterable[Output], source: Path | None = None) -> None:
         def place(output: Output) -> tuple[Any, ...]:
-            return output.shape is None, output.num_bytes % ALIGNMENT > 0, -output.dtype.itemsize, output.name
+            return (
+                output.shape is None,
+                output.num_bytes % ALIGNMENT > 0,
+                -output.dtype.itemsize,
+                output.name,
+            )
 
         self.outputs = sorted(outputs, key=place)
         self._begin: dict[str, int] = {}
@@ -308,7 +329,9 @@ class ShardWriter:
                 self._end += output.num_bytes
         self._written: Counter[str] = Counter()
         most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
-        longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
+        longest = self._header(
+            {output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs}
+        )
         self._header_bytes = len(longest) + -(8 + len(longest)) % ALIGNMENT
         self._file, self._source = path.open("wb"), source or path
 
@@ -320,9 +343,16 @@ class ShardWriter:
             if kind is not None:
                 return
             for output in self.outputs:
-                if output.shape is not None and (done := self._written[output.name]) != output.num_bytes:
-                    raise RuntimeError(f"{output.name}: {done} of {output.num_bytes} bytes were written.")
-            header = self._header({name: (begin, begin + self._written[name]) for name, begin in self._begin.items()})
+                if (
+                    output.shape is not None
+                    and (done := self._written[output.name]) != output.num_bytes
+                ):
+                    raise RuntimeError(
+                        f"{output.name}: {done} of {output.num_bytes} bytes were written."
+                    )
+            header = self._header(
+                {name: (begin, begin + self._written[name]) for name, begin in self._begin.items()}
+            )
             self._file.seek(0)
             self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
 
@@ -348,7 +378,11 @@ class ShardWriter:
         for output in sorted(self.outputs, key=lambda output: spans[output.name]):
             begin, end = spans[output.name]
             shape = [end - begin] if output.shape is None else list(output.shape)
-            entries[output.name] = {"dtype": _NAMES[output.dtype], "shape": shape, "data_offsets": [begin, end]}
+            entries[output.name] = {
+                "dtype": _NAMES[output.dtype],
+                "shape": shape,
+                "data_offsets": [begin, end],
+            }
         return json.dumps(entries, separators=(",", ":")).encode()
 
 

@@ -35,4 +35,6 @@ def _block(shape: torch.Size, grid: torch.Size, dim: int) -> int:
             return powers[-1]
         if size % count == 0:
             return size // count
-    raise ValueError(f"an 8-bit weight {list(shape)} has scales {list(grid)}: expected one a block of equal size.")
+    raise ValueError(
+        f"an 8-bit weight {list(shape)} has scales {list(grid)}: expected one a block of equal size."
+    )

@@ -25,7 +25,9 @@ from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import map_file, view_of
 
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}  # formats of plain floats
-ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies of the rotary embedding
+ROPE_FACTORS = (
+    "rope_freqs.weight"  # by which llama.cpp divides the frequencies of the rotary embedding
+)
 KEPT = frozenset(QUANT_TYPES[number] for number in GGUF_BLOCKS)  # formats whose bytes are kept
 _STRING, _ARRAY = 8, 9  # numbers of metadata types; the others are numbers of a fixed size
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -106,7 +108,8 @@ class GgufFile:
             if version not in (2, 3):
                 raise ValueError(f"it is of version {version}: expected 2 or 3")
             count, keys = self._take("QQ")
-            self._entries: dict[str, tuple[int, int]] = {}  # where the bytes of a key and its value begin and end
+            # Where the bytes of a key and its value begin and end.
+            self._entries: dict[str, tuple[int, int]] = {}
             for _ in range(keys):
                 begin = self._at
                 key = self._string()
@@ -166,7 +169,9 @@ class GgufFile:
         block, size = gguf.GGML_QUANT_SIZES[Kind(number)]
         if shape and shape[-1] % block:
             raise ValueError(f"rows of tensor {name[:80]!r} are no whole blocks of {block}")
-        return GgufTensor(name, Kind(number).name.lower(), shape, start, math.prod(shape) // block * size)
+        return GgufTensor(
+            name, Kind(number).name.lower(), shape, start, math.prod(shape) // block * size
+        )
 
     def bytes_of(self, tensor: GgufTensor) -> Tensor:
         """uint8 [N, bytes a row], N = 1 for a vector: a view of the mapped file."""
@@ -179,24 +184,40 @@ class GgufFile:
         transformers' reader of configurations, which reads every array of a file's metadata, gets this one.
         """
         arrays = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")]
-        kept = {key: bytes(self._raw[slice(*place)]) for key, place in self._entries.items() if key not in arrays}
+        kept = {
+            key: bytes(self._raw[slice(*place)])
+            for key, place in self._entries.items()
+            if key not in arrays
+        }
         key = f"{self.fields.get('general.architecture')}.vocab_size"
         if key not in kept and arrays[0] in self.fields:
             kept[key] = _packed(key) + struct.pack("<II", 4, self.fields[arrays[0]])
-        infos = b"".join(_packed(name) + struct.pack("<IQIQ", 1, 1, Kind.F32, 0) for name in self.tensors)
-        header = b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(kept)) + b"".join(kept.values()) + infos
+        infos = b"".join(
+            _packed(name) + struct.pack("<IQIQ", 1, 1, Kind.F32, 0) for name in self.tensors
+        )
+        header = (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, len(self.tensors), len(kept))
+            + b"".join(kept.values())
+            + infos
+        )
         path.write_bytes(header + bytes(-len(header) % 32 + 32))
 
 
 def decode(tensor: GgufTensor, rows: Tensor) -> Tensor:
     """The values of rows [n, bytes] of a tensor as [n, K]: fp32, or the very floats of a file that has them."""
     if tensor.kind in DENSE:
-        return rows.clone().view(DENSE[tensor.kind])  # torch.save refuses views of one storage in several dtypes
+        # torch.save refuses views of one storage in several dtypes.
+        return rows.clone().view(DENSE[tensor.kind])
     if tensor.kind in KEPT:
         about: dict[str, Any] = {"shape": (len(rows), tensor.shape[-1]), "dtype": torch.float32}
-        return QuantizedWeight.of_blocks(rows.reshape(-1), quant_type=tensor.kind, **about).dequantize()
+        return QuantizedWeight.of_blocks(
+            rows.reshape(-1), quant_type=tensor.kind, **about
+        ).dequantize()
     try:
-        return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), Kind[tensor.kind.upper()])))
+        return torch.from_numpy(
+            np.array(gguf.quants.dequantize(rows.numpy(), Kind[tensor.kind.upper()]))
+        )
     except NotImplementedError:
         raise UserError(
             f"{tensor.name} is in {tensor.kind}: expected a format that the package gguf decodes."
@@ -214,9 +235,12 @@ def more_of_config(file: GgufFile, kind: str, values: dict[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     if (width := file.fields.get(f"{prefix}.attention.key_length")) is not None:
         found["head_dim"] = width
-    if kind == "gemma2" and width is not None:  # as llama.cpp has it: the 27B model alone divides by another number
+    # As llama.cpp has it: the 27B model alone divides by another number.
+    if kind == "gemma2" and width is not None:
         is_27b = values.get("num_hidden_layers") == 46
-        found["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"] if is_27b else width
+        found["query_pre_attn_scalar"] = (
+            values["hidden_size"] // values["num_attention_heads"] if is_27b else width
+        )
     if kind in ("llama", "qwen3"):
         found["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     scaling = file.fields.get(f"{prefix}.rope.scaling.type", "none")
@@ -224,7 +248,9 @@ def more_of_config(file: GgufFile, kind: str, values: dict[str, Any]) -> dict[st
         factor = file.fields.get(f"{prefix}.rope.scaling.factor")
         found["rope_scaling"] = {"rope_type": scaling, "factor": factor}
     elif scaling != "none":
-        raise UserError(f"{file.path} scales its rotary embedding by {scaling!r}, not 'linear'; load the 16-bit model.")
+        raise UserError(
+            f"{file.path} scales its rotary embedding by {scaling!r}, not 'linear'; load the 16-bit model."
+        )
     return found
 
 
@@ -234,5 +260,10 @@ def rope_of(config: Any, factors: Tensor) -> dict[str, Any]:
     if not bool(((factors > 0) & factors.isfinite()).all()):
         raise ValueError(f"{ROPE_FACTORS} holds a number that is not over 0")
     lengths = {"original_max_position_embeddings": config.max_position_embeddings, "factor": 1.0}
-    same = {"rope_type": "longrope", "attention_factor": 1.0, "short_factor": divided, "long_factor": divided}
+    same = {
+        "rope_type": "longrope",
+        "attention_factor": 1.0,
+        "short_factor": divided,
+        "long_factor": divided,
+    }
     return {**config.rope_parameters, **lengths, **same}

@@ -52,7 +52,8 @@ class GgufSource(Source):
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, [path]
-        self._model: dict[str, Tensor] = {}  # of the 16-bit model that transformers made, what was not read yet
+        # Of the 16-bit model that transformers made, what was not read yet.
+        self._model: dict[str, Tensor] = {}
         self._dtype: torch.dtype | None = None
         self.gguf = GgufFile(path)
         with reading(path):
@@ -85,11 +86,20 @@ class GgufSource(Source):
                 self._make(meta.dtype)
             return Match([Entry(name, name, [stored]) for name, stored in self._tensors.items()], [])
         names = self.architecture.name_map(self.config.num_hidden_layers)
-        found = {name: self.gguf.tensors.get(names.get_name(name, (".weight", ".bias")) or "") for name in meta.shapes}
+        found = {
+            name: self.gguf.tensors.get(names.get_name(name, (".weight", ".bias")) or "")
+            for name in meta.shapes
+        }
         self._places = {name: tensor for name, tensor in found.items() if tensor is not None}
         used = {tensor.name for tensor in self._places.values()} | {ROPE_FACTORS}
-        others = [self._stored(name, tensor) for name, tensor in self.gguf.tensors.items() if name not in used]
-        entries = [Entry(name, name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
+        others = [
+            self._stored(name, tensor)
+            for name, tensor in self.gguf.tensors.items()
+            if name not in used
+        ]
+        entries = [
+            Entry(name, name, [self._stored(name, tensor)]) for name, tensor in self._places.items()
+        ]
         match = Match(sorted(entries, key=lambda entry: entry.parts[0].start), others)
         check_match(match, meta, self.read, self.path)
         return match
@@ -107,7 +117,9 @@ class GgufSource(Source):
         for entry in match.entries:
             if entry.name in linear and kinds[entry.name] in KEPT:
                 entry.four_bit = lambda parts, read: self.quantized(parts[0], meta.dtype, is_mapped)
-        others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE.keys())
+        others = Counter(
+            kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE.keys()
+        )
         if others:
             warnings.warn(
                 f"{self.path}: {sum(others.values())} weights are in {', '.join(others)}, which no kernel reads: "
@@ -122,7 +134,9 @@ class GgufSource(Source):
         tensor = self._places[stored.name]
         rows = self._rows(stored.name)
         packed = (rows if is_mapped else rows.clone()).reshape(-1)
-        return QuantizedWeight.of_blocks(packed, shape=tensor.shape, dtype=dtype, quant_type=tensor.kind)
+        return QuantizedWeight.of_blocks(
+            packed, shape=tensor.shape, dtype=dtype, quant_type=tensor.kind
+        )
 
     def _rows(self, name: str) -> Tensor:
         """The bytes of a tensor, a row of it each, in the model's order."""
@@ -151,7 +165,9 @@ class GgufSource(Source):
                 heads = reordered_heads(self.config, self.architecture, name.removesuffix(".weight"))
                 rows = packed.view(tensor.shape[0], -1)
                 file.seek(tensor.start)
-                file.write((rows if heads is None else interleaved(rows, heads)).contiguous().numpy().data)
+                file.write(
+                    (rows if heads is None else interleaved(rows, heads)).contiguous().numpy().data
+                )
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, decoded; of what transformers made no longer kept here, and made again when asked for again."""
@@ -187,7 +203,9 @@ class GgufSource(Source):
             model, found = AutoModelForCausalLM.from_pretrained(
                 self.path.parent,
                 output_loading_info=True,
-                config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                config=deepcopy(
+                    self.config
+                ),  # read from the file once more otherwise, which takes seconds
                 gguf_file=self.path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype,

@@ -13,15 +13,34 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
-from qlora_native._io import announced, check_folder, panics_caught, read_json, reading, regular, user_path
+from qlora_native._io import (
+    announced,
+    check_folder,
+    panics_caught,
+    read_json,
+    reading,
+    regular,
+    user_path,
+)
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb
 from qlora_native.weights.config import four_bit_config, read_config
-from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, mapped_part, stored_tensors
+from qlora_native.weights.files import (
+    Scratch,
+    StoredTensor,
+    first_sentence,
+    mapped_part,
+    stored_tensors,
+)
 from qlora_native.weights.float8 import FLOAT8, SCALE_SUFFIX, unscaled
 from qlora_native.weights.shapes import ModelShapes
 from qlora_native.weights.stream import AUTO, KEEP, STATE_MARK, Entry, Match, Read, Source, check_match
@@ -38,12 +57,16 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
         return SafetensorsSource(path)
     found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
+        raise UserError(
+            f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}."
+        )
     if found and found[0].suffix == ".gguf" and found[0].exists():
         try:
             from qlora_native.weights.gguf_source import GgufSource
         except ImportError as error:
-            raise UserError(f"{found[0]} needs the package gguf: `pip install gguf` brings it.") from error
+            raise UserError(
+                f"{found[0]} needs the package gguf: `pip install gguf` brings it."
+            ) from error
         return GgufSource(regular(found[0]))
     if (path / "adapter_config.json").is_file():
         raise UserError(
@@ -54,7 +77,9 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
             f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it."
         )
     if path.exists():
-        raise UserError(f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it.")
+        raise UserError(
+            f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
+        )
     raise UserError(
         f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
         "fetched with `hf download NAME --local-dir FOLDER`."
@@ -71,7 +96,10 @@ class SafetensorsSource(Source):
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
         self.has_bnb_weights = any(STATE_MARK in key for key in self.tensors)
-        self.files = [folder / "config.json", *sorted({stored.file for stored in self.tensors.values()})]
+        self.files = [
+            folder / "config.json",
+            *sorted({stored.file for stored in self.tensors.values()}),
+        ]
         self._match: Match | None = None
 
     def match(self, meta: ModelShapes) -> Match:
@@ -90,7 +118,9 @@ class SafetensorsSource(Source):
         try:
             return unscaled(tensor, stored.scales.read(), torch.bfloat16)
         except ValueError as error:
-            raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
+            raise UserError(
+                f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}"
+            ) from error
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
@@ -110,7 +140,9 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
 
-    four_bit: dict[str, list[StoredTensor]] = {key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key}
+    four_bit: dict[str, list[StoredTensor]] = {
+        key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key
+    }
     scales = {
         key.removesuffix(SCALE_SUFFIX): tensors[key]
         for key in tensors.keys() - shapes.keys()
@@ -119,7 +151,9 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
     entries: dict[str, Entry] = {}
     unexpected: list[StoredTensor] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
-    for key in sorted(tensors.keys() - {stored.name for stored in scales.values()}, key=dot_natural_key):
+    for key in sorted(
+        tensors.keys() - {stored.name for stored in scales.values()}, key=dot_natural_key
+    ):
         stored = replace(tensors[key], scales=scales.get(key))
         owner = key
         while owner and owner not in four_bit:
@@ -134,10 +168,16 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
         if name not in shapes:
             unexpected.append(stored)
         elif pattern is None:
-            made = Entry(name, key, four_bit[key], partial(_of_bnb, key)) if owner else Entry(name, key, [stored])
+            made = (
+                Entry(name, key, four_bit[key], partial(_of_bnb, key))
+                if owner
+                else Entry(name, key, [stored])
+            )
             earlier = entries.setdefault(name, made)
             if earlier.is_plain and earlier is not made:
-                raise UserError(f"{stored.file}: tensors {earlier.key} and {key} are both stored for {name}.")
+                raise UserError(
+                    f"{stored.file}: tensors {earlier.key} and {key} are both stored for {name}."
+                )
         elif owner:
             raise UserError(
                 f"{stored.file}: {key} is 4-bit already, but transformers rearranges this weight of "
@@ -153,7 +193,11 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
 
 def _of_bnb(key: str, parts: list[StoredTensor], read: Read) -> QuantizedWeight:
     tensors = {stored.name: read(stored) for stored in parts}
-    return from_bnb(tensors, key, unread={name for name, tensor in tensors.items() if mapped_part(tensor) is not None})
+    return from_bnb(
+        tensors,
+        key,
+        unread={name for name, tensor in tensors.items() if mapped_part(tensor) is not None},
+    )
 
 
 def notes_of(source: Source, quant_type: str = AUTO) -> list[str]:
@@ -168,7 +212,9 @@ def notes_of(source: Source, quant_type: str = AUTO) -> list[str]:
     if source.path.suffix == ".gguf" and quant_type != KEEP and not source.keeps(quant_type):
         why = f"those of {kind} are not kept"
         why = "without quant.type and quant.method they stay" if source.keeps(AUTO) else why
-        notes.append(f"{name}: its weights are converted to 4 bits anew and do not stay as they are; {why}")
+        notes.append(
+            f"{name}: its weights are converted to 4 bits anew and do not stay as they are; {why}"
+        )
     if kind not in ARCHITECTURES:
         notes.append(
             f"{name}: llama.cpp's formats are not written for {kind}; what is trained can be merged into safetensors"
@@ -200,7 +246,9 @@ def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None 
 
             what = f"Loading the tokenizer of {path.name}, which takes longer the more tokens it has"
             with announced(what), without_arrays():
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, trust_remote_code=False
+                )
         else:
             check_folder(path)
             with panics_caught():

@@ -32,7 +32,10 @@ def dense_beside(trained: Sequence[str], tokens: object, is_kept: bool) -> list[
 
 
 def four_bit_weights(
-    model: PreTrainedModel, skip_modules: Iterable[str], block_size: int, in_fp32: Callable[[str], object]
+    model: PreTrainedModel,
+    skip_modules: Iterable[str],
+    block_size: int,
+    in_fp32: Callable[[str], object],
 ) -> dict[str, bool]:
     """The parameters that may become 4-bit, by name, and whether the model stores them transposed, as [in, out].
 
@@ -45,7 +48,9 @@ def four_bit_weights(
     names = [name for name, _ in model.named_modules() if name]
     for entry in skip:
         if entry != OUTPUT_EMBEDDING and not any(_stands_for(entry, name) for name in names):
-            near = get_close_matches(entry, {*names, *(name.rpartition(".")[2] for name in names)}, n=3)
+            near = get_close_matches(
+                entry, {*names, *(name.rpartition(".")[2] for name in names)}, n=3
+            )
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ValueError(f"skip_modules: {type(model).__name__} has no module {entry!r}{hint}")
     output = model.get_output_embeddings() if OUTPUT_EMBEDDING in skip else None
@@ -79,11 +84,18 @@ def keepable_embeddings(meta: ModelShapes, skip_modules: Iterable[str]) -> set[s
     none is of ``skip_modules``."""
     found, output = set(), meta.model.get_output_embeddings()
     for path, module in meta.model.named_modules():
-        users = [path, *(name.rpartition(".")[0] for name, to in meta.tied.items() if to == f"{path}.weight")]
+        users = [
+            path,
+            *(name.rpartition(".")[0] for name, to in meta.tied.items() if to == f"{path}.weight"),
+        ]
         heads = [meta.model.get_submodule(user) for user in users[1:]]
         skipped = any(_stands_for(entry, user) for entry in skip_modules for user in users)
         skipped = skipped or (OUTPUT_EMBEDDING in skip_modules and output in heads)
-        if type(module) is nn.Embedding and all(type(head) is nn.Linear for head in heads) and not skipped:
+        if (
+            type(module) is nn.Embedding
+            and all(type(head) is nn.Linear for head in heads)
+            and not skipped
+        ):
             found.add(f"{path}.weight")
     return found
 
@@ -135,10 +147,12 @@ class ModelShapes:
                 reason = f"{where} holds a {kind} model: expected a causal language model, such as llama or qwen3."
             raise UserError(reason) from error
         self.shapes: dict[str, Tensor] = dict(self.model.state_dict())  # as the model was built
-        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)  # what is tied -> what it is tied to
+        # What is tied -> what it is tied to.
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self.in_fp32 = kept_in_fp32(self.model, dtype)
         modules = self.model.named_modules()
-        self.transposed = {f"{path}.weight" for path, module in modules if is_transposed(module)}  # as [in, out]
+        # As [in, out].
+        self.transposed = {f"{path}.weight" for path, module in modules if is_transposed(module)}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor takes when it stays dense."""

@@ -22,7 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight
@@ -85,9 +90,13 @@ class Entry:
         try:
             return self.four_bit(self.parts, read)
         except (ValueError, KeyError) as error:
-            raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
+            raise UserError(
+                f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}"
+            ) from error
 
-    def values(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> Iterator[tuple[str, Value]]:
+    def values(
+        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
+    ) -> Iterator[tuple[str, Value]]:
         """The names in the model, and the values; a plain one is read through the scratch, if there is one. Parts of a
         conversion are read all at once, and dropped as it consumes them."""
         if self.four_bit is not None:
@@ -137,10 +146,15 @@ class Entry:
         """
         assert self.converter is not None
         found = [*zip(self.patterns, self.parts, strict=True)]
-        ordered = ([stored for pattern, stored in found if pattern == one] for one in self.converter.source_patterns)
+        ordered = (
+            [stored for pattern, stored in found if pattern == one]
+            for one in self.converter.source_patterns
+        )
         slices = list(zip(*filter(None, ordered), strict=True))
         widest = max(2, self.parts[0].dtype.itemsize)  # 8-bit floats become 16-bit
-        scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
+        scratch = Scratch(
+            widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices)
+        )
         for parts in slices:
             end = 0
             for stored in parts:
@@ -150,7 +164,9 @@ class Entry:
                 if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
                     place.copy_(tensor)
                 end += place.nbytes
-            yield scratch.tensor((sum(stored.shape[0] for stored in parts), tensor.shape[1]), tensor.dtype)
+            yield scratch.tensor(
+                (sum(stored.shape[0] for stored in parts), tensor.shape[1]), tensor.dtype
+            )
 
 
 @dataclass
@@ -172,7 +188,9 @@ class Source:
     path: Path
     files: list[Path]  # that make the model
     config: PreTrainedConfig
-    four_bit_config: dict[str, object] | None = None  # the files' own description of weights that are 4-bit already
+    four_bit_config: dict[str, object] | None = (
+        None  # the files' own description of weights that are 4-bit already
+    )
     has_bnb_weights = False  # 4-bit, in bitsandbytes' format; of a GGUF file's see :meth:`keeps`
     is_whole = False  # the whole 16-bit model is made on reading
 
@@ -196,7 +214,9 @@ class Source:
     def keeps(self, quant_type: str) -> bool:
         """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the bytes of a GGUF file."""
         if quant_type == KEEP and not self.has_bnb_weights:
-            raise UserError(f"{self.path} holds 16-bit weights: quant_type {KEEP!r} keeps those of a GGUF file.")
+            raise UserError(
+                f"{self.path} holds 16-bit weights: quant_type {KEEP!r} keeps those of a GGUF file."
+            )
         return False
 
 
@@ -327,14 +347,18 @@ def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) 
         for name, value in entry.values(meta.model, read):
             meta.check_shape(name, value, entry.file)
             is_float = meta.shapes[name].is_floating_point()
-            if isinstance(value, Tensor) and (value.dtype not in (*MODEL_DTYPES, torch.float64)) == is_float:
+            if (
+                isinstance(value, Tensor)
+                and (value.dtype not in (*MODEL_DTYPES, torch.float64)) == is_float
+            ):
                 expected = "float32, bfloat16 or float16" if is_float else "integers"
                 raise UserError(f"{entry.file}: tensor {name} is {value.dtype}: expected {expected}.")
             found.add(meta.tied.get(name, name))  # of tied tensors any one is enough
     kind, model = type(meta.model).__name__, meta.model
     computed = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
     absent = _unmatched(
-        (name for name in meta.shapes if meta.tied.get(name, name) not in found), model._keys_to_ignore_on_load_missing
+        (name for name in meta.shapes if meta.tied.get(name, name) not in found),
+        model._keys_to_ignore_on_load_missing,
     )
     unexpected = (stored.name for stored in match.unexpected)
     extra = _unmatched(unexpected, computed, model._keys_to_ignore_on_load_unexpected)

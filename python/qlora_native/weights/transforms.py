@@ -40,7 +40,9 @@ def rounding(
     """
     plain = {**options, "double_quant": False}
 
-    def made(entry: Entry, parts: Iterator[Tensor], shape: tuple[int, ...], write: Write = None) -> QuantizedWeight:
+    def made(
+        entry: Entry, parts: Iterator[Tensor], shape: tuple[int, ...], write: Write = None
+    ) -> QuantizedWeight:
         def quantized() -> Iterator[QuantizedWeight]:
             done = 0
             for part in parts:
@@ -48,9 +50,15 @@ def rounding(
                     yield function(part.to(device), **plain)
                 except ValueError as error:
                     bad = (~part.isfinite()).flatten().nonzero()
-                    sentence = non_finite_message(int(bad[0]), part, done, shape) if len(bad) else first_sentence(error)
+                    sentence = (
+                        non_finite_message(int(bad[0]), part, done, shape)
+                        if len(bad)
+                        else first_sentence(error)
+                    )
                     reason = sentence.partition(": ")[2]
-                    raise UserError(f"{entry.file}: weight {entry.name} cannot be quantized: {reason}") from error
+                    raise UserError(
+                        f"{entry.file}: weight {entry.name} cannot be quantized: {reason}"
+                    ) from error
                 done += part.numel()
 
         return join(quantized(), shape, meta.dtype, options, device, write)
@@ -73,7 +81,9 @@ def rounding(
         if item.weight is not None:
             return item
         if item.name in names and item.entry.is_single:
-            return replace(item, values=partial(values, item), weight=partial(weight, item), is_stored=False)
+            return replace(
+                item, values=partial(values, item), weight=partial(weight, item), is_stored=False
+            )
         return item if item.entry.is_single else replace(item, values=partial(values, item))
 
     return transform
@@ -103,14 +113,20 @@ def recoding(files: Mapping[str, Path]) -> Transform:
     def weight(item: Item, file: Path, write: Write = None) -> QuantizedWeight:
         assert item.weight is not None
         made = item.weight()
-        packed = torch.from_file(str(file), size=made.packed.numel(), dtype=torch.uint8).view_as(made.packed)
+        packed = torch.from_file(str(file), size=made.packed.numel(), dtype=torch.uint8).view_as(
+            made.packed
+        )
         if write is not None:
             write(packed)
         return made.with_packed(packed)
 
     def transform(item: Item) -> Item:
         file = files.get(item.name.removesuffix(".weight"))
-        return item if file is None else replace(item, weight=partial(weight, item, file), is_stored=False)
+        return (
+            item
+            if file is None
+            else replace(item, weight=partial(weight, item, file), is_stored=False)
+        )
 
     return transform
 
@@ -132,7 +148,9 @@ def adding(adapter: StoredAdapter, replaced: Mapping[str, Tensor]) -> Transform:
             parts = partial(rows.split, part_size(shape) // shape[-1])
             return replace(item, shape=shape, rows=lambda: iter(parts()), weight=None, is_stored=False)
         pair = adapter.pairs.get(item.name.removesuffix(".weight"))
-        return item if pair is None else replace(item, rows=partial(sums, item, *pair), is_stored=False)
+        return (
+            item if pair is None else replace(item, rows=partial(sums, item, *pair), is_stored=False)
+        )
 
     return transform
 
@@ -165,11 +183,16 @@ def join(
         done += part.numel()
         del part  # before the next is made
     if done != made.numel():
-        raise ValueError(f"join: the parts have {done:,} elements: expected {made.numel():,} of {list(shape)}.")
+        raise ValueError(
+            f"join: the parts have {done:,} elements: expected {made.numel():,} of {list(shape)}."
+        )
     if made.nested_absmax is None or made.nested_offset is None:
         made.absmax = scales
         return made
-    nested = [torch.empty_like(t, device="cpu") for t in (made.absmax, made.nested_absmax, made.nested_offset)]
+    nested = [
+        torch.empty_like(t, device="cpu")
+        for t in (made.absmax, made.nested_absmax, made.nested_offset)
+    ]
     double_quantize(scales.cpu(), *nested)
     made.absmax, made.nested_absmax, made.nested_offset = (tensor.to(device) for tensor in nested)
     return made

@@ -10,4 +10,6 @@ __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"qlora_native.bitsandbytes.nn has no {name!r}: it offers {', '.join(__all__)}.")
+    raise AttributeError(
+        f"qlora_native.bitsandbytes.nn has no {name!r}: it offers {', '.join(__all__)}."
+    )

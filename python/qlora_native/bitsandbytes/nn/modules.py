@@ -68,7 +68,9 @@ class Params4bit(nn.Parameter):
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> Params4bit:
-        self: Params4bit = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
+        self: Params4bit = torch.Tensor._make_subclass(
+            cls, torch.empty(0) if data is None else data, requires_grad
+        )
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type
@@ -96,7 +98,9 @@ class Params4bit(nn.Parameter):
         return self
 
     def _attributes(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*_OPTIONS, "quant_state", "module", "bnb_quantized")}
+        return {
+            name: getattr(self, name) for name in (*_OPTIONS, "quant_state", "module", "bnb_quantized")
+        }
 
     def _update_module(self) -> None:
         if self.module is not None:
@@ -116,7 +120,9 @@ class Params4bit(nn.Parameter):
             return self
         if self.quant_state is not None and device is not None:
             self.quant_state.to(device)
-        moved = super().to(device=device, dtype=None if self.bnb_quantized else dtype, non_blocking=non_blocking)
+        moved = super().to(
+            device=device, dtype=None if self.bnb_quantized else dtype, non_blocking=non_blocking
+        )
         return type(self)(moved, self.requires_grad, **self._attributes())
 
     def cpu(self) -> Params4bit:  # type: ignore[override]
@@ -134,16 +140,20 @@ class Params4bit(nn.Parameter):
         self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        module = memo.get(id(self.module), self.module)  # the layer's copy, if it is that which is copied
+        # The layer's copy, if it is that which is copied.
+        module = memo.get(id(self.module), self.module)
         attributes = copy.deepcopy({**self._attributes(), "module": None}, memo)
-        return type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **{**attributes, "module": module})
+        return type(self)(
+            copy.deepcopy(self.data, memo), self.requires_grad, **{**attributes, "module": module}
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS and isinstance(args[0], cls) and args[0].bnb_quantized:
             return args[0]  # bytes under a float dtype are no numbers to cast
         result = super().__torch_function__(func, types, args, kwargs or {})
-        if func in (torch.chunk, torch.split):  # FSDP2 shards with these, and reads the attributes of the pieces
+        # FSDP2 shards with these, and reads the attributes of the pieces.
+        if func in (torch.chunk, torch.split):
             whole = args[0]
             return tuple(cls(piece, whole.requires_grad, **whole._attributes()) for piece in result)
         return result
@@ -187,7 +197,9 @@ class Linear4bit(nn.Linear):
         if x.dtype in (torch.float32, torch.bfloat16):
             self.compute_dtype = x.dtype
         elif x.dtype == torch.float16 and self.compute_dtype == torch.float32:
-            logger.warning("Linear4bit: float16 inputs are computed in float32, as compute_dtype says: slower.")
+            logger.warning(
+                "Linear4bit: float16 inputs are computed in float32, as compute_dtype says: slower."
+            )
 
     def _state(self) -> QuantState:
         """The weight's quant state; taken from the layer where a wrapper such as FSDP has made a plain parameter."""
@@ -200,7 +212,9 @@ class Linear4bit(nn.Linear):
                     f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: "
                     "move the layer to a device with .to(device) first, which quantizes it."
                 )
-            self.weight = Params4bit(self.weight, False, state, quant_storage=storage, module=self, bnb_quantized=True)
+            self.weight = Params4bit(
+                self.weight, False, state, quant_storage=storage, module=self, bnb_quantized=True
+            )
         return state
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +226,9 @@ class Linear4bit(nn.Linear):
         compute = self.compute_dtype or x.dtype
         if self.bias is not None and self.bias.dtype != compute:
             self.bias.data = self.bias.data.to(compute)
-        return functional.matmul_4bit(x.to(compute), self.weight.data, state, bias=self.bias).to(x.dtype)
+        return functional.matmul_4bit(x.to(compute), self.weight.data, state, bias=self.bias).to(
+            x.dtype
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

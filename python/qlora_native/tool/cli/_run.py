@@ -28,10 +28,14 @@ _TYPES: dict[str, Any] = {"N": int, "X": float, **dict.fromkeys(_PATHS, user_pat
 class _AtLeast(argparse.Action):
     """Stores numbers; UserError for one below ``const``."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value < self.const:
-                raise UserError(f"{parser.prog}: {option_string} is {value}: expected {self.const} or more")
+                raise UserError(
+                    f"{parser.prog}: {option_string} is {value}: expected {self.const} or more"
+                )
         setattr(namespace, self.dest, values)
 
 
@@ -62,7 +66,9 @@ def require(what: str, *names: str) -> None:
     """Raise UserError if ``what``, a command or option, needs modules that are not installed."""
     if packages := missing_packages(names):
         is_not = "which are not" if len(packages) > 1 else "which is not"
-        raise UserError(f"{what} needs {' and '.join(packages)}, {is_not} installed: pip install {' '.join(packages)}")
+        raise UserError(
+            f"{what} needs {' and '.join(packages)}, {is_not} installed: pip install {' '.join(packages)}"
+        )
 
 
 def refuse_existing(out: Path, option: str) -> None:
@@ -88,7 +94,9 @@ def stopwatch() -> Callable[[], float]:
     return lambda: round(time.monotonic() - began, 2)
 
 
-def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str], indent: int | None = None) -> None:
+def print_result(
+    args: argparse.Namespace, result: Any, lines: Iterable[str], indent: int | None = None
+) -> None:
     """Print the result as one JSON object with --json, and the lines without."""
     print(*[json.dumps(result, indent=indent)] if args.json else lines, sep="\n", flush=True)
 

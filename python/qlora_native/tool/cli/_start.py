@@ -19,7 +19,8 @@ LENGTHS = (2048, 1024, 512, 256)  # tokens a row
 MICRO_BATCHES = (16, 8, 4, 2, 1)  # rows
 PASS_TOKENS = {"cpu": 1024, "cuda": 16384}  # from so many on, more in one pass make a step no faster
 STEP_ROWS = (16, 8, 4)
-STEPS, MOST_EPOCHS = 100, 10  # fewer steps leave an adapter half trained; more passes learn rows by heart
+# Fewer steps leave an adapter half trained; more passes learn rows by heart.
+STEPS, MOST_EPOCHS = (100, 10)
 ROWS = 1000  # assumed where no file of rows is named
 EVALUATIONS = 5  # of a short run
 
@@ -56,7 +57,10 @@ def start(estimator: Estimator, limit: int, rows: int = ROWS, longest: int = LEN
             continue
         grad_accum = wide // batch_size
         estimate = estimator.at(
-            optimizer=optimizer, length=length, micro_batches=grad_accum, batch_size=min(batch_size, rows)
+            optimizer=optimizer,
+            length=length,
+            micro_batches=grad_accum,
+            batch_size=min(batch_size, rows),
         )
         if fits := estimate.fits(int(MARGIN * limit)):
             break
@@ -108,5 +112,9 @@ def free_bytes(device: str) -> int:
     from qlora_native._memory import free_device_memory, free_memory
 
     is_card = device == "cuda"
-    free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if is_card else free_memory()
+    free = (
+        free_device_memory(torch.device("cuda", torch.cuda.current_device()))
+        if is_card
+        else free_memory()
+    )
     return free.bytes if free else 8 << 30

@@ -27,7 +27,11 @@ def add_quantizing(parser: argparse.ArgumentParser, keeps: bool = True) -> None:
     None: the default of load_model, or of the run."""
     add = add_to(parser)
     levels = "4-bit data type; keep: a GGUF file's weights as they are (default: keep for such a file, else nf4)"
-    types, text = (("nf4", "fp4", "keep"), levels) if keeps else (("nf4", "fp4"), "4-bit data type (default: nf4)")
+    types, text = (
+        (("nf4", "fp4", "keep"), levels)
+        if keeps
+        else (("nf4", "fp4"), "4-bit data type (default: nf4)")
+    )
     add("--quant-type", types, text)
     add("--block-size", "N", "weights per scale (default: 64)", choices=BLOCK_SIZES)
     double = "store the scales in 8 bits (default: yes)"
@@ -50,7 +54,9 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
     """How large a file of safetensors may be, in bytes."""
-    add_to(parser)("--shard-size", "SIZE", "largest file (default: 4GB)", type=_file_size, default="4GB")
+    add_to(parser)(
+        "--shard-size", "SIZE", "largest file (default: 4GB)", type=_file_size, default="4GB"
+    )
 
 
 def _file_size(text: str) -> int:
@@ -102,7 +108,9 @@ def run_of(adapter: Path | None) -> Run | None:
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]
-        data, quant, lora, train = (settings.get(name) or {} for name in ("data", "quant", "lora", "train"))
+        data, quant, lora, train = (
+            settings.get(name) or {} for name in ("data", "quant", "lora", "train")
+        )
         return Run(
             str(settings.get("model", "the base")),
             QuantConfig.model_validate(quant),
@@ -142,7 +150,9 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
         if digest(source) != record["made_from"]:
             raise UserError(f"{adapter} was trained on weights made from {base}, {other}")
         again = "" if run is None else f": make it with `{_command(run, model, adapter, str(folder))}`"
-        raise UserError(f"{adapter} was trained on the weights in {folder}, which is not there as it was{again}")
+        raise UserError(
+            f"{adapter} was trained on the weights in {folder}, which is not there as it was{again}"
+        )
     if run is None or record:
         if digest(source) == record["sha256"]:
             return TrainedBase(model, options)
@@ -164,7 +174,10 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
 def announce_base(args: argparse.Namespace, base: TrainedBase) -> None:
     """Print which weights take the place of those in ``args.model``, if others do."""
     if base.path != args.model:
-        print(f"base: the 4-bit weights of {base.path}, on which {args.adapter} was trained", file=sys.stderr)
+        print(
+            f"base: the 4-bit weights of {base.path}, on which {args.adapter} was trained",
+            file=sys.stderr,
+        )
 
 
 def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
@@ -173,7 +186,9 @@ def _command(run: Run, model: Path, adapter: Path, out: str) -> str:
 
     kept = kept_calibration(adapter) or run.quant.calibration
     text = kept or ("FILE" if run.quant.method in CALIBRATED else None)
-    return quantize_command(str(model), run.quant.model_dump(), run.dtype, text, out, run.skipped(is_kept=False))
+    return quantize_command(
+        str(model), run.quant.model_dump(), run.dtype, text, out, run.skipped(is_kept=False)
+    )
 
 
 def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
@@ -182,11 +197,19 @@ def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
     from qlora_native.models.trained import TrainedBase
 
     run = run_of(args.adapter)
-    base = args.base or ("original" if run is None and not has_bnb_weights(args.model) else "dequantized")
+    base = args.base or (
+        "original" if run is None and not has_bnb_weights(args.model) else "dequantized"
+    )
     if base == "dequantized":
         trained = as_trained(args)
-        if args.base is None and args.adapter is not None and trained.options.get("quant_type") != "keep":
-            print(f"base: the 4-bit weights of {trained.path}, on which it was trained", file=sys.stderr)
+        if (
+            args.base is None
+            and args.adapter is not None
+            and trained.options.get("quant_type") != "keep"
+        ):
+            print(
+                f"base: the 4-bit weights of {trained.path}, on which it was trained", file=sys.stderr
+            )
         return base, trained
     options = {} if run is None else run.options()
     return base, TrainedBase(args.model, options | quantizing(args))

@@ -139,7 +139,10 @@ def linear_4bit(by: Operands) -> Contest:
     decoded = itertools.cycle([weight.dequantize(by.dtype) for _ in copies])
     x = by.randn(by.m, by.k)
     return Contest(
-        lambda: linear(x, next(packed)), lambda: F.linear(x, next(decoded)), "F.linear", 3 * TOLERANCE[by.dtype]
+        lambda: linear(x, next(packed)),
+        lambda: F.linear(x, next(decoded)),
+        "F.linear",
+        3 * TOLERANCE[by.dtype],
     )
 
 
@@ -244,7 +247,11 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else cpu_name()
     if not args.json:
-        isa = "" if device.type == "cuda" else f", {build_info()['cpu_isa']}, {torch.get_num_threads()} threads"
+        isa = (
+            ""
+            if device.type == "cuda"
+            else f", {build_info()['cpu_isa']}, {torch.get_num_threads()} threads"
+        )
         print(f"{name}{isa}, torch {torch.__version__}, {args.dtype}")
     torch.manual_seed(0)
     for op in [args.op] if args.op else CONTESTS:
@@ -258,7 +265,9 @@ def run(args: argparse.Namespace) -> int:
                 continue
             if head:
                 print(f"\n{op}, against {contest.rival} in {args.dtype}")
-                print(f"{'M':>7}  {'[N, K]':<18}{'ours, ms':>10}{'torch, ms':>10}  times as fast (quartiles)")
+                print(
+                    f"{'M':>7}  {'[N, K]':<18}{'ours, ms':>10}{'torch, ms':>10}  times as fast (quartiles)"
+                )
             head = False
             low, high = row["quartiles"]
             match = "" if row["match"] else f"  NO MATCH: relative error {row['relative_error']:g}"
@@ -281,7 +290,10 @@ def measured(contest: Contest, rounds: int, device: torch.device) -> dict[str, A
         got = got.dequantize(expected.dtype)
     error = relative_error(got.detach(), expected.detach())
     began = time.monotonic()
-    sides: Functions = {"ours": partial(wait_for, contest.ours), "torch": partial(wait_for, contest.torch)}
+    sides: Functions = {
+        "ours": partial(wait_for, contest.ours),
+        "torch": partial(wait_for, contest.torch),
+    }
     seconds = interleaved(sides, rounds)
     low, middle, high = rounded(ratios(seconds["torch"], seconds["ours"]))
     return {
@@ -299,7 +311,9 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     if args.model and args.shape:
         raise UserError("qlora bench: --model and --shape were given: expected one of them")
     if args.shape and args.tokens:
-        raise UserError("qlora bench: --tokens does not go with --shape, whose first number it is; leave one out")
+        raise UserError(
+            "qlora bench: --tokens does not go with --shape, whose first number it is; leave one out"
+        )
     if args.shape:
         return [tuple(args.shape)]
     weights = [(4096, 4096)]
@@ -319,4 +333,6 @@ def layer_shapes(model: Path) -> list[tuple[int, int]]:
         weights = meta.four_bit_weights(("lm_head",), 64)
     # The last two axes: of one expert, where a weight is a stack of them.
     shapes = ((meta.shapes[name].shape[-2:], transposed) for name, transposed in weights.items())
-    return [(columns, rows) if transposed else (rows, columns) for (rows, columns), transposed in shapes]
+    return [
+        (columns, rows) if transposed else (rows, columns) for (rows, columns), transposed in shapes
+    ]

@@ -59,7 +59,9 @@ class Answer:
 class Chat:
     """A model, its tokenizer, and the conversations of base and adapter."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool
+    ) -> None:
         from qlora_native.data.template import ChatEncoder
         from qlora_native.models.generate import stop_tokens
 
@@ -67,7 +69,9 @@ class Chat:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop = stop_tokens(model, tokenizer)
         first = [{"role": "system", "content": system}] if system else []
-        self.conversations = {name: [*first] for name in (("base", "adapter") if with_adapter else ("model",))}
+        self.conversations = {
+            name: [*first] for name in (("base", "adapter") if with_adapter else ("model",))
+        }
 
     def iter_text(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
@@ -175,7 +179,12 @@ def run(args: argparse.Namespace) -> int:
         answers, interrupted = chat.ask(text, show_nothing if args.json else show)
         if args.json:
             values = [answer.as_dict() for answer in answers]
-            print(json.dumps({"prompt": text, "system": args.system, "seed": args.seed, "answers": values}), flush=True)
+            print(
+                json.dumps(
+                    {"prompt": text, "system": args.system, "seed": args.seed, "answers": values}
+                ),
+                flush=True,
+            )
         if interrupted and args.prompt is not None:
             raise KeyboardInterrupt("the answer was interrupted")
     return 0

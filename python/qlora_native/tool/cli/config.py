@@ -16,7 +16,8 @@ from qlora_native.tool.cli.estimate import card_bytes, size
 
 DEFAULT = "smollm2"
 LINEAR, ATTENTION = "all-linear", "[q_proj, k_proj, v_proj, o_proj]"
-COLUMNS = ("model", "length", "lr", "modules", "note")  # of the presets; note says what the chat template does
+# Of the presets; note says what the chat template does.
+COLUMNS = ("model", "length", "lr", "modules", "note")
 PRESETS = {
     "deepseek-r1-7b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2048, 2e-4, LINEAR, "drops thoughts from answers"),
     "gemma-2-9b": ("google/gemma-2-9b-it", 1024, 2e-4, LINEAR, "refuses system messages, which go into the question"),
@@ -35,10 +36,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = add_to(parser)
     parser.usage = "qlora config list | init [NAME|MODEL] [options] | check CONFIG [--key value ...]"
     parser.add_argument("action", choices=("list", "init", "check"))
-    parser.add_argument("name", nargs="?", help="init: a shipped config or a model; check: a config file")
-    add("--preset", list(PRESETS), f"init: for a family of models: {', '.join(PRESETS)}", metavar="NAME")
+    parser.add_argument(
+        "name", nargs="?", help="init: a shipped config or a model; check: a config file"
+    )
+    add(
+        "--preset",
+        list(PRESETS),
+        f"init: for a family of models: {', '.join(PRESETS)}",
+        metavar="NAME",
+    )
     add("--gpu", "SIZE", "init MODEL: memory of the card, such as 24GB")
-    add("--train", "FILE", "init MODEL: the training rows, whose number and lengths choose the steps", type=str)
+    add(
+        "--train",
+        "FILE",
+        "init MODEL: the training rows, whose number and lengths choose the steps",
+        type=str,
+    )
     add("--out", "FILE", "init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
 folder of a model, one whose batch size and length fit the rows and the card, or this machine.
@@ -91,9 +104,15 @@ def _check(args: argparse.Namespace) -> None:
     named += [] if "{" in template else [("data.chat_template", template)]
     for path in on_hub:
         print(f"read from the hub: {path}", file=sys.stderr)
-    missing = [(key, path) for key, path in named if path not in {"", *on_hub} and not user_path(path).exists()]
+    missing = [
+        (key, path)
+        for key, path in named
+        if path not in {"", *on_hub} and not user_path(path).exists()
+    ]
     if missing:
-        raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
+        raise UserError(
+            *(f"{args.name}: {key} is {path}, which is not there" for key, path in missing)
+        )
     sys.stdout.write(config.to_yaml())
 
 
@@ -151,7 +170,9 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         device, limit, where = "cpu", free_bytes("cpu"), "the free memory of this machine"
     rows = {}
     if train is not None:
-        config = TrainConfig.from_values({"model": str(model), "data": {"train": train, "max_length": 1 << 20}})
+        config = TrainConfig.from_values(
+            {"model": str(model), "data": {"train": train, "max_length": 1 << 20}}
+        )
         rows = dict(zip(("rows", "longest"), measured_rows(config), strict=True))
     with as_user_error():
         source = opened(model)
@@ -172,7 +193,9 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
     weights = step.weights + step.scales + step.dense
     usable = int(MARGIN * limit)
     longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
-    here = {name: getattr(setting, name) for name in ("batch_size", "length", "optimizer", "micro_batches")}
+    here = {
+        name: getattr(setting, name) for name in ("batch_size", "length", "optimizer", "micro_batches")
+    }
     all_kept = size(estimator.at(checkpointing=False, **here).total)
     counted = f"for the {rows['rows']:,} rows" if rows else f"for some {ROWS:,} rows"
     quant = f"# The weights stay as they are in {model.name}: {size(weights)}.\n"

@@ -7,7 +7,13 @@ import argparse
 from qlora_native._io import as_user_error, as_write_error, atomic_folder
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, print_result, refuse_existing, stopwatch
-from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, add_shard_size, has_bnb_weights, quantizing
+from qlora_native.tool.cli._weights import (
+    DTYPE_NAMES,
+    add_quantizing,
+    add_shard_size,
+    has_bnb_weights,
+    quantizing,
+)
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
 
@@ -42,15 +48,28 @@ def run(args: argparse.Namespace) -> int:
     has_four_bit = has_bnb_weights(args.source)
     if given and (is_dense or has_four_bit):
         flag = f"--{min(given).replace('_', '-')}"
-        why = "16bit has no 4-bit weights" if is_dense else f"the weights of {args.source} are 4-bit already"
+        why = (
+            "16bit has no 4-bit weights"
+            if is_dense
+            else f"the weights of {args.source} are 4-bit already"
+        )
         raise UserError(f"qlora convert: {flag} says how to quantize, but {why}; leave it out")
     seconds = stopwatch()
     with as_user_error(), as_write_error(out), atomic_folder(out) as partial:
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        report = convert(args.source, partial, args.to, dtype=dtype, shard_bytes=args.shard_size, **given)
+        report = convert(
+            args.source, partial, args.to, dtype=dtype, shard_bytes=args.shard_size, **given
+        )
     result = {"out": str(out), **vars(report), "seconds": seconds()}
-    done = {"quantized": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
-    counts = ", ".join(f"{count} weights {what}" for what, count in done.items() if count) or "no 4-bit weights"
+    done = {
+        "quantized": report.quantized,
+        "decoded": report.dequantized,
+        "kept in 4 bits": report.copied,
+    }
+    counts = (
+        ", ".join(f"{count} weights {what}" for what, count in done.items() if count)
+        or "no 4-bit weights"
+    )
     size = f"{report.num_bytes / 2**20:,.1f} MiB in {report.files} file{'s' * (report.files > 1)}"
     print_result(args, result, [f"{out}: {counts}; {size}; took {result['seconds']:.1f} s"])
     return 0

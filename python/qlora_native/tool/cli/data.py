@@ -31,7 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
     add = add_to(parser)
     parser.add_argument("action", choices=("show", "check"))
-    add("source", "CONFIG|FILE", "a config of qlora train, or a data file, which --train FILE names too", nargs="?")
+    add(
+        "source",
+        "CONFIG|FILE",
+        "a config of qlora train, or a data file, which --train FILE names too",
+        nargs="?",
+    )
     add("--train", "FILE", argparse.SUPPRESS, nargs="+", type=str)
     add("--model", "DIR", "the model whose tokenizer reads a data file", type=str)
     add("--rows", "N", "how many rows to show (default: 3)", default=3, least=0)
@@ -73,16 +78,29 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for path, file in zip(data.files, files, strict=False):
         sources = read_rows(path, limit=args.limit, columns=data.columns)
-        wanted = islice(sources, args.rows) if args.row is None else (row for row in sources if row.line == args.row)
+        wanted = (
+            islice(sources, args.rows)
+            if args.row is None
+            else (row for row in sources if row.line == args.row)
+        )
         rows += [{"file": path, **_row(encoder, row, file.stats.format)} for row in wanted]
     if args.row is not None and not rows:
-        last = max(int(lines[-1]) for file in files for lines in (file.lines, file.dropped.lines) if len(lines))
-        raise UserError(f"{' and '.join(data.files)}: no row is on line {args.row}, the last one is on line {last:,}")
+        last = max(
+            int(lines[-1])
+            for file in files
+            for lines in (file.lines, file.dropped.lines)
+            if len(lines)
+        )
+        raise UserError(
+            f"{' and '.join(data.files)}: no row is on line {args.row}, the last one is on line {last:,}"
+        )
     if args.png:
         with picture("--png", args.png) as figure:
             axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
             axes.hist(lengths, bins=50)
-            axes.axvline(data.max_length, color="black", linestyle="--", label=f"max_length {data.max_length:,}")
+            axes.axvline(
+                data.max_length, color="black", linestyle="--", label=f"max_length {data.max_length:,}"
+            )
             axes.legend()
     summaries = [_summary(file) for file in files]
     packed: dict[str, Any] | None = None
@@ -96,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
     for file, numbers in zip(files, summaries, strict=True):
         _print_file(file, numbers)
     if data.packing:
-        print(f"packed: about {count:,} sequences of {data.max_length:,} tokens an epoch, {filled:.1%} full")
+        print(
+            f"packed: about {count:,} sequences of {data.max_length:,} tokens an epoch, {filled:.1%} full"
+        )
     for row in rows:
         _print_row(row)
     return 0
@@ -110,7 +130,9 @@ def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int
 
     text: Any = open_source(user_path(config.model)).config.get_text_config()
     rows, held_out = load_split(tokenizer=tokenizer, limit=args.limit, **config.row_options)
-    positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    positions, embeddings = (
+        getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size")
+    )
     trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
     embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])
     findings = list(iter_findings(rows, held_out, tokenizer, positions, embeddings))
@@ -127,14 +149,17 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.tool.config import TrainConfig
 
     source, files, overrides = args.source, args.train, [*args.overrides]
-    if source is None and overrides and not overrides[0].startswith("--"):  # it stands behind an option,
+    # The file may stand behind an option,
+    if source is None and overrides and not overrides[0].startswith("--"):
         source = overrides.pop(0)  # where argparse does not look for what can be left out
     if args.model:
         overrides += ["--model", args.model]
     if source is not None and source.lower().endswith(CONFIG_SUFFIXES):
         return TrainConfig.from_file(source, [*overrides, *(["--train", *files] if files else [])])
     if (source is None) == (files is None):
-        raise UserError(f"qlora data {args.action}: expected a config, or one of FILE and --train FILE")
+        raise UserError(
+            f"qlora data {args.action}: expected a config, or one of FILE and --train FILE"
+        )
     files = files or [source]
     if not args.model:
         raise UserError(
@@ -168,7 +193,9 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     high = int(lengths.max())
     width = -(-(high - low + 1) // BINS)
     counts = np.bincount((lengths - low) // width)
-    return [(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
+    return [
+        (low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)
+    ]
 
 
 def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
@@ -178,17 +205,25 @@ def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
     for key, count, why in (
         ("truncated_lines", stats.truncated, f"truncated: longer than max_length={stats.max_length}"),
         ("dropped_too_long_lines", stats.dropped_too_long, f"dropped: no trained token {within}"),
-        ("dropped_untrained_lines", stats.dropped - stats.dropped_too_long, "dropped: nothing to train on"),
+        (
+            "dropped_untrained_lines",
+            stats.dropped - stats.dropped_too_long,
+            "dropped: nothing to train on",
+        ),
     ):
         if count:
             named = ", ".join(map(str, numbers[key])) + (", ..." if count > len(numbers[key]) else "")
             several = "s" * (count > 1)
             print(f"  {why}: {count:,} row{several}, on line{several} {named}")
-    print(f"tokens a row: {numbers['shortest']:,} to {numbers['longest']:,}, median {numbers['median']:,.0f}")
+    print(
+        f"tokens a row: {numbers['shortest']:,} to {numbers['longest']:,}, median {numbers['median']:,.0f}"
+    )
     most = max(count for *_, count in numbers["histogram"])
     width = len(f"{numbers['histogram'][-1][1]:,}")
     for low, high, count in numbers["histogram"]:
-        print(f"  {low:>{width},} to {high:>{width},}  {'#' * -(-BAR * count // most):<{BAR}} {count:,}".rstrip())
+        print(
+            f"  {low:>{width},} to {high:>{width},}  {'#' * -(-BAR * count // most):<{BAR}} {count:,}".rstrip()
+        )
 
 
 # ---- a row
@@ -199,7 +234,11 @@ def _row(encoder: ChatEncoder, source: SourceRow, format: str) -> dict[str, Any]
     from qlora_native.data.formats import normalize
 
     encoded = encoder.encode(normalize(source, format))
-    dropped = f"no trained token within max_length={encoder.max_length}" if encoded.truncated else "nothing to train on"
+    dropped = (
+        f"no trained token within max_length={encoder.max_length}"
+        if encoded.truncated
+        else "nothing to train on"
+    )
     return {
         "line": source.line,
         "tokens": len(encoded.input_ids),

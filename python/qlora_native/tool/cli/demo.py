@@ -36,9 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", "N", "of the adapter and the order of the rows (default: 0)", default=0)
     dtype = "of activations and of what is not 4-bit (default: auto, bfloat16, or float16 on a card without it)"
     add("--dtype", ("auto", *DTYPE_NAMES), dtype, default="auto")
-    keep = (
-        "train on the file's own weights as they are, in place of NF4 calibrated on the rows; 0.5b and 1.5b always do"
-    )
+    keep = "train on the file's own weights as they are, not NF4 calibrated on the rows; 0.5b and 1.5b always do"
     add("--keep", None, keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
@@ -71,12 +69,28 @@ def demo_config(
     values: dict[str, Any] = {
         "model": str(model),
         "output_dir": str(out),
-        "data": {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH},
+        "data": {
+            "train": f"{out}/data/train.jsonl",
+            "eval": f"{out}/data/heldout.jsonl",
+            "max_length": MAX_LENGTH,
+        },
         "quant": {"type": "keep"} if keep else {"method": METHOD},
         "lora": {"r": 16, "alpha": 32},
-        "train": {"steps": steps, "lr": lr, "seed": seed, "dtype": dtype, "grad_checkpointing": grad_checkpointing},
+        "train": {
+            "steps": steps,
+            "lr": lr,
+            "seed": seed,
+            "dtype": dtype,
+            "grad_checkpointing": grad_checkpointing,
+        },
     }
-    values["train"] |= {"batch_size": 4, "grad_accum": 1, "samples": 0, "eval_every": 0, "save_every": 0}
+    values["train"] |= {
+        "batch_size": 4,
+        "grad_accum": 1,
+        "samples": 0,
+        "eval_every": 0,
+        "save_every": 0,
+    }
     return TrainConfig.model_validate(values)
 
 
@@ -94,21 +108,31 @@ def run(args: argparse.Namespace) -> int:
     out, chosen = args.out, MODELS[args.model]
     keep = args.keep or chosen.keep
     model_path = model_file(args.model)
-    rows, held_out, train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
-    print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
+    rows, held_out, train_rows, held_out_rows = write_split(
+        out / "data", MAX_CHARACTERS, HELD_OUT_ROWS
+    )
+    print(
+        f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,"
+    )
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
     made = (
-        "its own weights as they are" if keep else "quantized to NF4 with double quantization, calibrated on the rows"
+        "its own weights as they are"
+        if keep
+        else "quantized to NF4 with double quantization, calibrated on the rows"
     )
     print(f"model: {model_path.stem}, {made}", flush=True)
     steps = args.steps or chosen.steps
-    config = demo_config(model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing)
+    config = demo_config(
+        model_path, out, steps, args.lr, args.seed, keep, args.dtype, chosen.grad_checkpointing
+    )
     tokenizer: Any = load_tokenizer(str(model_path))
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     options = {"quant_type": "keep"} if keep else {"method": METHOD, "calibration": calibration}
     with layer_progress() as progress:
-        model: Any = qn.load_model(model_path, dtype=getattr(torch, config.train.dtype), progress=progress, **options)
+        model: Any = qn.load_model(
+            model_path, dtype=getattr(torch, config.train.dtype), progress=progress, **options
+        )
     _print_memory(model)
     questions = _questions(held_out)
     before = [_answer(model, tokenizer, question[:1]) for question in questions]
@@ -138,7 +162,9 @@ def _print_memory(model: Any) -> None:
         return
     linear = sum(weight.numel() for weight in four_bit_parts(model).values())
     in_16_bits = (report.bytes_dense + 2 * linear) / 2**20
-    print(f"memory of the weights: {in_16_bits:.0f} MiB in 16 bits -> {report.num_bytes / 2**20:.0f} MiB")
+    print(
+        f"memory of the weights: {in_16_bits:.0f} MiB in 16 bits -> {report.num_bytes / 2**20:.0f} MiB"
+    )
     print(
         f"      linear layers {2 * linear / 2**20:.0f} -> {report.bytes_4bit / 2**20:.0f} MiB "
         f"({8 * report.bytes_4bit / linear:.3f} bits a weight); embeddings and norms stay in 16 bits, "
@@ -163,5 +189,10 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
     with modes_kept(model):
         model.eval()
-        text = answer(model, tokenizer, ChatEncoder(tokenizer).prompt_ids(messages), stop_tokens(model, tokenizer))
+        text = answer(
+            model,
+            tokenizer,
+            ChatEncoder(tokenizer).prompt_ids(messages),
+            stop_tokens(model, tokenizer),
+        )
     return printable(text.partition("\n")[0])

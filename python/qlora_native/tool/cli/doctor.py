@@ -68,7 +68,9 @@ def examine() -> dict[str, Any]:
         "build": build,
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
         "versions": versions,
@@ -100,15 +102,24 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     rows = [
         ("qlora_native", f"{build['version']}, compiled by {build['compiler']}"),
         ("CPU kernels", f"{build['cpu_isa']} in use; built: {', '.join(build['isas_built'])}"),
-        ("CUDA kernels", f"for compute capability {build['cuda_archs']}" if build["cuda"] else "not built"),
-        ("machine", f"{report['system']}, {report['cpu_cores']} cores, torch uses {report['threads']} threads{memory}"),
+        (
+            "CUDA kernels",
+            f"for compute capability {build['cuda_archs']}" if build["cuda"] else "not built",
+        ),
+        (
+            "machine",
+            f"{report['system']}, {report['cpu_cores']} cores, torch uses {report['threads']} threads{memory}",
+        ),
         *(("CUDA device", device) for device in report["cuda_devices"] or ["none"]),
         ("paging", _paging_in_words(report["paging"])),
         ("Python", report["python"]),
         *report["versions"].items(),
     ]
     rows += [
-        (f"[{row['n']}, {row['k']}]", f"{row['layers']} layers, {row['tokens']} tokens: {row['kernel']}")
+        (
+            f"[{row['n']}, {row['k']}]",
+            f"{row['layers']} layers, {row['tokens']} tokens: {row['kernel']}",
+        )
         for row in report.get("kernels", ())
     ]
     width = max(len(name) for name, _ in rows)
@@ -156,7 +167,9 @@ def _paging(folder: Path) -> dict[str, Any]:
         "file_system": file_system_of(folder),
         "free_bytes": shutil.disk_usage(folder).free,
         "refused": None,
-        "memory": None if free is None else {"limit": free.name, "bytes": free.limit, "free_bytes": free.bytes},
+        "memory": None
+        if free is None
+        else {"limit": free.name, "bytes": free.limit, "free_bytes": free.bytes},
     }
     try:
         _C.FileStore(_C.page_bytes, str(folder), True)
@@ -188,6 +201,10 @@ def _cuda_devices() -> list[str]:
         module = _library.module_for(torch.device("cuda", number))
         if module is not None:  # without the kernels there is no paging either
             moves = module.has_concurrent_managed_access(number)
-            words += ", paging by managed memory" if moves else ", paging by pinned host memory, if train.paged is true"
+            words += (
+                ", paging by managed memory"
+                if moves
+                else ", paging by pinned host memory, if train.paged is true"
+            )
         devices.append(words)
     return devices

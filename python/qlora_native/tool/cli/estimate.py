@@ -54,9 +54,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seq-length", "N", "tokens of the longest row (default: of data.train, if it is there)")
     add("--batch-size", "N", "rows a micro-batch (the key train.batch_size)")
     add("--gpus", "N", "several processes with a card each, by ddp and by fsdp", default=1)
-    add("--cpu", None, "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)")
-    add("--memory", "SIZE", "CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers")
-    add("--disk-rate", "SIZE", "with --memory: bytes a second of the disk (default: measured on the file)")
+    add(
+        "--cpu",
+        None,
+        "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)",
+    )
+    add(
+        "--memory", "SIZE", "CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers"
+    )
+    add(
+        "--disk-rate",
+        "SIZE",
+        "with --memory: bytes a second of the disk (default: measured on the file)",
+    )
     add("--json", None, "print one JSON object, in bytes")
     add("--plot", "FILE", "draw each part for checkpointing on and off, as .png")
     parser.epilog = """No weights are read, but with --memory. Any key of the config can be given as --key value.
@@ -148,17 +158,23 @@ def card_bytes(text: str, option: str = "--gpu") -> int:
     return num_bytes
 
 
-def _streamed(args: argparse.Namespace, config: TrainConfig, estimator: Estimator) -> StreamedRun | None:
+def _streamed(
+    args: argparse.Namespace, config: TrainConfig, estimator: Estimator
+) -> StreamedRun | None:
     """The run in the memory of --memory."""
     if args.memory is None:
         return None
     from qlora_native.tool.estimate.streaming import streamed_run
 
     if estimator.setting.device != "cpu":
-        raise UserError("--memory is for a run on the CPU: add --cpu, or use --gpu for the memory of a card")
+        raise UserError(
+            "--memory is for a run on the CPU: add --cpu, or use --gpu for the memory of a card"
+        )
     rate = None if args.disk_rate is None else parse_size(args.disk_rate, 1000) or 0
     if rate is not None and not 1 << 20 <= rate <= 1 << 40:
-        raise UserError(f"--disk-rate is {args.disk_rate!r}: expected bytes a second from 2MB to 1TB, such as 500MB")
+        raise UserError(
+            f"--disk-rate is {args.disk_rate!r}: expected bytes a second from 2MB to 1TB, such as 500MB"
+        )
     return streamed_run(config, estimator, card_bytes(args.memory, "--memory"), rate)
 
 
@@ -208,7 +224,9 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:
-        lines.append(f"Not all that {kind} keeps could be counted: the activations are more than that.")
+        lines.append(
+            f"Not all that {kind} keeps could be counted: the activations are more than that."
+        )
     if card is None:
         return lines
     needed = estimate.total + estimate.reserve
@@ -225,22 +243,34 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
 
 def size(num_bytes: float) -> str:
     """With its unit: MiB, or GiB from 10 on."""
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 10 * 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
+    return (
+        f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 10 * 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
+    )
 
 
 def plot(estimator: Estimator, file: Path, model: str) -> None:
     """Stacked bars of the peak for four lengths, checkpointing on and off, into a PNG."""
     length = estimator.setting.length
-    cells = [(n, on) for n in (max(64, length // 4), max(64, length // 2), length, 2 * length) for on in (True, False)]
+    cells = [
+        (n, on)
+        for n in (max(64, length // 4), max(64, length // 2), length, 2 * length)
+        for on in (True, False)
+    ]
     with picture("--plot", file) as figure:
-        axes = figure.add_subplot(ylabel="GiB", title=f"{model}, batch of {estimator.setting.batch_size}")
+        axes = figure.add_subplot(
+            ylabel="GiB", title=f"{model}, batch of {estimator.setting.batch_size}"
+        )
         peaks = [estimator.at(length=n, checkpointing=on).peak for n, on in cells]
         bottoms = [0.0] * len(cells)
         for field, name in NAMES.items():
             heights = [getattr(peak, field) / 2**30 for peak in peaks]
             axes.bar(range(len(cells)), heights, bottom=bottoms, label=name)
             bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
-        axes.set_xticks(range(len(cells)), [f"{n:,}\n{'ckpt' if on else 'all kept'}" for n, on in cells], fontsize=8)
+        axes.set_xticks(
+            range(len(cells)),
+            [f"{n:,}\n{'ckpt' if on else 'all kept'}" for n, on in cells],
+            fontsize=8,
+        )
         axes.legend(fontsize=8, loc="upper left")
         axes.grid(axis="y", alpha=0.3)
 
@@ -266,7 +296,11 @@ class Rank:
 
     def line(self, card: int | None) -> str:
         memory = self.memory
-        verdict = "" if card is None else f", which {'fits' if self.total <= card else 'does not fit'} {size(card)}"
+        verdict = (
+            ""
+            if card is None
+            else f", which {'fits' if self.total <= card else 'does not fit'} {size(card)}"
+        )
         held = f"{size(memory.frozen)} of frozen weights"
         if memory.sharded:
             most = max(memory.gathered_blocks, memory.gathered_input, memory.gathered_output)
@@ -287,13 +321,21 @@ def each_rank(estimator: Estimator, config: TrainConfig, world: int) -> list[Ran
         )
     rows_of_rank = math.ceil(rows / world)
     micro_batches = math.ceil(rows_of_rank / batch_size)
-    local = estimator.at(micro_batches=micro_batches, batch_size=min(batch_size, rows_of_rank), cuda_graph=False)
+    local = estimator.at(
+        micro_batches=micro_batches, batch_size=min(batch_size, rows_of_rank), cuda_graph=False
+    )
     # The input embedding comes before all that grows with the tokens.
     begin = replace(local.moments["loss"], activations=0, loss=0, scratch=0)
     found: list[Rank] = []
     for mode in ("ddp", "fsdp"):
-        memory = rank_memory(estimator.model, world, sharded=mode == "fsdp", micro_batches=micro_batches)
-        gathered = {"input": memory.gathered_input, "loss": memory.gathered_output, "backward": memory.gathered_blocks}
+        memory = rank_memory(
+            estimator.model, world, sharded=mode == "fsdp", micro_batches=micro_batches
+        )
+        gathered = {
+            "input": memory.gathered_input,
+            "loss": memory.gathered_output,
+            "backward": memory.gathered_blocks,
+        }
         moments = {
             name: _of_rank(terms, memory) + gathered.get(name, 0)
             for name, terms in {"input": begin, **local.moments}.items()
@@ -305,6 +347,8 @@ def each_rank(estimator: Estimator, config: TrainConfig, world: int) -> list[Ran
 def _of_rank(terms: Terms, memory: RankMemory) -> int:
     """Bytes of one moment, with this rank's part of what is sharded."""
     part = memory.trained / terms.adapters if terms.adapters else 1.0
-    shared = {name: math.ceil(getattr(terms, name) * part) for name in ("adapters", "gradients", "optimizer")}
+    shared = {
+        name: math.ceil(getattr(terms, name) * part) for name in ("adapters", "gradients", "optimizer")
+    }
     copies = 0 if memory.sharded else terms.copies  # none is kept of what is gathered
     return replace(terms, weights=memory.frozen, scales=0, dense=0, copies=copies, **shared).total

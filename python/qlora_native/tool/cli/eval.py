@@ -19,7 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("model", "MODEL", "a model folder, 16-bit or 4-bit, or a .gguf file")
     several("--data", "FILE", "texts: any file that training reads, or .txt")
     parser.add_argument("--choices", nargs="*", help=argparse.SUPPRESS)  # of older versions
-    several("--columns", "KEY=COLUMN", "columns of the files, as data.columns (default: the adapter's)")
+    several(
+        "--columns", "KEY=COLUMN", "columns of the files, as data.columns (default: the adapter's)"
+    )
     several("--lm-eval", "TASK", "tasks of lm-eval, if it is installed")
     add("--adapter", "DIR", "an adapter, measured on the weights that it was trained on")
     add("--shipped", "DIR", "a model that the adapter was merged into: what it keeps")
@@ -28,8 +30,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reference", "DIR", "the 16-bit model that a 4-bit MODEL was made from")
     add("--max-length", "N", "tokens a row (default: 1024)", default=1024, least=2)
     add("--rows", "N", "only the first N rows of each file or task", least=1)
-    add("--answers", "N", "print the answers to the first N rows of each file (default: 5 with --adapter)", least=0)
-    add("--train-on", ("answers", "all"), "predicted part of a conversation (default: answers)", default="answers")
+    add(
+        "--answers",
+        "N",
+        "print the answers to the first N rows of each file (default: 5 with --adapter)",
+        least=0,
+    )
+    add(
+        "--train-on",
+        ("answers", "all"),
+        "predicted part of a conversation (default: answers)",
+        default="answers",
+    )
     add("--dtype", DTYPE_NAMES, "of activations and of what is not 4-bit (default: bfloat16)")
     add("--report", "DIR", "write report.md, report.json and report.png there")
     add("--json", None, "print the result as one JSON object")
@@ -92,11 +104,18 @@ def run(args: argparse.Namespace) -> int:
         limits = {"limit": args.rows, "answered": count, "pad_id": padding_id(tokenizer)}
         result = compare(variants, texts, tokenizer, tasks=args.lm_eval, note=note, **limits)
     if args.report:
-        about = [f"{name}: {value}" for name in ("calibration", "adapter", "shipped") if (value := getattr(args, name))]
+        about = [
+            f"{name}: {value}"
+            for name in ("calibration", "adapter", "shipped")
+            if (value := getattr(args, name))
+        ]
         about += [f"16-bit reference: {args.reference}"] if args.reference else []
         with as_write_error(args.report):
             drawn = write_report(result, args.report, [*(text.about for text in texts), *about])
-        note(f"report: {args.report}" + ("" if drawn else " (without report.png: pip install matplotlib draws it)"))
+        note(
+            f"report: {args.report}"
+            + ("" if drawn else " (without report.png: pip install matplotlib draws it)")
+        )
     peak = peak_rss_bytes()
     hashes = {text.name: text.sha256 for text in texts}
     lines = ["", *map(printable, tables(result)), "", f"peak memory {peak / 2**20:,.0f} MiB"]
@@ -119,13 +138,21 @@ def _columns(args: argparse.Namespace) -> dict[str, str]:
 def _check(args: argparse.Namespace) -> None:
     """UserError for arguments that do not go together."""
     if args.choices is not None:
-        raise UserError("qlora eval: --choices is gone: --lm-eval TASK measures multiple choice, also on your own rows")
+        raise UserError(
+            "qlora eval: --choices is gone: --lm-eval TASK measures multiple choice, also on your own rows"
+        )
     if not (args.data or args.lm_eval):
-        raise UserError("qlora eval: nothing to evaluate on; give --data FILE or --lm-eval TASK (or both)")
+        raise UserError(
+            "qlora eval: nothing to evaluate on; give --data FILE or --lm-eval TASK (or both)"
+        )
     names = [file.name for file in args.data]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"qlora eval: two files are called {min(twice)}, which no report can distinguish; rename one")
-    if args.calibration is not None and args.calibration.resolve() in {file.resolve() for file in args.data}:
+        raise UserError(
+            f"qlora eval: two files are called {min(twice)}, which no report can distinguish; rename one"
+        )
+    if args.calibration is not None and args.calibration.resolve() in {
+        file.resolve() for file in args.data
+    }:
         raise UserError(
             f"qlora eval: {args.calibration} is evaluated and calibrated on, which flatters the result; "
             "give another file to --calibration"

@@ -79,20 +79,26 @@ def run(args: argparse.Namespace) -> int:
         args.adapter, args.model = args.model, _base_of(args.model)
     if args.out is None:
         if args.to != "gguf-adapter":
-            raise UserError(f"qlora export: --to {args.to} needs --out PATH, the folder or file to make")
+            raise UserError(
+                f"qlora export: --to {args.to} needs --out PATH, the folder or file to make"
+            )
         args.out = args.adapter.with_name(f"{args.adapter.name}.gguf")
     refuse_existing(args.out, "--out")
     if args.to.startswith("gguf") and args.out.suffix != ".gguf":
         raise UserError(f"qlora export: --out is {args.out}: expected a name that ends in .gguf")
     if args.to in ("peft", "gguf-adapter") and args.type is not None:
-        raise UserError(f"qlora export: --to {args.to} takes no --type: the adapter is written as it is")
+        raise UserError(
+            f"qlora export: --to {args.to} takes no --type: the adapter is written as it is"
+        )
     seconds = stopwatch()
     with as_user_error():
         made = _MAKERS[args.to](args, args.out)
     result = {"out": str(args.out), "to": args.to, **made, "seconds": seconds()}
     lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
     for kind, count in Counter(result.get("other_types", {}).values()).items():
-        lines.append(f"{count} matrices are {kind}: embeddings, or rows that are no whole blocks of {args.type}")
+        lines.append(
+            f"{count} matrices are {kind}: embeddings, or rows that are no whole blocks of {args.type}"
+        )
     if (changed := result.get("changed")) is not None:
         share = 100 * sum(changed.values()) / len(changed)
         lines.append(f"{len(changed)} weights took the adapter; {share:.1f} % of their bytes changed")
@@ -112,7 +118,9 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
 def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     types = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", None: "bf16"}
     if args.type not in types:
-        raise UserError(f"qlora export: --type {args.type} is of GGUF: expected f16, bf16 or f32 with --to safetensors")
+        raise UserError(
+            f"qlora export: --type {args.type} is of GGUF: expected f16, bf16 or f32 with --to safetensors"
+        )
     work = _merging(args, types[args.type])
     write_merged(work, out, args.shard_size)
     return {"files": work.report.files, "num_bytes": work.report.num_bytes}
@@ -159,7 +167,9 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     is_given = work.source.path == open_source(args.model).path
     config["base_model_name_or_path"] = str(args.model if is_given else work.source.path)
     with as_write_error(out), atomic_folder(out) as partial:
-        (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (partial / CONFIG_NAME).write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
             if is_own_file(args.adapter / name):
                 shutil.copyfile(args.adapter / name, partial / name)
@@ -175,7 +185,9 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     run = run_of(args.adapter)
     if args.base is None and run is not None and as_trained(args).options.get("quant_type") != "keep":
         architecture_of(open_source(args.model))  # else the advice would not work
-        command = shlex.join(["qlora", "export", str(args.model), "--adapter", str(args.adapter), "--to", "gguf"])
+        command = shlex.join(
+            ["qlora", "export", str(args.model), "--adapter", str(args.adapter), "--to", "gguf"]
+        )
         raise UserError(
             f"{args.adapter} was trained on 4-bit weights, and llama.cpp adds it to those of a GGUF file: "
             f"`{command} --out tuned.gguf` writes the model that was trained; --base original writes the adapter alone"
@@ -192,18 +204,30 @@ def _upload(args: argparse.Namespace) -> int:
     folder = args.model
     patterns = ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
     if not (folder / CONFIG_NAME).is_file() or args.repo is None:
-        raise UserError("qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME")
-    words = [args.repo, str(folder), *(f"--include={pattern}" for pattern in patterns), *["--private"] * args.private]
+        raise UserError(
+            "qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME"
+        )
+    words = [
+        args.repo,
+        str(folder),
+        *(f"--include={pattern}" for pattern in patterns),
+        *["--private"] * args.private,
+    ]
     try:
         from huggingface_hub import HfApi
 
         api = HfApi()
         repo = api.create_repo(args.repo, private=args.private or None, exist_ok=True).repo_id
         done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns)
-    except Exception as error:  # no package, no network, no token, no permission: each has errors of its own
+    # No package, no network, no token, no permission: each has errors of its own.
+    except Exception as error:
         command = shlex.join(["hf", "upload", *words])
-        raise UserError(f"{folder} is not uploaded ({reason(error)}); where that can be done: {command}") from error
-    print_result(args, {"repo": repo, "to": "hub", "url": str(done)}, [f"{folder} is uploaded: {done}"])
+        raise UserError(
+            f"{folder} is not uploaded ({reason(error)}); where that can be done: {command}"
+        ) from error
+    print_result(
+        args, {"repo": repo, "to": "hub", "url": str(done)}, [f"{folder} is uploaded: {done}"]
+    )
     return 0
 
 

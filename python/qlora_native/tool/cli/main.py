@@ -49,22 +49,34 @@ COMMANDS: dict[str, Command] = {
         "fine-tune a small real model on this machine and show what it learned",
         (*_CONFIG, "gguf", "accelerate", "jinja2"),
     ),
-    "train": Command("fine-tune a model on rows of yours", _CONFIG, first="the config file", can_lack_first=True),
+    "train": Command(
+        "fine-tune a model on rows of yours", _CONFIG, first="the config file", can_lack_first=True
+    ),
     "estimate": Command(
         "predict how much memory a run takes, and what fits a card, before anything is loaded",
         _CONFIG,
         first="the config file or the model",
         can_lack_first=True,
     ),
-    "quantize": Command("quantize a 16-bit model to 4 bits, as a folder in bitsandbytes' format", _MODEL),
-    "convert": Command("convert a model folder between 16-bit, 4-bit and bitsandbytes' 4-bit weights", _MODEL),
+    "quantize": Command(
+        "quantize a 16-bit model to 4 bits, as a folder in bitsandbytes' format", _MODEL
+    ),
+    "convert": Command(
+        "convert a model folder between 16-bit, 4-bit and bitsandbytes' 4-bit weights", _MODEL
+    ),
     "chat": Command("talk to a model, with base and adapter side by side", (*_MODEL, "jinja2")),
     "merge": Command("merge an adapter into its base model and report what that cost", _MODEL),
-    "export": Command("write a model or its adapter for other programs: safetensors, GGUF, PEFT, the hub", _MODEL),
-    "eval": Command("measure whether an adapter is better than its base, and what 4 bits lost", _MODEL),
+    "export": Command(
+        "write a model or its adapter for other programs: safetensors, GGUF, PEFT, the hub", _MODEL
+    ),
+    "eval": Command(
+        "measure whether an adapter is better than its base, and what 4 bits lost", _MODEL
+    ),
     "config": Command("list, write or check config files", first="what to do (list, init or check)"),
     "data": Command(
-        "show or check the rows of a data file as the model will see them", _CONFIG, first="what to do (show or check)"
+        "show or check the rows of a data file as the model will see them",
+        _CONFIG,
+        first="what to do (show or check)",
     ),
     "bench": Command("measure this library's ops against torch's on this machine"),
     "doctor": Command("report what this machine and this installation offer, and what is missing"),
@@ -99,7 +111,9 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     parser = _Parser(f"qlora {name}", f"{spec.summary[0].upper()}{spec.summary[1:]}.")
     module.configure(parser)
     options = {option for action in parser._actions for option in action.option_strings}
-    argv = [other if (other := _hyphenated(word)).partition("=")[0] in options else word for word in argv]
+    argv = [
+        other if (other := _hyphenated(word)).partition("=")[0] in options else word for word in argv
+    ]
     if spec.first and argv and argv[0].startswith("--") and argv[0] != "--help":
         if not spec.can_lack_first:
             raise UserError(f"qlora {name}: {spec.first} comes first, then --key value")
@@ -120,7 +134,13 @@ def _hyphenated(word: str) -> str:
 
 
 # The names that other programs give to our commands; difflib alone would not find them.
-_ALIASES = {"finetune": "train", "fine-tune": "train", "sft": "train", "generate": "chat", "infer": "chat"}
+_ALIASES = {
+    "finetune": "train",
+    "fine-tune": "train",
+    "sft": "train",
+    "generate": "chat",
+    "infer": "chat",
+}
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -133,7 +153,9 @@ def _dispatch(argv: Sequence[str]) -> int:
         import difflib
 
         near = [_ALIASES[name]] if name in _ALIASES else difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean `qlora {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+        hint = (
+            f"did you mean `qlora {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+        )
         raise UserError(f"qlora {name} is not a command: {hint}")
     return _run_command(name, argv[1:])
 
@@ -156,7 +178,8 @@ class _Stopped(SystemExit):
 
 
 def _on_signal(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # `timeout` sends two; one amid the join of a thread would leave it running
+    # `timeout` sends two; one amid the join of a thread would leave it running.
+    signal.signal(number, signal.SIG_IGN)
     stop = _Stopped(f"stopped by {signal.Signals(number).name}")
     stop.code = 128 + number
     raise stop
@@ -166,7 +189,9 @@ def _on_signal(number: int, frame: object) -> None:
 def _stoppable() -> Iterator[None]:
     """Let SIGTERM and SIGHUP, unless they are ignored or handled, raise _Stopped, so that partial files are removed.
     Not under torchrun, since a process that waits for another one has to end."""
-    is_possible = threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ
+    is_possible = (
+        threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ
+    )
     # Windows has no SIGHUP.
     numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if is_possible else ()
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -186,14 +211,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
-        sys.stderr = _Lossy(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+        sys.stderr = _Lossy(
+            sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True
+        )
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # what its encoding lacks
     if not is_terminal(sys.stderr):
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
     _interrupt.restore()
-    warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
+    warnings.formatwarning = lambda message, category, *_: (
+        _line(f"{category.__name__}: {message}") + "\n"
+    )
     try:
         with _stoppable():
             code = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -208,8 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (KeyboardInterrupt, _Stopped)):  # which transformers'
-            cause = cause.__cause__ or cause.__context__  # imports turn into an ImportError
+        while cause is not None and not isinstance(cause, (KeyboardInterrupt, _Stopped)):
+            cause = (
+                cause.__cause__ or cause.__context__
+            )  # imports, as transformers', turn it into an ImportError
         if cause is not None:
             return _said(getattr(cause, "code", EXIT_INTERRUPTED), "interrupted")
         if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK):
@@ -239,7 +270,9 @@ def _said(code: int, *sentences: str) -> int:
 
 
 def _line(text: str) -> str:
-    text = text.replace("\n", "\\n")  # of a name in a file, which would look like a sentence of its own
+    text = text.replace(
+        "\n", "\\n"
+    )  # of a name in a file, which would look like a sentence of its own
     return printable(text if text.startswith("qlora") else f"qlora: {text}", MOST_CHARACTERS)
 
 

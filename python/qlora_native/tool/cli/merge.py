@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from qlora_native._io import as_user_error, as_write_error, atomic_folder, write_whole
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, refuse_existing, stopwatch
-from qlora_native.tool.cli._weights import add_base, add_quantizing, add_shard_size, as_trained, merge_base
+from qlora_native.tool.cli._weights import (
+    add_base,
+    add_quantizing,
+    add_shard_size,
+    as_trained,
+    merge_base,
+)
 
 if TYPE_CHECKING:
     from qlora_native.models.merge_files import Merging
@@ -29,7 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", "DIR", "the folder to make; it must not exist yet", required=True)
     add_base(parser)
     add("--to", ("bf16", "fp16", "fp32", "nf4"), "what to write (default: bf16)", default="bf16")
-    methods = "--to nf4: rtn rounds the sum to nearest, gptq hands on what rounding loses to later columns "
+    methods = (
+        "--to nf4: rtn rounds the sum to nearest, gptq hands on what rounding loses to later columns "
+    )
     methods += "(default: gptq with --calibration, else rtn)"
     add("--method", METHODS, methods)
     text = "--to nf4: text such as the model will meet, any file that training reads"
@@ -62,9 +70,13 @@ def run(args: argparse.Namespace) -> int:
     out = args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
-        raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
+        raise UserError(
+            "qlora merge: --sample is for --check, which is not given; add --check or leave it out"
+        )
     if args.to != "nf4" and (args.method or args.calibration):
-        raise UserError(f"qlora merge: --method and --calibration are for --to nf4, and --to is {args.to}")
+        raise UserError(
+            f"qlora merge: --method and --calibration are for --to nf4, and --to is {args.to}"
+        )
     args.method = args.method or ("gptq" if args.calibration else "rtn")
     if (args.method == "gptq") != bool(args.calibration):
         raise UserError(
@@ -79,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
         trained = as_trained(args) if args.check else base
         work = Merging(base.path, args.adapter, base=args.base, to=args.to, **base.options)
         if rows:
-            check_vocabulary(max(map(max, rows)), tokenizer, work.meta.model, str(args.sample or "--check"))
+            check_vocabulary(
+                max(map(max, rows)), tokenizer, work.meta.model, str(args.sample or "--check")
+            )
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:
@@ -88,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
                 with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
                     if work.four_bit or work.rounded:
                         calibration = CalibrationData(args.calibration)
-                        work.codes = calibrated_codes(work, args.adapter, calibration, Path(name), progress)
+                        work.codes = calibrated_codes(
+                            work, args.adapter, calibration, Path(name), progress
+                        )
                         write_merged(work, out, args.shard_size)
                     else:
                         write_calibrated(work, args, base.options, Path(name), progress)
@@ -101,10 +117,15 @@ def run(args: argparse.Namespace) -> int:
         }
         if not args.json:
             size = f"{result['num_bytes'] / 2**20:,.1f} MiB in {args.to}"
-            print(f"{out}: {result['layers']} layers merged, {size}; took {result['seconds']:.1f} s", flush=True)
+            print(
+                f"{out}: {result['layers']} layers merged, {size}; took {result['seconds']:.1f} s",
+                flush=True,
+            )
         if args.check:
             result["weights"] = check.check_weights(work, out)
-            result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
+            result["largest_drift"] = max(
+                result["weights"], key=lambda row: row["error"], default=None
+            )
             result["logits"] = check.check_logits(work, trained, out, rows)
             result["verdict"] = check.verdict(result)
             if args.sample:
@@ -124,7 +145,9 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     from qlora_native.weights.open import load_tokenizer
 
     # Beside safetensors the tokenizer is a file, which is copied with the others; that of an adapter takes its place.
-    is_other = work.adapter_folder is not None and (work.adapter_folder / "tokenizer_config.json").is_file()
+    is_other = (
+        work.adapter_folder is not None and (work.adapter_folder / "tokenizer_config.json").is_file()
+    )
     is_other = is_other or work.source.path.suffix == ".gguf"
     tokenizer = load_tokenizer(work.source, work.adapter_folder) if is_other else None
     with as_write_error(out), atomic_folder(out) as partial:
@@ -145,10 +168,19 @@ def write_calibrated(
     from qlora_native.weights.open import load_tokenizer
 
     tokenizer = load_tokenizer(str(args.model), args.adapter)
-    write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
+    write_merged(
+        Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size
+    )
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
-    options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}
-    store_model(load_model(folder / "sum", progress=progress, **options), args.out, tokenizer, args.shard_size)
+    options = {
+        **work.options,
+        "skip_modules": work.skip_modules,
+        "method": "gptq",
+        "calibration": calibration,
+    }
+    store_model(
+        load_model(folder / "sum", progress=progress, **options), args.out, tokenizer, args.shard_size
+    )
     files = list(args.out.glob("*.safetensors"))
     work.report.files, work.report.num_bytes = len(files), sum(file.stat().st_size for file in files)
 
@@ -156,7 +188,9 @@ def write_calibrated(
 def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
     worst = result["largest_drift"]
     if worst is not None:
-        lost = "" if worst["lost"] is None else f", {worst['lost']:.2g} of what the adapter changes there"
+        lost = (
+            "" if worst["lost"] is None else f", {worst['lost']:.2g} of what the adapter changes there"
+        )
         yield f"largest error of a weight: {worst['layer']}, relative error {worst['error']:.2g}{lost}"
     for row in result["logits"]:
         yield (

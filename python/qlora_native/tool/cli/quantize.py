@@ -9,7 +9,13 @@ from typing import Any
 from qlora_native._io import as_user_error
 from qlora_native.errors import UserError
 from qlora_native.tool.cli._run import add_to, print_result, refuse_existing, stopwatch
-from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, add_shard_size, has_bnb_weights, quantizing
+from qlora_native.tool.cli._weights import (
+    DTYPE_NAMES,
+    add_quantizing,
+    add_shard_size,
+    has_bnb_weights,
+    quantizing,
+)
 from qlora_native.weight import CALIBRATED
 
 FELL_BACK_LINES = 8
@@ -64,10 +70,14 @@ def run(args: argparse.Namespace) -> int:
         options["work_dir"] = out.with_name(f".{out.name}{WORK}")
     elif args.method in CALIBRATED or flags:
         what = flags[0] if flags else f"--method {args.method}"
-        raise UserError(f"qlora quantize: {what} needs --calibration FILE, text such as the model will meet")
+        raise UserError(
+            f"qlora quantize: {what} needs --calibration FILE, text such as the model will meet"
+        )
     seconds = stopwatch()
     with as_user_error(), layer_progress() as progress:
-        model: Any = load_model(args.model, dtype=getattr(torch, args.dtype), progress=progress, **options)
+        model: Any = load_model(
+            args.model, dtype=getattr(torch, args.dtype), progress=progress, **options
+        )
     tokenizer: Any = None
     note = ""
     try:
@@ -92,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(result: dict[str, Any], dtype: str, note: str) -> Iterator[str]:
-    quantized, dense, on_disk = (result[f"bytes_{name}"] / 2**20 for name in ("4bit", "dense", "on_disk"))
+    quantized, dense, on_disk = (
+        result[f"bytes_{name}"] / 2**20 for name in ("4bit", "dense", "on_disk")
+    )
     sizes = f"{quantized:,.1f} MiB in 4 bits, {dense:,.1f} MiB in {dtype}, {on_disk:,.1f} MiB on disk"
     yield f"{result['out']}: {sizes}; took {result['seconds']:.1f} s"
     if result["calibration"] is not None:

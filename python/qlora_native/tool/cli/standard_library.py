@@ -19,7 +19,16 @@ from typing import NamedTuple
 INSTRUCTION = "Write the first line of the docstring for this Python function."
 
 # Not code that people wrote to be read: tests, generated tables, vendored packages.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo", "_vendor"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "turtledemo",
+    "_vendor",
+}
 _HELD_OUT_SHARE = 8  # one module in eight
 _MIN_SUMMARY, _MAX_SUMMARY = 15, 120  # characters
 _MIN_LINES = 3
@@ -71,7 +80,9 @@ def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunction
             waiting.extend(getattr(node, field, ()))
 
 
-def _example(module: str, lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> Example | None:
+def _example(
+    module: str, lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef
+) -> Example | None:
     docstring = ast.get_docstring(node)
     if not docstring or len(node.body) < 2 or node.end_lineno is None:
         return None

@@ -50,7 +50,9 @@ def _key_page() -> str:
     lines = []
     for name, field in keys().items():
         default = (
-            "required" if field.is_required() else f"default {as_text(field.get_default(call_default_factory=True))}"
+            "required"
+            if field.is_required()
+            else f"default {as_text(field.get_default(call_default_factory=True))}"
         )
         lines.append(f"  --{name:<26} {values_of(field.annotation)} ({default}): {field.description}")
     return "\n".join(lines)
@@ -77,7 +79,13 @@ def values_of(annotation: Any, quote: str = "") -> str:
         return values_of(arguments[0], quote)
     if arguments:
         return " or ".join(values_of(argument, quote) for argument in arguments)
-    names = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): f"{quote}null{quote}"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true, false",
+        type(None): f"{quote}null{quote}",
+    }
     return names.get(annotation, str(annotation))
 
 
@@ -88,7 +96,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.config is None:
         raise UserError("qlora train: expected a config file, or --model MODEL --train FILE")
-    config = TrainConfig.from_file(args.config, args.overrides) if args.config else config_of(args.overrides)
+    config = (
+        TrainConfig.from_file(args.config, args.overrides)
+        if args.config
+        else config_of(args.overrides)
+    )
     from qlora_native.tool.train.loop import Trainer
 
     try:
@@ -97,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         if str(lost):
             print(f"qlora: {lost}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)  # threads of the backend that still wait for the lost process can abort or hang a normal exit
+        # Threads of the backend that still wait for the lost process can abort or hang a normal exit.
+        os._exit(1)
     return 0
 
 
@@ -110,6 +123,8 @@ def config_of(overrides: list[str]) -> TrainConfig:
     config = TrainConfig.from_values({"data": {}}, overrides)
     if config.resume is not None:
         is_auto = config.resume == "auto"
-        for folder in checkpoints(user_path(config.output_dir))[-1:] if is_auto else [Path(config.resume)]:
+        for folder in (
+            checkpoints(user_path(config.output_dir))[-1:] if is_auto else [Path(config.resume)]
+        ):
             return TrainConfig.from_file(folder / CONFIG, overrides)
     return completed(config)

@@ -74,7 +74,11 @@ def most(config: Any, name: str) -> int | None:
 def head_shape(config: Any) -> tuple[int, int, int]:
     """Heads of queries, heads of keys, and elements of a head."""
     heads = most(config, "num_attention_heads") or 1
-    return heads, most(config, "num_key_value_heads") or heads, most(config, "head_dim") or config.hidden_size // heads
+    return (
+        heads,
+        most(config, "num_key_value_heads") or heads,
+        most(config, "head_dim") or config.hidden_size // heads,
+    )
 
 
 def norm_bytes(model: PreTrainedModel, setting: Setting) -> int:
@@ -84,12 +88,16 @@ def norm_bytes(model: PreTrainedModel, setting: Setting) -> int:
     found = 0
     for norm in model.modules():
         weight = getattr(norm, "weight", None)
-        is_norm = "norm" in type(norm).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+        is_norm = (
+            "norm" in type(norm).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+        )
         if weight is not None and is_norm and norm not in inside:
             twin = _as_loaded(norm, setting)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 twin.to_empty(device="cpu")
-                x = torch.empty(rows, len(weight), dtype=setting.dtype, device="cpu", requires_grad=True)
+                x = torch.empty(
+                    rows, len(weight), dtype=setting.dtype, device="cpu", requires_grad=True
+                )
                 found += _saved(partial(twin, x), x, twin.parameters()).total // rows
     return found
 
@@ -124,16 +132,23 @@ def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
             shared = hidden * size * low.has_input
         else:
             unknown = type(layer).__name__
-            token = sum(size * (part.in_features + part.r) for part in modules if isinstance(part, LoRALinear))
-        widest = max((part.in_features for part in modules if isinstance(part, nn.Linear)), default=hidden)
+            token = sum(
+                size * (part.in_features + part.r) for part in modules if isinstance(part, LoRALinear)
+            )
+        widest = max(
+            (part.in_features for part in modules if isinstance(part, nn.Linear)), default=hidden
+        )
         if any(map(_is_experts, modules)):
             inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             chosen = getattr(config, "num_experts_per_tok", None) or 1
-            token += chosen * (size * (4 * inner + 2 * hidden) + 16)  # transformers computes one after another
+            # transformers computes one after another.
+            token += chosen * (size * (4 * inner + 2 * hidden) + 16)
             widest = max(widest, inner)
         spare = size * (hidden + 2 * widest)
         gradients = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-        found.append(LayerBytes(hidden * size, token, shared, first, square, spare, gradients, unknown))
+        found.append(
+            LayerBytes(hidden * size, token, shared, first, square, spare, gradients, unknown)
+        )
     return found
 
 
@@ -166,8 +181,11 @@ class _Twin:
         for module in self.model.modules():
             if _is_experts(module):
                 module.forward = lambda hidden_states, *_: hidden_states
-            if rope := getattr(module, "rope_type", None):  # the tables of some types depend on what positions hold
-                module.rope_type = "default" if isinstance(rope, str) else dict.fromkeys(rope, "default")
+            # The tables of some types depend on what positions hold.
+            if rope := getattr(module, "rope_type", None):
+                module.rope_type = (
+                    "default" if isinstance(rope, str) else dict.fromkeys(rope, "default")
+                )
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.device = _AsOnCuda(setting.dtype) if setting.device == "cuda" else nullcontext()
         with self.mode:
@@ -178,7 +196,9 @@ class _Twin:
         self.found = {}
         # An unknown model may raise anything.
         with suppress(Exception), self.mode, self.device, torch.no_grad():
-            self.model(input_ids=torch.zeros(1, length, dtype=torch.long, device="cpu"), use_cache=False)
+            self.model(
+                input_ids=torch.zeros(1, length, dtype=torch.long, device="cpu"), use_cache=False
+            )
         return self.found
 
     def _measure(self, kind: Kind, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -187,7 +207,11 @@ class _Twin:
         hidden = args[0] if args else next(iter(kwargs.values()))
         is_windowed = kind[0] in (None, "sliding_attention")
         is_masked = self.window is not None and hidden.shape[-2] > self.window and is_windowed
-        own = [*layer.parameters(), *layer.buffers(), *filter(torch.is_tensor, tree_leaves((args, kwargs)))]
+        own = [
+            *layer.parameters(),
+            *layer.buffers(),
+            *filter(torch.is_tensor, tree_leaves((args, kwargs))),
+        ]
 
         def saved(needs_grad: bool) -> Saved:
             x = torch.empty_like(hidden, requires_grad=needs_grad)
@@ -222,7 +246,9 @@ def _saved(call: Callable[[], Any], x: Tensor, own: Iterable[Tensor]) -> Saved:
         call()
     for tensor in own:
         storages.pop(tensor.untyped_storage()._cdata, None)
-    return Saved(sum(storage.nbytes() for storage in storages.values()), x.untyped_storage()._cdata in storages)
+    return Saved(
+        sum(storage.nbytes() for storage in storages.values()), x.untyped_storage()._cdata in storages
+    )
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -247,7 +273,9 @@ def _as_loaded(module: nn.Module, setting: Setting) -> nn.Module:
     for path, part in small.named_modules():
         if isinstance(part, fuse.Fused) and not isinstance(part, fuse.Dense):
             target = result.get_submodule(path)
-            vars(target).update({name: value for name, value in vars(part).items() if name.startswith("_fused")})
+            vars(target).update(
+                {name: value for name, value in vars(part).items() if name.startswith("_fused")}
+            )
             target.__class__ = type(part)
     return result
 
@@ -270,5 +298,7 @@ class _AsOnCuda(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _boolean_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _boolean_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
     return torch.native_dropout(input, p, training)[0] if p and training else input

@@ -25,7 +25,13 @@ from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.optim.states import MIN_CODED_NUMEL
-from qlora_native.tool.estimate.activations import LayerBytes, decoder_layers, head_shape, layer_bytes, norm_bytes
+from qlora_native.tool.estimate.activations import (
+    LayerBytes,
+    decoder_layers,
+    head_shape,
+    layer_bytes,
+    norm_bytes,
+)
 from qlora_native.tool.estimate.model import Setting, meta_model
 from qlora_native.weights.stream import Source
 
@@ -61,7 +67,8 @@ class Estimate:
     """The memory of one setting."""
 
     setting: Setting
-    moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step", "shipping"
+    # In each part of a run: "loading", "loss", "backward", "step", "shipping".
+    moments: dict[str, Terms]
     paged: int  # bytes of optimizer states in a page file or in the host's memory
     graphs: int  # bytes of a card that only the passes in CUDA graphs can use: what the largest of them takes
     is_rough: tuple[str, ...]  # classes of layers that keep more than is counted
@@ -94,7 +101,9 @@ class Estimate:
         return {
             **{name: getattr(self, name) for name in names},
             "peak": vars(self.peak),
-            "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
+            "moments": {
+                name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()
+            },
         }
 
 
@@ -110,16 +119,20 @@ class Estimator:
     def __init__(self, model: Path | Source | PreTrainedConfig, setting: Setting) -> None:
         self.setting = setting
         self.model: Any
-        self.model, self.loading_bytes = meta_model(model, setting)  # held beside the model while it is loaded
+        # Held beside the model while it is loaded.
+        self.model, self.loading_bytes = meta_model(model, setting)
         self.config = self.model.config.get_text_config()
         self.positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 20
-        self.trained = [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = [
+            parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         self.adapters = 4 * sum(self.trained)  # fp32
         modules = saved_modules(self.model, setting.lora.modules_to_save).values()
         whole = {parameter for module in modules for parameter in module.parameters()}
         self.whole = sum(parameter.nbytes for parameter in whole)
         names = [name for name, parameter in self.model.named_parameters() if parameter in whole]
-        self.replaced = sum(self.model.load_report.dense.get(name, 0) for name in names)  # bytes that they had before
+        # Bytes that they had before.
+        self.replaced = sum(self.model.load_report.dense.get(name, 0) for name in names)
         numel = self.config.vocab_size * self.config.hidden_size
         head = self.model.get_output_embeddings()
         self.whole_in, self.whole_out = (
@@ -185,19 +198,25 @@ class Estimator:
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
             graphs = max(terms.activations + terms.loss + terms.scratch for terms in (loss, backward))
         unknown = tuple(dict.fromkeys(layer.unknown for layer in layers if layer.unknown))
-        return Estimate(setting, moments, paged, graphs, unknown if layers else (type(self.model).__name__,))
+        return Estimate(
+            setting, moments, paged, graphs, unknown if layers else (type(self.model).__name__,)
+        )
 
     def longest(self, num_bytes: int, batch_size: int) -> int:
         """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
         none do."""
         lengths = range(64, max(64, self.positions) + 1, 64)
-        fitting = bisect_left(lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes))
+        fitting = bisect_left(
+            lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
+        )
         return 64 * fitting
 
     def widest(self, num_bytes: int, length: int) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
         rows = range(1, (1 << 16) + 1)
-        return bisect_left(rows, True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes))
+        return bisect_left(
+            rows, True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes)
+        )
 
     def layers(self, setting: Setting) -> list[LayerBytes]:
         beyond = setting.length > (getattr(self.config, "sliding_window", None) or setting.length)
@@ -218,7 +237,9 @@ class Estimator:
         layers = self.layers(setting)
         tokens = setting.tokens
         # Of all layers together: the angles of the rotation, token numbers, labels and masks.
-        kept: float = 2 * setting.length * head_shape(self.config)[2] * setting.dtype.itemsize + 5 * 8 * tokens
+        kept: float = (
+            2 * setting.length * head_shape(self.config)[2] * setting.dtype.itemsize + 5 * 8 * tokens
+        )
         before = self._gradients_held(setting)
         behind = sum(layer.gradients for layer in layers)
         fullest = Terms()

@@ -31,7 +31,8 @@ READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's
 class Setting:
     """The settings of a training run on which its memory depends; most are named as in :class:`TrainConfig`."""
 
-    quant: dict[str, Any] = field(default_factory=lambda: QuantConfig().options)  # arguments of qn.quantize
+    # Arguments of qn.quantize.
+    quant: dict[str, Any] = field(default_factory=lambda: QuantConfig().options)
     skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,)
     dtype: torch.dtype = torch.bfloat16  # of activations and of what is not 4-bit
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -62,7 +63,9 @@ class Setting:
             quant=config.quant.options,
             dtype=getattr(torch, options.dtype),
             lora=config.lora.as_config(options.seed),
-            length=config.data.max_length if longest is None else -(-longest // 8) * 8,  # as collate pads
+            length=config.data.max_length
+            if longest is None
+            else -(-longest // 8) * 8,  # as collate pads
             batch_size=min(options.batch_size, rows or options.batch_size),
             micro_batches=options.grad_accum,
             checkpointing=options.grad_checkpointing,
@@ -77,11 +80,19 @@ def opened(model: Path) -> Source | PreTrainedConfig:
     """What a model is estimated from: its files, or its config where there is nothing else, as on the hub."""
     is_remote = not model.exists() and hub_id(model)
     folder = fetch_model(str(model), ("config.json",)) if is_remote else model
-    has_weights = any(next(folder.glob(name), None) for name in (WEIGHTS_NAME, INDEX_NAME, "*.bin", "*.pth"))
-    return read_config(folder) if (folder / "config.json").is_file() and not has_weights else open_source(folder)
+    has_weights = any(
+        next(folder.glob(name), None) for name in (WEIGHTS_NAME, INDEX_NAME, "*.bin", "*.pth")
+    )
+    return (
+        read_config(folder)
+        if (folder / "config.json").is_file() and not has_weights
+        else open_source(folder)
+    )
 
 
-def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tuple[PreTrainedModel, int]:
+def meta_model(
+    model: Path | Source | PreTrainedConfig, setting: Setting
+) -> tuple[PreTrainedModel, int]:
     """The model as it is trained, on the meta device, and the bytes that loading it holds beside it.
 
     UserError as :func:`qlora_native.load_model`; ValueError if the model has no modules of the names given.
@@ -126,7 +137,9 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
         for item in stream(source, meta, entries=entries):
             entry = item.entry
             is_lasting = entry.is_plain and item.name not in options
-            if item.weight is None and not (is_lasting and entry.parts[0].dtype == meta.dtype_of(item.name)):
+            if item.weight is None and not (
+                is_lasting and entry.parts[0].dtype == meta.dtype_of(item.name)
+            ):
                 read = max(read, *(part.num_bytes for part in entry.parts))
             elif is_kept and item.weight is not None:
                 meta.store(item.name, item.weight().to("meta"), entry.file)
@@ -159,4 +172,7 @@ def _stored_options(entry: Entry, meta: MetaModel) -> dict[str, Any]:
     if not blocks:
         raise UserError(f"{entry.file}: {entry.key} has no scales: expected {entry.key}.absmax.")
     per_block = meta.shapes[entry.name].numel() / blocks
-    return {"block_size": 1 << max(0, math.ceil(math.log2(per_block))), "double_quant": ".nested_absmax" in parts}
+    return {
+        "block_size": 1 << max(0, math.ceil(math.log2(per_block))),
+        "double_quant": ".nested_absmax" in parts,
+    }

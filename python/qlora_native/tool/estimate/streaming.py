@@ -80,7 +80,9 @@ def disk_rate(file: Path) -> float:
     return done / (time.monotonic() - began)
 
 
-def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: float | None = None) -> StreamedRun:
+def streamed_run(
+    config: TrainConfig, estimator: Estimator, memory: int, rate: float | None = None
+) -> StreamedRun:
     """A run of ``config`` on the CPU within ``memory`` bytes, page cache counted; the disk's ``rate`` is measured if it
     is None. UserError if the model is neither a 4-bit folder nor a GGUF file whose weights are kept."""
     setting = estimator.setting
@@ -139,7 +141,9 @@ def _reading(path: str) -> Iterator[_Reads]:
     file = _C.MappedFile(path)
     found = _Reads()
     ends = threading.Event()
-    pieces = [[(file, at, min(at + SLOT, file.num_bytes))] for at in range(0, file.num_bytes, SLOT)][::-1]
+    pieces = [[(file, at, min(at + SLOT, file.num_bytes))] for at in range(0, file.num_bytes, SLOT)][
+        ::-1
+    ]
     stream = _C.WeightStream(pieces, [], [])
 
     def read() -> None:
@@ -164,7 +168,10 @@ def _seconds(model: Any, setting: Setting) -> tuple[tuple[float, float], float]:
     path, layers = decoder_layers(model)
     parent, _, name = path.rpartition(".")
     whole = model.get_submodule(parent)
-    ids = torch.arange(setting.tokens).view(-1, setting.length) % model.get_input_embeddings().num_embeddings
+    ids = (
+        torch.arange(setting.tokens).view(-1, setting.length)
+        % model.get_input_embeddings().num_embeddings
+    )
     has_plain_head(model, {"input_ids": ids[:, :2]})
     found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     try:
@@ -177,6 +184,8 @@ def _seconds(model: Any, setting: Setting) -> tuple[tuple[float, float], float]:
             found[count].append((between - began, time.monotonic() - between))
     finally:
         setattr(whole, name, layers)
-    (forward, backward), both = (tuple(map(median, zip(*runs, strict=True))) for runs in (found[1], found[2][1:]))
+    (forward, backward), both = (
+        tuple(map(median, zip(*runs, strict=True))) for runs in (found[1], found[2][1:])
+    )
     layer = max(0.0, both[0] - forward), max(0.0, both[1] - backward)
     return layer, max(0.0, forward + backward - sum(layer))

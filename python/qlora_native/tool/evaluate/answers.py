@@ -35,7 +35,9 @@ def as_text(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def answer(model: Any, tokenizer: Any, prompt: list[int], stop: set[int], *, is_sharded: bool = False) -> str:
+def answer(
+    model: Any, tokenizer: Any, prompt: list[int], stop: set[int], *, is_sharded: bool = False
+) -> str:
     """The greedy answer to a prompt, up to the first token of ``stop`` or LONGEST tokens."""
     # Processes that share a model take the same number of passes, even if one rounds to another token.
     tokens = iter_tokens(model, prompt, Sampling(max_tokens=LONGEST), set() if is_sharded else stop)

@@ -24,7 +24,9 @@ from qlora_native.weights.files import stored_tensors
 
 SAMPLE_ROWS = 4
 SAMPLE_TOKENS = 128
-AS_TRAINED = 0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5
+AS_TRAINED = (
+    0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5
+)
 HELD_OUT_ROWS = 64
 HELD_OUT_TOKENS = 512
 SAMPLE = (
@@ -51,10 +53,14 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
             continue
         path = item.name.removesuffix(".weight")
         base = torch.cat([part.double() for part in base_item.rows()])
-        delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
+        delta = (
+            work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
+        )
         exact = base + delta
         key = item.entry.key
-        parts = {name: stored.read() for name, stored in written.items() if f"{name}.".startswith(f"{key}.")}
+        parts = {
+            name: stored.read() for name, stored in written.items() if f"{name}.".startswith(f"{key}.")
+        }
         if len(parts) > 1:
             got = from_bnb(parts, key).dequantize(torch.float32)
         else:
@@ -91,7 +97,9 @@ def check_logits(
     return [{"against": name, **drift(logits, merged)} for name, logits in expected.items()]
 
 
-def check_retention(work: Merging, trained: TrainedBase, folder: Path, sample: Path, tokenizer: Any) -> dict[str, Any]:
+def check_retention(
+    work: Merging, trained: TrainedBase, folder: Path, sample: Path, tokenizer: Any
+) -> dict[str, Any]:
     """How much of what the adapter learned the merged model keeps on the first HELD_OUT_ROWS rows of ``sample``; the
     models are in memory one after the other."""
     rows = load_text(sample, tokenizer, max_length=HELD_OUT_TOKENS, limit=HELD_OUT_ROWS).rows
@@ -106,7 +114,9 @@ def check_retention(work: Merging, trained: TrainedBase, folder: Path, sample: P
     before = scores(base)
     adapted = scores(load_adapter(base, work.adapter_folder))
     del base
-    return retention(before, adapted, scores((load_dense if work.target == "16bit" else load_model)(folder)))
+    return retention(
+        before, adapted, scores((load_dense if work.target == "16bit" else load_model)(folder))
+    )
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -231,6 +241,8 @@ def report_markdown(report: dict[str, Any]) -> str:
         lines += [f"Largest error: `{worst['layer']}`, {worst['error']:.3g}.", ""]
     lines += ["| layer | error | change | lost |", "|---|---|---|---|"]
     for row in report["weights"]:
-        error, change, lost = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("error", "change", "lost"))
+        error, change, lost = (
+            "" if row[key] is None else f"{row[key]:.3g}" for key in ("error", "change", "lost")
+        )
         lines.append(f"| {row['layer']} | {error} | {change} | {lost} |")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,14 @@ from qlora_native.tool.evaluate.harness import run_tasks
 from qlora_native.tool.evaluate.measure import Reference, Scores, measure
 from qlora_native.tool.evaluate.retention import retention
 from qlora_native.tool.evaluate.texts import Text
-from qlora_native.tool.evaluate.variants import ADAPTED, BASELINE, REFERENCE, SHIPPED, Variants, label_of
+from qlora_native.tool.evaluate.variants import (
+    ADAPTED,
+    BASELINE,
+    REFERENCE,
+    SHIPPED,
+    Variants,
+    label_of,
+)
 
 
 @dataclass
@@ -39,7 +46,8 @@ class Comparison:
 
     model: str
     variants: list[VariantResult]
-    answers: list[dict[str, str]] = field(default_factory=list)  # text, question, expected, base and tuned
+    # Text, question, expected, base and tuned.
+    answers: list[dict[str, str]] = field(default_factory=list)
 
     def named(self, name: str) -> VariantResult | None:
         """The variant of this name, if it is among them."""
@@ -68,8 +76,13 @@ class Comparison:
         closed without plain rounding."""
         scores = variant.texts[text]
         worst, best = (side and side.texts[text] for side in (self.named(BASELINE), self.reference))
-        is_adapted = variant.name.endswith((ADAPTED, SHIPPED))  # what an adapter learned is no part of what 4 bits lost
-        base, tuned = (side.texts[text] for side in self.adapted) if is_adapted and self.adapted else (None, None)
+        # What an adapter learned is no part of what 4 bits lost.
+        is_adapted = variant.name.endswith((ADAPTED, SHIPPED))
+        base, tuned = (
+            (side.texts[text] for side in self.adapted)
+            if is_adapted and self.adapted
+            else (None, None)
+        )
         pairs = {
             "loss": scores.loss,
             "excess": scores.excess(best) if best else None,
@@ -79,7 +92,10 @@ class Comparison:
             "exact": scores.exact,
             "change": scores.excess(base) if base else None,
         }
-        row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
+        row: dict[str, float | None] = {
+            "tokens": float(scores.tokens.sum()),
+            "perplexity": scores.perplexity,
+        }
         for name, pair in pairs.items():
             row[name], row[f"{name}_error"] = pair or (None, None)
         if variant.name == SHIPPED and base and tuned:
@@ -124,7 +140,9 @@ def compare(
     """
     results: list[VariantResult] = []
     kept: dict[str, Reference | None] = {}
-    asked = [(text.name, row) for text in texts for row in islice(text.rows, answered) if has_answer(row)]
+    asked = [
+        (text.name, row) for text in texts for row in islice(text.rows, answered) if has_answer(row)
+    ]
     found = [_question(tokenizer, name, row) for name, row in asked]
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
@@ -139,12 +157,16 @@ def compare(
                 highest = max(int(row["input_ids"].max()) for row in text.rows)
                 check_vocabulary(max(highest, pad_id), tokenizer, model, text.name)
                 keep_in = Path(folder) if name == REFERENCE else None
-                scores, made = measure(model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in)
+                scores, made = measure(
+                    model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in
+                )
                 kept.setdefault(text.name, made)  # of the first variant, if that is the reference
                 if not any(map(has_answer, text.rows)):
                     scores = replace(scores, wrong=None)
                 result.texts[text.name] = scores
-                note(f"{result.label}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}")
+                note(
+                    f"{result.label}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}"
+                )
             if tasks:
                 result.tasks = run_tasks(model, tokenizer, tasks, limit)
             side = "tuned" if name.endswith(ADAPTED) else "base"
@@ -160,4 +182,8 @@ def compare(
 
 def _question(tokenizer: Any, name: str, row: Any) -> dict[str, str]:
     prompt, expected = split_row(row)
-    return {"text": name, "question": as_text(tokenizer, prompt), "expected": as_text(tokenizer, expected)}
+    return {
+        "text": name,
+        "question": as_text(tokenizer, prompt),
+        "expected": as_text(tokenizer, expected),
+    }

@@ -38,7 +38,9 @@ class Scores:
     tokens: Tensor  # predicted
     nats: Tensor  # their cross-entropy
     kl: Tensor | None = None  # KL(reference || model) in nats; None without a reference
-    agreed: Tensor | None = None  # tokens whose most likely successor is the reference's; None without a reference
+    agreed: Tensor | None = (
+        None  # tokens whose most likely successor is the reference's; None without a reference
+    )
     wrong: Tensor | None = None  # tokens that are not the most likely ones
 
     @property
@@ -65,7 +67,11 @@ class Scores:
     def exact(self) -> tuple[float, float] | None:
         """Share of rows whose every predicted token is the most likely one, so that greedy generation writes them, and
         its standard error."""
-        return None if self.wrong is None else ratio((self.wrong == 0).double(), torch.ones_like(self.wrong))
+        return (
+            None
+            if self.wrong is None
+            else ratio((self.wrong == 0).double(), torch.ones_like(self.wrong))
+        )
 
     def excess(self, other: Scores) -> tuple[float, float]:
         """This loss less ``other``'s on the same rows, in nats a token, and the standard error of the paired
@@ -107,13 +113,22 @@ class Reference:
 def evaluating(model: Any) -> Iterator[None]:
     """Dropout off, and layers streamed where a mapped model does not fit; afterwards the model is as it was."""
     streaming = stream_if_needed(model, None, BESIDE)
-    with modes_kept(model), torch.no_grad(), nullcontext() if streaming is None else closing(streaming):
+    with (
+        modes_kept(model),
+        torch.no_grad(),
+        nullcontext() if streaming is None else closing(streaming),
+    ):
         model.eval()
         yield
 
 
 def measure(
-    model: Any, rows: Rows, pad_id: int, *, against: Reference | None = None, keep_in: Path | None = None
+    model: Any,
+    rows: Rows,
+    pad_id: int,
+    *,
+    against: Reference | None = None,
+    keep_in: Path | None = None,
 ) -> tuple[Scores, Reference | None]:
     """One pass of a causal LM over ``rows``, with dropout off; afterwards it is in the mode it was in.
 
@@ -131,7 +146,11 @@ def measure(
             targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
             inputs = without_needless_mask(model, inputs, targets)
             trained = targets != IGNORE_INDEX
-            output = model(**inputs, use_cache=False).logits if head is None else hidden_states(model, inputs)[0]
+            output = (
+                model(**inputs, use_cache=False).logits
+                if head is None
+                else hidden_states(model, inputs)[0]
+            )
             states = output[trained]
             if keep_in is not None and kept is None:
                 kept = _file(keep_in, rows, states)
@@ -155,16 +174,22 @@ def measure(
                 done += len(part)
     scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
     if not math.isfinite(float(scores.nats.sum())):
-        check_mapped_finite(model, str(model.load_report.path) if hasattr(model, "load_report") else "")
+        check_mapped_finite(
+            model, str(model.load_report.path) if hasattr(model, "load_report") else ""
+        )
     return scores, None if kept is None else Reference(scores, kept, head)
 
 
 def _head_of(model: Any) -> Tensor | None:
     """The dense output embedding, [vocabulary, hidden], or None if logits are more than a product with it."""
-    if not has_plain_head(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}):
+    if not has_plain_head(
+        model, {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+    ):
         return None
     head = model.get_output_embeddings()
-    weight: Tensor = head.quantized.dequantize() if isinstance(head, QuantizedLinear) else head.weight.detach()
+    weight: Tensor = (
+        head.quantized.dequantize() if isinstance(head, QuantizedLinear) else head.weight.detach()
+    )
     return weight
 
 
@@ -172,7 +197,8 @@ def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
     """log softmax in fp32, [tokens, vocabulary], of states [tokens, hidden] through ``head`` [vocabulary, hidden]."""
     states = states.float()
     if head is not None:
-        step = max(1, LOGITS_BYTES // (4 * head.shape[1]))  # the whole head in fp32 may be as large as the model
+        # The whole head in fp32 may be as large as the model.
+        step = max(1, LOGITS_BYTES // (4 * head.shape[1]))
         states = torch.cat([states @ part.float().t() for part in head.split(step)], 1)
     return states.log_softmax(1)
 

@@ -32,12 +32,15 @@ CURVES = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
 }
-LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
+# If the values differ by more than so many times.
+LOGARITHMIC, LOG_FROM = (("loss", "eval_loss", "grad_norm"), 5)
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
 MOST_DOTS = 60
 MOST_EVENTS = 100
 MOST_SAMPLES = 32
-MOST_CONFIG = 20_000  # characters: of five bytes each, as those that HTML escapes, the page is below 1 MB
+MOST_CONFIG = (
+    20_000  # characters: of five bytes each, as those that HTML escapes, the page is below 1 MB
+)
 # What matplotlib draws in these colors takes those of the page's variables, which a dark page changes.
 SOFT, LINE = "#667085", "#e3e6ec"  # of words, of the grid
 COLORS = {"steps": "#2563eb", "mean": "#2563eb", "held-out": "#d9480f", "lowest": "#2f9e6e"}
@@ -68,7 +71,9 @@ class Curves:
                         self._columns[key][1].append(line[key])
                 self.samples = line.get("samples", self.samples)
             self._offset = file.tell()
-        return {key: (np.array(steps), np.array(values)) for key, (steps, values) in self._columns.items()}
+        return {
+            key: (np.array(steps), np.array(values)) for key, (steps, values) in self._columns.items()
+        }
 
 
 def write_page(folder: Path, curves: Curves | None = None) -> Path:
@@ -93,7 +98,14 @@ def _template() -> Any:
 def content(folder: Path, curves: Curves) -> dict[str, Any]:
     """What the template shows."""
     points = curves.read()
-    facts: dict[str, Any] = {"model": folder.name, "config": "", "rows": [], "steps": None, "memory": None, "notes": []}
+    facts: dict[str, Any] = {
+        "model": folder.name,
+        "config": "",
+        "rows": [],
+        "steps": None,
+        "memory": None,
+        "notes": [],
+    }
     facts["has_ended"] = False
     if (folder / "report.json").is_file():
         facts |= read_json(folder / "report.json")
@@ -117,7 +129,9 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         "can_draw": HAS_MATPLOTLIB,
         "events": events[-MOST_EVENTS:],
         "left_out": len(events) - MOST_EVENTS,
-        "samples": [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]],
+        "samples": [
+            {k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]
+        ],
         "more_samples": len(curves.samples) - MOST_SAMPLES,
         "config": shorten(facts["config"], MOST_CONFIG),
     }
@@ -137,13 +151,23 @@ def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
     every = np.concatenate([line[1] for line in lines.values()])
     is_log = key in LOGARITHMIC and every.min() > 0 and every.max() > LOG_FROM * every.min()
     file = StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "path.simplify": False, "font.size": 11}):
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": key, "path.simplify": False, "font.size": 11}
+    ):
         figure = Figure(figsize=(5, 2.5), facecolor="none")
-        axes = figure.add_axes((0.14, 0.1, 0.85, 0.87), frameon=False, yscale="log" if is_log else "linear")
+        axes = figure.add_axes(
+            (0.14, 0.1, 0.85, 0.87), frameon=False, yscale="log" if is_log else "linear"
+        )
         for name, line in lines.items():
             has_dots = name == "lowest" or (name == "held-out" and len(line[0]) <= MOST_DOTS)
             alpha = 0.4 if name == "steps" and "mean" in lines else 1.0
-            axes.plot(*thin(*line), ".-" if has_dots else "-", color=COLORS[name], alpha=alpha, gid=f"{key}:{name}")
+            axes.plot(
+                *thin(*line),
+                ".-" if has_dots else "-",
+                color=COLORS[name],
+                alpha=alpha,
+                gid=f"{key}:{name}",
+            )
         if is_log:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter("")
@@ -152,7 +176,9 @@ def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
         axes.tick_params(which="both", length=0, labelcolor=SOFT)
         axes.grid(axis="y", color=LINE)
         # Without the date and the program the bytes depend on the figures alone.
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     svg = file.getvalue().partition("<svg")[2]
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")

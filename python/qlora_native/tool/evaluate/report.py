@@ -50,7 +50,9 @@ def tables(comparison: Comparison) -> list[str]:
     for number, about in enumerate(comparison.answers, 1):
         lines.append(f"{number}. {about['text']}")
         parts = ("question", "expected", "base", "tuned")
-        lines += [f"   - {part}: {shorten(' '.join(about[part].split()))}" for part in parts if part in about] + [""]
+        lines += [
+            f"   - {part}: {shorten(' '.join(about[part].split()))}" for part in parts if part in about
+        ] + [""]
     return lines[:-1]
 
 
@@ -59,7 +61,10 @@ def _legend(comparison: Comparison) -> str:
     parts = [f"{comparison.reference.label}: the model before 4 bits"] if comparison.reference else []
     if comparison.adapted is not None:
         base, tuned = comparison.adapted
-        parts += [f"{base.label}: the weights that the adapter was trained on", f"{tuned.label}: the same with it"]
+        parts += [
+            f"{base.label}: the weights that the adapter was trained on",
+            f"{tuned.label}: the same with it",
+        ]
     if comparison.named(SHIPPED):
         parts.append(f"{SHIPPED}: the model that the adapter was merged into")
     if any("4-bit by rtn" in variant.label for variant in comparison.variants):
@@ -81,7 +86,13 @@ def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", json.dumps(comparison.as_dict(), indent=1) + "\n")
     drawn = bool(comparison.variants[0].texts) and plot(comparison, folder / "report.png")
-    page = [f"# {Path(comparison.model).name}", "", *(f"- {line}" for line in about), "", *tables(comparison)]
+    page = [
+        f"# {Path(comparison.model).name}",
+        "",
+        *(f"- {line}" for line in about),
+        "",
+        *tables(comparison),
+    ]
     if drawn:
         page += ["", "![Loss of each variant](report.png)"]
     page += ["", MEANING, *([SHIPS] if comparison.named(SHIPPED) else [])]
@@ -96,7 +107,9 @@ def plot(comparison: Comparison, path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    key, label = ("excess", "nats a token above 16-bit") if comparison.reference else ("loss", "nats a token")
+    key, label = (
+        ("excess", "nats a token above 16-bit") if comparison.reference else ("loss", "nats a token")
+    )
     variants = comparison.variants
     texts = list(variants[0].texts)
     figure = Figure(figsize=(1.5 + 1.4 * max(2, len(variants)), 3.2), layout="constrained")

@@ -21,14 +21,18 @@ def retention(base: Scores, adapted: Scores, shipped: Scores) -> dict[str, Any]:
     share, error = shipped.closed(base, adapted)
     sides = {"base": base, "adapted": adapted, "shipped": shipped}
     losses = {f"{name}_loss": scores.loss[0] for name, scores in sides.items()}
-    return without_nan({"retention": share, "retention_error": error, **losses, "tokens": int(base.tokens.sum())})
+    return without_nan(
+        {"retention": share, "retention_error": error, **losses, "tokens": int(base.tokens.sum())}
+    )
 
 
 def describe(found: dict[str, Any]) -> str:
     """One line of what :func:`retention` found."""
     share = found["retention"]
     error = found["retention_error"]
-    text = "unknown" if share is None else f"{share:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    text = (
+        "unknown" if share is None else f"{share:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    )
     return (
         f"retention {text}: held-out loss {found['base_loss']:.4f} of the 4-bit base, {found['adapted_loss']:.4f} with "
         f"the adapter, {found['shipped_loss']:.4f} without it as shipped; {found['tokens']:,} tokens"

@@ -45,15 +45,21 @@ def load_text(
     """
     file = user_path(path)
     if file.suffix.lower() not in PLAIN_SUFFIXES:
-        data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, columns=columns, limit=limit)
+        data = load_dataset(
+            file, tokenizer, max_length=max_length, train_on=train_on, columns=columns, limit=limit
+        )
         return Text(file.name, data, data.stats.describe(), data.stats.files[str(file)])
     with reading(file, "expected text in UTF-8"):
         text = regular(file).read_text(encoding="utf-8")
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    ids = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32
+    )
     windows = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
     windows = [window for window in windows if len(window) > 1][:limit]
     if not windows:
-        raise UserError(f"{file}: the file makes {len(ids)} tokens, expected at least 2; give a longer text.")
+        raise UserError(
+            f"{file}: the file makes {len(ids)} tokens, expected at least 2; give a longer text."
+        )
     tokens = sum(map(len, windows))
     about = f"{file}: plain text; {len(windows):,} windows of at most {max_length:,} tokens, {tokens:,} tokens"
     rows = [{"input_ids": window, "labels": window} for window in windows]

@@ -47,7 +47,9 @@ class Variants:
     methods: Sequence[str] = ()
     adapter: Path | None = None
     shipped: Path | None = None
-    trained: TrainedBase | None = None  # what the adapter was trained on, if that is not the first form
+    trained: TrainedBase | None = (
+        None  # what the adapter was trained on, if that is not the first form
+    )
     reference: Path | None = None
     calibration: Any = None  # as load_model takes it
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
@@ -55,20 +57,26 @@ class Variants:
     def __post_init__(self) -> None:
         self.stored = stored_form(open_source(self.model))
         if self.methods and self.stored == FOUR_BIT:
-            raise UserError(f"{self.model} is 4-bit already: methods are compared from the 16-bit model")
+            raise UserError(
+                f"{self.model} is 4-bit already: methods are compared from the 16-bit model"
+            )
         if self.methods:
             self.stored = None
         for name in self.methods:
             if name not in METHODS:
                 raise UserError(f"{name!r} is no method of quantizing: expected {', '.join(METHODS)}")
             if name in CALIBRATED and self.calibration is None:
-                raise UserError(f"method {name} needs calibration text, which must be another than the one evaluated")
+                raise UserError(
+                    f"method {name} needs calibration text, which must be another than the one evaluated"
+                )
         if self.stored is None and self.reference is not None:
             raise UserError(f"{self.model} is 16-bit and its own reference: leave the reference out")
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} has no adapter_config.json: expected an adapter folder")
         if self.shipped is not None and self.adapter is None:
-            raise UserError(f"{self.shipped} is compared with the adapter that was merged into it: give the adapter")
+            raise UserError(
+                f"{self.shipped} is compared with the adapter that was merged into it: give the adapter"
+            )
 
     def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each variant's name and a function that loads it, in the order in which they are to be measured."""
@@ -81,9 +89,14 @@ class Variants:
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
         if (base := self.trained) is not None:
-            name = stored_form(open_source(base.path), base.options.get("quant_type", AUTO)) or BASELINE
+            name = (
+                stored_form(open_source(base.path), base.options.get("quant_type", AUTO)) or BASELINE
+            )
             others = [form for form in forms if form[0] in self.methods and form[0] != name]
-            forms = [(name, partial(load_to_device, base.path, **base.options | self.options)), *others]
+            forms = [
+                (name, partial(load_to_device, base.path, **base.options | self.options)),
+                *others,
+            ]
         yield from forms[:1]
         if (adapter := self.adapter) is not None:
             name, load = forms[0]

@@ -94,13 +94,17 @@ def names_of(source: Source) -> Callable[[str], str]:
     def name_of(name: str) -> str:
         found = names.get_name(name, (".weight", ".bias"))
         if found is None:
-            raise UserError(f"{source.path}: GGUF's {architecture.name} has no place for {name}; {_INSTEAD}")
+            raise UserError(
+                f"{source.path}: GGUF's {architecture.name} has no place for {name}; {_INSTEAD}"
+            )
         return found
 
     return name_of
 
 
-def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model: Path) -> dict[str, Any]:
+def export_gguf(
+    work: Merging, path: Path, out_type: str, tokenizer: Any, model: Path
+) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
     Matrices are stored as ``out_type``, vectors as F32. The embedding and the output are Q8_0 where that has 4 bits,
@@ -123,12 +127,16 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
             for name, field in gguf.GGUFReader(tokenizer).fields.items():
                 if name.startswith("tokenizer."):
                     kind, *rest = field.types
-                    writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
+                    writer.add_key_value(
+                        name, field.contents(), kind, sub_type=rest[-1] if rest else None
+                    )
         else:
             _add_tokenizer(writer, tokenizer, model, config.vocab_size)
         tensors = list(_tensors(work, architecture, wanted))
         for one in tensors:
-            writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.nbytes, raw_dtype=one.kind)
+            writer.add_tensor_info(
+                one.name, one.shape, np.dtype(np.float32), one.nbytes, raw_dtype=one.kind
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -138,7 +146,9 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any, model:
         "tensors": len(tensors),
         "num_bytes": sum(one.nbytes for one in tensors),
         "other_types": {
-            one.name: one.kind.name.lower() for one in tensors if len(one.shape) > 1 and one.kind is not wanted
+            one.name: one.kind.name.lower()
+            for one in tensors
+            if len(one.shape) > 1 and one.kind is not wanted
         },
     }
 
@@ -173,7 +183,8 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     if window is not None and config.model_type != "gemma2":
-        context = min(context, window)  # beyond it these architectures of llama.cpp attend to everything
+        # Beyond it these architectures of llama.cpp attend to everything.
+        context = min(context, window)
     writer.add_name(path.stem if path.is_file() else path.name)
     writer.add_file_type(OUT_TYPES[out_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -216,11 +227,14 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
     if config.rope_parameters["rope_type"] == "llama3":
         exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        factors = config.rope_parameters["rope_theta"] ** -exponents / scaled  # by which llama.cpp divides
+        # llama.cpp divides by this number.
+        factors = config.rope_parameters["rope_theta"] ** -exponents / scaled
         yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]), work.source.path)
     for item in work.items():
         if item.entry.converter is not None:
-            raise UserError(f"{work.source.path} stores {item.name} in several tensors: merge it to bf16 first.")
+            raise UserError(
+                f"{work.source.path} stores {item.name} in several tensors: merge it to bf16 first."
+            )
         if item.name in work.meta.tied and not work.untied:
             continue  # llama.cpp takes the embedding where there is no output tensor
         name = name_of(item.name)
@@ -257,7 +271,11 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     if model.get("byte_fallback"):
         scores = _scores(folder / "tokenizer.model", merges)
         of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
-        entries |= {number: (token, TokenType.BYTE) for number, (token, _) in entries.items() if token in of_bytes}
+        entries |= {
+            number: (token, TokenType.BYTE)
+            for number, (token, _) in entries.items()
+            if token in of_bytes
+        }
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         before = stored.get("normalizer") or {}
@@ -312,7 +330,10 @@ def _scores(path: Path, merges: list[list[str]]) -> dict[str, float]:
         from sentencepiece import SentencePieceProcessor
 
         pieces = SentencePieceProcessor(model_file=str(path))
-        return {pieces.id_to_piece(number): pieces.get_score(number) for number in range(pieces.vocab_size())}
+        return {
+            pieces.id_to_piece(number): pieces.get_score(number)
+            for number in range(pieces.vocab_size())
+        }
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))

@@ -48,7 +48,10 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
             name = name_of(f"{module}.weight")
             heads = reordered_heads(config, architecture, module)
             b = b.float() * (own / alpha)
-            for side, matrix in (("a", a.float()), ("b", b if heads is None else interleaved(b, heads))):
+            for side, matrix in (
+                ("a", a.float()),
+                ("b", b if heads is None else interleaved(b, heads)),
+            ):
                 writer.add_tensor(f"{name}.lora_{side}", matrix.contiguous().numpy())
                 num_bytes += matrix.nbytes
         writer.write_header_to_file()

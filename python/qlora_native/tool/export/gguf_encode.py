@@ -91,7 +91,8 @@ def _q4_k(x: Tensor, number: int) -> Tensor:
     least = torch.full_like(low, torch.inf)
     best = torch.zeros_like(low)
     minima = torch.zeros_like(low)
-    for distances in (15.7, 15.0, 14.3, 13.6, 12.9, 12.2):  # of levels, between the smallest and the largest element
+    # So many levels lie between the smallest and the largest element.
+    for distances in (15.7, 15.0, 14.3, 13.6, 12.9, 12.2):
         factor = width / distances
         minimum = -low
         code = codes(factor, minimum)
@@ -150,7 +151,8 @@ def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     inverse = reciprocals(spread)
     factor = (n * xq - q * xs) * inverse
     minimum = (q * xq - qq * xs) * inverse
-    alone = (minimum < 0) | (spread <= 1e-5 * n * qq)  # a minimum below 0, or codes that are all the same
+    # A minimum below 0, or codes that are all the same.
+    alone = (minimum < 0) | (spread <= 1e-5 * n * qq)
     without = torch.where(qq == 0, -xs / n, 0.0).clamp(min=0)
     return torch.where(alone, xq * reciprocals(qq), factor), torch.where(alone, without, minimum)
 

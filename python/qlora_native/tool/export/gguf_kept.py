@@ -19,7 +19,9 @@ from qlora_native.weights.gguf import ARCHITECTURES, DENSE, KEPT
 from qlora_native.weights.gguf_source import GgufSource
 
 
-def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, progress: Progress) -> dict[str, Any]:
+def export_kept(
+    work: Merging, path: Path, adapter_folder: Path, text: str, progress: Progress
+) -> dict[str, Any]:
     """Write ``path``, the GGUF file of the source with the adapter in its blocks.
 
     Codes become those of :func:`~qlora_native.models.recode.recode`, with ``text`` as calibration; floats the rounded
@@ -40,7 +42,9 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
     stored = {item.name: item.entry.parts[0] for item in work.items()}
     for module in adapter.pairs:
         if (kind := source.kind_of(stored[f"{module}.weight"])) not in KEPT | DENSE.keys():
-            raise UserError(f"{source.path} has {module} in {kind}: expected one of {', '.join(sorted(KEPT))}")
+            raise UserError(
+                f"{source.path} has {module} in {kind}: expected one of {', '.join(sorted(KEPT))}"
+            )
     changed: dict[str, float] = {}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         codes = calibrated_codes(work, adapter_folder, CalibrationData(text), Path(folder), progress)
@@ -51,7 +55,9 @@ def export_kept(work: Merging, path: Path, adapter_folder: Path, text: str, prog
                 name = f"{module}.weight"
                 if module in codes:
                     before = source.quantized(stored[name], torch.float32, True).packed
-                    after = torch.from_file(str(codes[module]), size=before.numel(), dtype=before.dtype).view_as(before)
+                    after = torch.from_file(
+                        str(codes[module]), size=before.numel(), dtype=before.dtype
+                    ).view_as(before)
                 else:
                     floats = source.read(stored[name])
                     total = (floats.float() + b.float() @ a.float() * scale).to(floats.dtype)

@@ -17,7 +17,9 @@ from qlora_native.weight import CALIBRATED
 from qlora_native.weights.shapes import dense_beside
 
 
-def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]) -> None:
+def write_card(
+    folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]
+) -> None:
     """Write ``folder``/README.md, in which what is recorded of the base lies already.
 
     ``facts`` are the fields of the loop's ``TrainState``, ``hashes`` the SHA-256 of the data files by their paths. The
@@ -44,8 +46,12 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
         arguments += f", skip_modules={skipped!r}"
     merged = model
     kept = Path(config.output_dir) / FILE if quant.method in CALIBRATED else None
-    command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit", skipped)
-    made_for_peft = "" if record or _is_bitsandbytes(config) else f", on the base that `{command}` makes"
+    command = quantize_command(
+        model, quant.model_dump(), config.train.dtype, kept, "base-4bit", skipped
+    )
+    made_for_peft = (
+        "" if record or _is_bitsandbytes(config) else f", on the base that `{command}` makes"
+    )
     if quant.method != "rtn" and not record:  # too slow to do on each load
         made = f" Make it with `{command}`:"
         arguments, merged = "'base-4bit'", "base-4bit"
@@ -54,7 +60,9 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
         files.append(f"| held-out rows | `{path}` | `{hashes[path]}` |")
     losses = ""
     if facts["loss_after"] is not None:
-        before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before these steps, "
+        before = (
+            "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before these steps, "
+        )
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
     if facts["retention"] is not None:
         from qlora_native.tool.evaluate.retention import describe
@@ -63,9 +71,14 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     answers = ""
     if facts["samples"]:
         shown = json.dumps(facts["samples"], indent=1, ensure_ascii=False)
-        answers = f"## Answers\n\nBefore these steps, and by this adapter:\n\n```json\n{shown}\n```\n\n"
+        answers = (
+            f"## Answers\n\nBefore these steps, and by this adapter:\n\n```json\n{shown}\n```\n\n"
+        )
     packages = ("torch", "transformers", "safetensors")
-    versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    versions = {
+        "qlora_native": __version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
     text = f"""---
 base_model: {json.dumps(model)}
 library_name: peft
@@ -122,7 +135,11 @@ As a model of its own: `{shlex.join(["qlora", "merge", merged, "path/to/this/fol
 
 def _is_bitsandbytes(config: TrainConfig) -> bool:
     """Whether bitsandbytes makes the 4-bit weights of the run of the files, whose name alone is looked at."""
-    return config.quant.method == "rtn" and config.quant.block_size == 64 and not config.model.endswith(".gguf")
+    return (
+        config.quant.method == "rtn"
+        and config.quant.block_size == 64
+        and not config.model.endswith(".gguf")
+    )
 
 
 def peft_snippet(config: TrainConfig, record: Mapping[str, str], adapter: str) -> str:
@@ -146,7 +163,9 @@ def peft_snippet(config: TrainConfig, record: Mapping[str, str], adapter: str) -
     lines = ["from peft import PeftModel", f"from transformers import AutoModelForCausalLM{names}", ""]
     if names == ", BitsAndBytesConfig":
         options = f"bnb_4bit_quant_type={quant.type!r}, bnb_4bit_use_double_quant={quant.double_quant}"
-        lines += [f"four_bit = BitsAndBytesConfig(load_in_4bit=True, {options}, bnb_4bit_compute_dtype={dtype!r})"]
+        lines += [
+            f"four_bit = BitsAndBytesConfig(load_in_4bit=True, {options}, bnb_4bit_compute_dtype={dtype!r})"
+        ]
     lines += [f"base = AutoModelForCausalLM.from_pretrained({place}, dtype={dtype!r})"]
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"])
 

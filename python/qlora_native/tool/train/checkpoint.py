@@ -121,7 +121,11 @@ class TrainState:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in ``output_dir``, oldest first."""
-    found = [path for path in output_dir.glob("step-*") if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    found = [
+        path
+        for path in output_dir.glob("step-*")
+        if _NAME.fullmatch(path.name) and (path / STATE).is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -131,7 +135,9 @@ def save_checkpoint(
     *,
     save_adapter: Callable[[Path], None],  # writes the adapter's files into the folder it is given
     optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop needs again
+    state: Mapping[
+        str, Any
+    ],  # JSON values: the step, the data position, whatever the loop needs again
     config: str,
     keep: int,
     ranks: OneProcess,
@@ -184,14 +190,18 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess
+) -> dict[str, Any]:
     """Restore the optimizer's states, not its hyper-parameters, and the random state; returns ``state`` as it was given
     to save_checkpoint. The number of ranks, and whether the model is sharded over them, may differ."""
     with reading(folder, BEFORE):
         check_folder(folder)
         tensors = load_file(folder / TENSORS)
         state = read_json(folder / STATE, BEFORE)
-        states: dict[int, dict[str, Any]] = {int(number): values for number, values in state.pop("optimizer").items()}
+        states: dict[int, dict[str, Any]] = {
+            int(number): values for number, values in state.pop("optimizer").items()
+        }
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
                 _, number, name = key.split(".", 2)
@@ -204,7 +214,11 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
         # A rank that did not exist when the checkpoint was made keeps its own state.
         prefix = f"rank.{ranks.rank}." if ranks.rank else ""
         plain = state.pop("random")
-        own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(f"{prefix}random")}
+        own = {
+            key.removeprefix(prefix): tensors[key]
+            for key in tensors
+            if key.startswith(f"{prefix}random")
+        }
         if own:
             set_random_state(own, plain)
     return state
@@ -218,7 +232,10 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     as JSON values."""
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {
+            f"random.cuda.{number}": state
+            for number, state in enumerate(torch.cuda.get_rng_state_all())
+        }
     name, words, *others = np.random.get_state()
     return tensors, {"numpy": [name, words.tolist(), *others], "python": random.getstate()}  # type: ignore[attr-defined]
 
@@ -231,7 +248,9 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
             torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
     _, words, position, *_ = plain["numpy"]
     if not 0 <= position <= len(words) == NUMPY_WORDS:  # numpy reads there unchecked
-        raise ValueError(f"numpy's random state is at {position} of {len(words)} words, expected {NUMPY_WORDS}")
+        raise ValueError(
+            f"numpy's random state is at {position} of {len(words)} words, expected {NUMPY_WORDS}"
+        )
     np.random.set_state(plain["numpy"])
     version, internal, gauss_next = plain["python"]
     random.setstate((version, tuple(internal), gauss_next))
@@ -272,7 +291,11 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
         near = f"; {found[-1]} is one" if found else ""
         raise UserError(f"resume is {folder}, which is no checkpoint (it has no {STATE}){near}")
     quant = config.quant
-    is_open = {"quant.save": True, "quant.type": quant.type == "auto", "quant.method": quant.falls_back}
+    is_open = {
+        "quant.save": True,
+        "quant.type": quant.type == "auto",
+        "quant.method": quant.falls_back,
+    }
     changed = []
     now = config.model_dump(mode="json")
     with reading(folder / CONFIG, BEFORE):
@@ -317,16 +340,26 @@ class StopRequest:
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and self._ranks.world > 1 and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
+        if (
+            self.requested
+            and self._ranks.world > 1
+            and time.monotonic() - self._since < SAME_SIGNAL_SECONDS
+        ):
             return
         if self.requested:
-            raise StoppedBySignal("stopped at once by the second signal; the last checkpoint is intact", number)
+            raise StoppedBySignal(
+                "stopped at once by the second signal; the last checkpoint is intact", number
+            )
         self.requested, self.number, self._since = True, number, time.monotonic()
         if number == _HANGUP:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
-            print("\nfinishing this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
+            print(
+                "\nfinishing this step and saving; interrupt again to stop at once",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager

@@ -67,7 +67,9 @@ class Trainer:
             RankLost: another one of several processes ended or hangs.
         """
         with joined(self.config.parallel, self.config.rank_timeout) as self.ranks, self._only_run():
-            run = prepare(self.config, self.ranks, self.model, self.tokenizer, self.on_step, quiet=self.quiet)
+            run = prepare(
+                self.config, self.ranks, self.model, self.tokenizer, self.on_step, quiet=self.quiet
+            )
             self.model, self.tokenizer = run.model, run.tokenizer
             with run.observed(), without_old_objects(), stop_request(self.ranks) as stop:
                 loop(run, stop)
@@ -101,7 +103,9 @@ def loop(run: Run, stop: StopRequest) -> None:
         if is_due(state.step, options.eval_every, run.total):
             evaluate(run)
         if options.patience is not None and state.since_best >= options.patience:
-            run.note(f"stopped after step {state.step}: {state.since_best} evaluations without a lower loss")
+            run.note(
+                f"stopped after step {state.step}: {state.since_best} evaluations without a lower loss"
+            )
             return
         if state.step >= run.total:
             return
@@ -111,11 +115,14 @@ def loop(run: Run, stop: StopRequest) -> None:
         state.step = record["step"]
         state.tokens += record["tokens"]
         state.data = run.sampler.state_dict()
-        is_last = run.ranks.any(stop.requested)  # a signal may reach one process alone; all stop after the same step
+        # A signal may reach one process alone; all stop after the same step.
+        is_last = run.ranks.any(stop.requested)
         if is_last or (options.save_every and is_due(state.step, options.save_every, run.total)):
             folder = run.save()
             if is_last:
-                message = f"stopped after step {state.step}; {folder} is saved, --resume continues from it"
+                message = (
+                    f"stopped after step {state.step}; {folder} is saved, --resume continues from it"
+                )
                 raise Interrupted(message, stop.number)
 
 
@@ -126,7 +133,9 @@ def evaluate(run: Run) -> None:
     for observer in run.observers:
         run.retry.run(partial(observer.evaluating, state), observer.work.format(state.step))
     if run.held_out:
-        loss = run.retry.run(partial(run.learner.evaluate, run.held_out), Observer.work.format(state.step))
+        loss = run.retry.run(
+            partial(run.learner.evaluate, run.held_out), Observer.work.format(state.step)
+        )
         for observer in run.observers:
             observer.computed(loss)
         record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
@@ -143,20 +152,32 @@ def take_step(run: Run) -> Record:
     began, step = time.monotonic(), state.step + 1
     what = f"step {step}"
     items = next(run.sampler)  # of this epoch; behind its last batch, the first one of the next
-    loss, tokens, trained = run.retry.run(partial(run.learner.learn, run.rows, items, state.scale), what)
+    loss, tokens, trained = run.retry.run(
+        partial(run.learner.learn, run.rows, items, state.scale), what
+    )
     for observer in run.observers:
         observer.computed(loss)
-    rate = learning_rate(state.step, run.total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler)
+    rate = learning_rate(
+        state.step, run.total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
+    )
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
     norm = math.nan
-    if math.isfinite(loss):  # else the gradient is not, and the step would find that out at the cost of reading it
+    # Of an infinite loss the gradient is not finite; the step would find that out at the cost of reading it.
+    if math.isfinite(loss):
         run.retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite
         norm = optimizer.grad_norm or 0.0
     count_skipped(run, loss, norm)
     optimizer.zero_grad()  # now: an evaluation may need their memory
     seconds = time.monotonic() - began
-    record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
+    record = {
+        "step": step,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "trained_tokens": trained,
+    }
     return record | {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
 
 
@@ -165,7 +186,9 @@ def count_skipped(run: Run, loss: float, norm: float) -> None:
     state, options = run.state, run.config.train
     if state.scale.update(loss, norm):
         scale = f"{state.scale.value:g}"
-        run.note(f"the gradient overflows in float16, step skipped; from here on the loss is scaled by {scale}")
+        run.note(
+            f"the gradient overflows in float16, step skipped; from here on the loss is scaled by {scale}"
+        )
         return
     if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
@@ -178,7 +201,9 @@ def count_skipped(run: Run, loss: float, norm: float) -> None:
         if options.dtype != "float32":
             advice += ", or set train.dtype to float32"
         advice += "; if no value helps, look at the rows with `qlora data check`"
-        raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
+        raise UserError(
+            f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}"
+        )
     run.note(f"{what}: not finite, step skipped")
 
 
@@ -190,7 +215,8 @@ def is_due(step: int, every: int, total: int) -> bool:
 def finish(run: Run) -> TrainSummary:
     """Save the adapter as it is, and print the summary below what the steps printed."""
     state, output_dir, shipping, retention = run.state, run.output_dir, run.shipping, None
-    memory_line = None if run.memory is None else run.memory.line()  # before the plot of the losses takes memory
+    # Before the plot of the losses takes memory.
+    memory_line = None if run.memory is None else run.memory.line()
     if shipping is not None and run.held_out:
         measure = partial(shipping.retention, partial(run.learner.losses, run.held_out), run.ranks)
         retention = run.retry.run(measure, "evaluation of what ships")
@@ -214,7 +240,10 @@ def finish(run: Run) -> TrainSummary:
     summary = TrainSummary(
         steps=state.step,
         skipped_steps=state.skipped,
-        **{name: getattr(state, name) for name in ("tokens", "loss_before", "loss_after", "best_loss", "best_step")},
+        **{
+            name: getattr(state, name)
+            for name in ("tokens", "loss_before", "loss_after", "best_loss", "best_step")
+        },
         tokens_per_second=median(speeds) if speeds else 0.0,
         seconds=seconds,
         paged_bytes=paging["bytes_in"] + paging["bytes_out"],

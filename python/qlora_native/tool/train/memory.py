@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from qlora_native import _C
-from qlora_native._memory import free_device_memory, free_memory, kib_fields, peak_rss_bytes, release_free_memory
+from qlora_native._memory import (
+    free_device_memory,
+    free_memory,
+    kib_fields,
+    peak_rss_bytes,
+    release_free_memory,
+)
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW, Lion
 from qlora_native.tool.config import TrainConfig
@@ -35,7 +41,9 @@ class Forecast:
     """The memory that a run is expected to take, and how its model is loaded for that."""
 
     estimate: Estimate | None = None
-    layers_budget: int | None = None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
+    layers_budget: int | None = (
+        None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
+    )
     reason: str = ""  # why there is no estimate
 
 
@@ -48,8 +56,11 @@ def forecast(config: TrainConfig, source: Source, longest: int, rows: int = 1 <<
         estimator = Estimator(source, Setting.from_config(config, device, rows, longest))
         if device == "cpu":
             return Forecast(estimator.at())
-        return fit(estimator, free_device_memory(torch.device(device, torch.cuda.current_device())).bytes)
-    except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
+        return fit(
+            estimator, free_device_memory(torch.device(device, torch.cuda.current_device())).bytes
+        )
+    # Loading raises what is wrong with the model; nothing else must stop a run.
+    except Exception as error:
         return Forecast(reason=f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
@@ -70,7 +81,9 @@ class MemoryReport:
     def __init__(self, forecast: Forecast) -> None:
         self.predicted = forecast.estimate
         self.reason = forecast.reason
-        self.mapped = self.streamed = 0  # bytes of mapped weights: in memory at once, and those left in the files
+        self.mapped = self.streamed = (
+            0  # bytes of mapped weights: in memory at once, and those left in the files
+        )
         gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
         release_free_memory()
         if torch.cuda.is_available():
@@ -101,7 +114,12 @@ class MemoryReport:
         parts = {} if self.predicted is None else dict(vars(self.predicted.peak))
         if parts:
             parts["weights"] = max(0, parts["weights"] - self.streamed)
-        return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
+        return {
+            "measured": self.measured(),
+            "mapped": self.mapped,
+            "predicted": parts,
+            "reason": self.reason,
+        }
 
     def line(self) -> str:
         """Predicted against measured, with the mapped weights in both, as far as they are in memory, and what is beside
@@ -132,7 +150,12 @@ class MappedWeights(Observer):
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int
+        self,
+        config: TrainConfig,
+        model: Any,
+        report: MemoryReport | None,
+        note: Callable[[str], None],
+        world: int,
     ) -> None:
         from qlora_native.models.mapped import num_bytes, parts_of, stream_if_needed
 
@@ -200,7 +223,12 @@ class OOMRetry(Observer):
     """
 
     def __init__(
-        self, config: TrainConfig, optimizer: AdamW | Lion, note: Callable[[str], None], *, can_retry: bool
+        self,
+        config: TrainConfig,
+        optimizer: AdamW | Lion,
+        note: Callable[[str], None],
+        *,
+        can_retry: bool,
     ) -> None:
         self.config, self.optimizer, self._note = config, optimizer, note
         self.retries, self.lost_seconds = 0, 0.0
@@ -241,7 +269,8 @@ class OOMRetry(Observer):
         device: torch.device = self.optimizer.param_groups[0]["params"][0].device
         free = free_device_memory(device) if device.type == "cuda" else free_memory()
         advice = {
-            f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum": options.batch_size > 1,
+            f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum": options.batch_size
+            > 1,
             f"lower data.max_length (now {length})": True,
             "set train.grad_checkpointing to true": not options.grad_checkpointing,
             "set train.paged to auto": options.paged is False,

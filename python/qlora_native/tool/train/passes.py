@@ -20,7 +20,13 @@ from qlora_native.data.batching import Batch, Items, evaluation_order, micro_bat
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import IGNORE_INDEX, padding_id
 from qlora_native.distributed import OneProcess
-from qlora_native.models.loss import causal_lm_loss, has_plain_head, is_random, trained_tokens, without_needless_mask
+from qlora_native.models.loss import (
+    causal_lm_loss,
+    has_plain_head,
+    is_random,
+    trained_tokens,
+    without_needless_mask,
+)
 from qlora_native.tool.config import TrainConfig
 from qlora_native.tool.train.checkpoint import LossScale
 from qlora_native.weights.files import replaced
@@ -50,7 +56,9 @@ class Passes:
     ``note`` prints why passes are not captured any more.
     """
 
-    def __init__(self, model: Any, note: Callable[[str], object], *, is_captured: bool = False) -> None:
+    def __init__(
+        self, model: Any, note: Callable[[str], object], *, is_captured: bool = False
+    ) -> None:
         self.model, self.note, self.is_captured = model, note, is_captured
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.grads: dict[Tensor, Tensor] = {}  # of the first step, in which all others leave theirs
@@ -113,7 +121,10 @@ class Passes:
         try:
             with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else alone:
                 self._pass(inputs, factor)
-            if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
+            if any(
+                parameter.grad is not None and parameter not in self.grads
+                for parameter in self.parameters
+            ):
                 raise RuntimeError("which parameters have a gradient depends on the batch")
         except RuntimeError as error:  # all passes from here on are eager
             self.is_captured = False
@@ -129,7 +140,8 @@ def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph
     """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
     graph = torch.cuda.CUDAGraph()
     pool = None if last is None else last.pool()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
+    # Backward has a thread of its own.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         yield graph
 
 
@@ -171,7 +183,9 @@ class Learner:
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
         parts = self.losses(rows)
-        nats, trained = self.ranks.sum(sum(nats for nats, _ in parts), sum(count for _, count in parts))
+        nats, trained = self.ranks.sum(
+            sum(nats for nats, _ in parts), sum(count for _, count in parts)
+        )
         return nats / trained
 
     @torch.no_grad()
@@ -182,7 +196,9 @@ class Learner:
         self.model.eval()
         try:
             batches = self._micro_batches(rows, items)
-            return [(causal_lm_loss(self.model, batch).item() * count, count) for batch, count in batches]
+            return [
+                (causal_lm_loss(self.model, batch).item() * count, count) for batch, count in batches
+            ]
         finally:
             self.model.train()
 

@@ -36,7 +36,15 @@ from qlora_native.tool.train.checkpoint import (
 )
 from qlora_native.tool.train.memory import MappedWeights, MemoryReport, OOMRetry, forecast
 from qlora_native.tool.train.passes import Learner, why_eager
-from qlora_native.tool.train.progress import Metrics, Observer, OnStep, Progress, Record, RunReport, make_loggers
+from qlora_native.tool.train.progress import (
+    Metrics,
+    Observer,
+    OnStep,
+    Progress,
+    Record,
+    RunReport,
+    make_loggers,
+)
 from qlora_native.tool.train.setup import (
     check_data,
     check_held_out,
@@ -125,11 +133,14 @@ class Run:
                     self.tokenizer.save_pretrained(partial)
                 if self.config.data.chat_template is not None:  # where transformers looks for it
                     (partial / TEMPLATE).write_text(self.tokenizer.chat_template, encoding="utf-8")
-                write_card(partial, self.config, {**asdict(self.state), "retention": retention}, hashes)
+                write_card(
+                    partial, self.config, {**asdict(self.state), "retention": retention}, hashes
+                )
         return folder
 
     def _write_adapter(self, folder: Path) -> None:
-        save_adapter(self.model, folder, write=self.ranks.is_first)  # every rank takes part in gathering it
+        # Every rank takes part in gathering it.
+        save_adapter(self.model, folder, write=self.ranks.is_first)
         if self.ranks.is_first and self.base:
             from qlora_native.models.trained import write_record
 
@@ -157,10 +168,13 @@ def prepare(
     with ranks.together():
         resume = config.resume or ("auto" if restarts() else None)
         checkpoint = find_checkpoint(config, output_dir, resume)
-        names = config.logging if ranks.is_first else []  # before what takes long: one may not be installed
+        # Before what takes long: one may not be installed.
+        names = config.logging if ranks.is_first else []
         loggers = make_loggers(names, output_dir, config.model_dump(mode="json"))
         source = open_source(user_path(config.model)) if model is None else None
-        tokenizer = config.add_tokens_and_template(tokenizer or load_tokenizer(source or config.model, config.adapter))
+        tokenizer = config.add_tokens_and_template(
+            tokenizer or load_tokenizer(source or config.model, config.adapter)
+        )
         check_held_out(config)
         rows, held_out = load_split(tokenizer=tokenizer, folder=output_dir, **config.row_options)
         notes = check_data(source, tokenizer, rows, held_out)
@@ -187,7 +201,9 @@ def prepare(
     )
     base = record_of(model, source, stored, output_dir)
     check_base(config.adapter, base, config.model)
-    optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), output_dir)
+    optimizer = make_optimizer(
+        options, parameter_groups(model, config.lora.lora_plus_ratio), output_dir
+    )
     data_sets = [rows] if held_out is None else [rows, held_out]
     highest = max(padding_id(tokenizer), *(int(data.input_ids.max()) for data in data_sets))
     check_vocabulary(highest, tokenizer, model, rows.stats.path)
@@ -219,7 +235,9 @@ def prepare(
     progress.note(rows.stats.describe())
     if held_out is not None:
         is_part = held_out.stats.path == rows.stats.path
-        progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
+        progress.note(
+            f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe()
+        )
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
     report = RunReport(output_dir, facts, progress, state, memory)

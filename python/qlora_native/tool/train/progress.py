@@ -16,10 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from qlora_native._io import as_write_error, atomic_file, is_terminal, read_json, reason, without_nan, write_whole
+from qlora_native._io import (
+    as_write_error,
+    atomic_file,
+    is_terminal,
+    read_json,
+    reason,
+    without_nan,
+    write_whole,
+)
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
-from qlora_native.tool.evaluate import page  # at once: its matplotlib is no part of the memory of a run
+from qlora_native.tool.evaluate import (
+    page,
+)  # at once: its matplotlib is no part of the memory of a run
 from qlora_native.tool.train.checkpoint import TrainState
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -79,7 +89,9 @@ class Metrics(Recorder):
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] + ("loss" not in line) <= resume_step]
+        kept = [
+            line for line in read_metrics(path) if line["step"] + ("loss" not in line) <= resume_step
+        ]
         with as_write_error(path):
             write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
@@ -98,11 +110,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl`` that hold a step and its numbers or answers, which an incomplete last one of a
     killed run does not; empty if there is no file."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    ):
         with suppress(ValueError, RecursionError, AttributeError):
             line = json.loads(text)
             numbers = [value for key, value in line.items() if value is not None and key != "samples"]
-            are_numbers = all(type(value) in (int, float) and abs(value) < math.inf for value in numbers)
+            are_numbers = all(
+                type(value) in (int, float) and abs(value) < math.inf for value in numbers
+            )
             if are_numbers and type(line.get("step")) is int and type(line.get("samples", [])) is list:
                 lines.append(line)
     return lines
@@ -118,7 +134,8 @@ def plot_losses(output_dir: Path) -> None:
         return
     lines = read_metrics(output_dir / "metrics.jsonl")
     trained, held_out = (
-        [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss")
+        [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        for key in ("loss", "eval_loss")
     )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
@@ -197,7 +214,9 @@ def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, An
 class Progress(Observer):
     """Prints notes, steps and evaluations; nothing if ``quiet``."""
 
-    def __init__(self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False) -> None:
+    def __init__(
+        self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False
+    ) -> None:
         self.speeds: list[float] = []  # tokens per second of each step
         self._total, self._start, self._log_every, self._quiet = total, start, log_every, quiet
         self._eval_every = eval_every or total
@@ -238,8 +257,16 @@ class Progress(Observer):
         steps_left = self._step_seconds / (done - self._start) * (self._total - done)
         left = round(steps_left + self._evaluation_seconds * evaluations)
         minutes, seconds = divmod(left, 60)
-        clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-        return f"{clock} left" if done < self._total or not left else f"{clock} left, for the last evaluation"
+        clock = (
+            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+            if minutes >= 60
+            else f"{minutes}:{seconds:02d}"
+        )
+        return (
+            f"{clock} left"
+            if done < self._total or not left
+            else f"{clock} left, for the last evaluation"
+        )
 
     def evaluating(self, state: TrainState) -> None:
         self._began = time.monotonic()
@@ -248,7 +275,9 @@ class Progress(Observer):
         if (loss := record.get("eval_loss")) is not None:
             self._evaluation_seconds = time.monotonic() - self._began
             perplexity = record["eval_perplexity"]
-            self.note(f"step {record['step']}/{self._total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
+            self.note(
+                f"step {record['step']}/{self._total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -266,9 +295,20 @@ class RunReport(Observer):
     """
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], progress: Progress, state: TrainState, memory: Any = None
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        progress: Progress,
+        state: TrainState,
+        memory: Any = None,
     ) -> None:
-        self._folder, self._facts, self._progress, self._state, self._memory = folder, facts, progress, state, memory
+        self._folder, self._facts, self._progress, self._state, self._memory = (
+            folder,
+            facts,
+            progress,
+            state,
+            memory,
+        )
         self._began = time.monotonic()
         self._last = self._all = 0.0  # seconds of the last write, and of all
         self._has_failed = self._has_ended = False
@@ -277,7 +317,9 @@ class RunReport(Observer):
         if state.step:
             with suppress(Exception):  # a damaged file costs its notes alone
                 found = read_json(folder / "report.json")["notes"]
-                notes: list[dict[str, Any]] = [{"step": int(note["step"]), "text": str(note["text"])} for note in found]
+                notes: list[dict[str, Any]] = [
+                    {"step": int(note["step"]), "text": str(note["text"])} for note in found
+                ]
                 self._notes = [note for note in notes if 0 <= note["step"] <= state.step]
 
     def note(self, text: str) -> None:
@@ -300,7 +342,12 @@ class RunReport(Observer):
         began = time.monotonic()
         try:
             memory = self._memory and self._memory.as_dict()
-            facts = {**self._facts, "memory": memory, "notes": self._notes, "has_ended": self._has_ended}
+            facts = {
+                **self._facts,
+                "memory": memory,
+                "notes": self._notes,
+                "has_ended": self._has_ended,
+            }
             write_whole(self._folder / "report.json", json.dumps(facts) + "\n")
             page.write_page(self._folder, self._curves)
         except Exception as error:  # whatever it is, the run is worth more
@@ -316,7 +363,8 @@ class TrainSummary:
     steps: int
     skipped_steps: int
     tokens: int  # that passed through the model, padding not counted
-    loss_before: float | None  # held-out loss in nats per token of the quantized model; None without held-out rows
+    # Held-out loss in nats per token of the quantized model; None without held-out rows.
+    loss_before: float | None
     loss_after: float | None
     best_loss: float | None
     best_step: int | None
@@ -340,8 +388,12 @@ def mib(num_bytes: int) -> str:
 
 def describe(summary: TrainSummary) -> str:
     """The lines that are printed at the end."""
-    speed = f"{summary.tokens_per_second:,.0f} tokens/s (median), " if summary.tokens_per_second else ""
-    lines = [f"{summary.steps} steps, {summary.tokens:,} tokens, {speed}peak memory {mib(summary.peak_rss_bytes)}"]
+    speed = (
+        f"{summary.tokens_per_second:,.0f} tokens/s (median), " if summary.tokens_per_second else ""
+    )
+    lines = [
+        f"{summary.steps} steps, {summary.tokens:,} tokens, {speed}peak memory {mib(summary.peak_rss_bytes)}"
+    ]
     if summary.loss_before is not None and summary.loss_after is not None:
         lines.append(f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f}")
     if summary.paged_bytes or summary.retried:
@@ -356,10 +408,14 @@ def describe(summary: TrainSummary) -> str:
             f"waited {summary.weight_stall_seconds:.1f} s for them"
         )
     if summary.skipped_steps:
-        lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        lines.append(
+            f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite"
+        )
     lines.append(f"adapter: {summary.adapter_dir}")
     if summary.shipped_dir is not None:
         lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
     if summary.best_dir is not None and summary.best_step != summary.steps:
-        lines.append(f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}")
+        lines.append(
+            f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}"
+        )
     return "\n".join(lines)

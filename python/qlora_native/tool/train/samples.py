@@ -16,7 +16,8 @@ from qlora_native.tool.evaluate.answers import answer, as_text, split_row
 from qlora_native.tool.train.checkpoint import TrainState
 from qlora_native.tool.train.progress import Observer, Record
 
-Sample = dict[str, str]  # prompt, expected (of a held-out row), before (the first answer of the run), answer
+# Prompt, expected (of a held-out row), before (the first answer of the run), answer.
+Sample = dict[str, str]
 
 
 class Samples(Observer):
@@ -38,13 +39,20 @@ class Samples(Observer):
         if isinstance(asked, int):
             for row in islice(held_out, asked):
                 prompt, expected = split_row(row)
-                texts = {"prompt": as_text(tokenizer, prompt), "expected": as_text(tokenizer, expected)}
+                texts = {
+                    "prompt": as_text(tokenizer, prompt),
+                    "expected": as_text(tokenizer, expected),
+                }
                 self._prompts.append((prompt, texts))
             return
         encoder = ChatEncoder(tokenizer)
         is_text = rows.stats.template == "none"
         for text in asked:
-            prompt = encoder.text_ids(text) if is_text else encoder.prompt_ids([{"role": "user", "content": text}])
+            prompt = (
+                encoder.text_ids(text)
+                if is_text
+                else encoder.prompt_ids([{"role": "user", "content": text}])
+            )
             check_vocabulary(max(prompt, default=0), tokenizer, model, "train.samples")
             self._prompts.append((prompt, {"prompt": text}))
 

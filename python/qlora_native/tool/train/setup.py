@@ -70,7 +70,9 @@ def prepare_model(
                 progress(note, 0, 0)
             on_card = torch.cuda.is_available() and layers_budget is None
             with nullcontext() if quiet else announced(f"loading {source.path}"):
-                model = _load(config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None)
+                model = _load(
+                    config, stored or source, lora, rows, ranks, progress, "cuda" if on_card else None
+                )
             model.load_report = replace(model.load_report, path=source.path)
             if layers_budget is not None:
                 from qlora_native.models.device_layers import stream_layers
@@ -97,9 +99,12 @@ def prepare_model(
         if options.grad_checkpointing:
             # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
             # whose input needs none, as the first one's here.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )
             checkpointing = {"use_reentrant": False}
-            if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
+            # In a graph nothing is random, and it cannot save a state.
+            if why_eager(config, model, ranks.world) is None:
                 checkpointing["preserve_rng_state"] = False
             enable(checkpointing)
     return model.train()
@@ -107,7 +112,9 @@ def prepare_model(
 
 def check_held_out(config: TrainConfig) -> None:
     """UserError for what needs held-out rows, where there are to be none."""
-    for key in ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ():
+    for key in (
+        ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ()
+    ):
         if isinstance(value := getattr(config.train, key), int) and value:
             raise UserError(
                 f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
@@ -122,7 +129,8 @@ def check_data(
 
     text = source and source.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    findings = list(iter_findings(rows, held_out, tokenizer, positions))  # check_vocabulary has the embedding
+    # check_vocabulary has looked at the embedding.
+    findings = list(iter_findings(rows, held_out, tokenizer, positions))
     if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
         raise UserError(f"{rows.stats.path}: {wrong[0]}")
     notes = [f"data check: {finding}" for finding in findings]
@@ -133,7 +141,11 @@ def check_data(
 
 
 def resolve(
-    config: TrainConfig, checkpoint: Checkpoint | None, rows: TokenizedDataset, source: Source | None, model: Any
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    rows: TokenizedDataset,
+    source: Source | None,
+    model: Any,
 ) -> tuple[TrainConfig, list[str]]:
     """The config of a run with nothing left open, and lines to print where that is not what was asked for.
 
@@ -163,9 +175,13 @@ def resolve(
             checkpoint.refuse(f"quant.method {checkpoint.method} -> {method}")
     if kind == AUTO:
         report = getattr(model, "load_report", None)
-        is_kept = report and report.is_kept if source is None else method == "rtn" and source.keeps(AUTO)
+        is_kept = (
+            report and report.is_kept if source is None else method == "rtn" and source.keeps(AUTO)
+        )
         kind = "keep" if is_kept else "nf4"
-    return config.model_copy(update={"quant": quant.model_copy(update={"type": kind, "method": method})}), notes
+    return config.model_copy(
+        update={"quant": quant.model_copy(update={"type": kind, "method": method})}
+    ), notes
 
 
 def _is_made(config: TrainConfig, source: Source) -> bool:
@@ -182,7 +198,9 @@ def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: 
     if frozen:
         made = "kept as" if method == KEEP else "converted to" if is_converted else "in"
         kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
-        weights = f"{len(frozen)} layers {made} {kinds}{f' by {method}' if method in CALIBRATED else ''}, "
+        weights = (
+            f"{len(frozen)} layers {made} {kinds}{f' by {method}' if method in CALIBRATED else ''}, "
+        )
     ranks = [layer.r for _, layer in lora_layers(model)]
     between = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
@@ -207,16 +225,26 @@ def _in_words(count: float) -> str:
     return f"{count:.3g} B"
 
 
-def _store(model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress) -> None:
+def _store(
+    model: Any, source: Source | None, output_dir: Path, tokenizer: Any, progress: Progress
+) -> None:
     """Write the 4-bit weights that rounding to nearest does not make again, unless they lie in a folder already."""
     from qlora_native.models.trained import STORED, can_round_again, source_of, store_model
 
     source = source_of(model, source)
     folder = output_dir / STORED
-    if source is not None and not source.has_bnb_weights and not can_round_again(getattr(model, "load_report", None)):
+    if (
+        source is not None
+        and not source.has_bnb_weights
+        and not can_round_again(getattr(model, "load_report", None))
+    ):
         store_model(model, folder, tokenizer, advice="; quant.save false trains without it")
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        progress(f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB", 0, 0)
+        progress(
+            f"{folder}: the weights as {model.load_report.method} made them, {num_bytes / 2**20:,.1f} MiB",
+            0,
+            0,
+        )
 
 
 def _load(
@@ -244,7 +272,9 @@ def _load(
 
         if ranks.world > 1:
             text = quant.calibration or config.data.files[0]
-            command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
+            command = quantize_command(
+                config.model, quant.model_dump(), config.train.dtype, text, "DIR"
+            )
             raise UserError(
                 f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: "
                 f"make the 4-bit model first (`{command}`) and set model to DIR"
@@ -252,10 +282,14 @@ def _load(
         texts: Any = quant.calibration and user_path(quant.calibration)
         if not texts:  # not the file of the rows, which also holds those that are held out
             texts = [torch.from_numpy(row["input_ids"].copy()) for row in rows or ()]
-        calibration = CalibrationData(texts, seed=config.train.seed, keep=user_path(config.output_dir) / FILE)
+        calibration = CalibrationData(
+            texts, seed=config.train.seed, keep=user_path(config.output_dir) / FILE
+        )
         options["method"] = quant.method
     elif quant.calibration is not None and quant.method == "rtn":
-        raise UserError(f"quant.calibration is {quant.calibration}, but quant.method rtn takes no text: remove it")
+        raise UserError(
+            f"quant.calibration is {quant.calibration}, but quant.method rtn takes no text: remove it"
+        )
     if ranks.world == 1:
         return load_model(source, calibration=calibration, progress=progress, **options)
     from qlora_native.distributed.loading import load_model as load_together
@@ -307,11 +341,14 @@ def check_packing(model: Any) -> None:
             alone = hidden(row, numbers)
             found = [hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in heads]
         except TypeError as error:
-            raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
+            raise UserError(
+                f"{name} cannot train on packed rows: {error}; set data.packing to false"
+            ) from error
     for behind in found:
         off = (behind.float() - alone.float()).norm(dim=-1)
         distance = float((off / alone.float().norm(dim=-1)).max())
-        if not distance <= (1e-3 if behind.dtype == torch.float32 else 5e-2):  # of two orders of rounding
+        # So far apart are two orders of rounding.
+        if not distance <= (1e-3 if behind.dtype == torch.float32 else 5e-2):
             raise UserError(
                 f"{name} cannot train on packed rows: a row's hidden states change by {distance:.0%} when another row "
                 "stands before it; set data.packing to false"
@@ -326,9 +363,14 @@ def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path
     make: Any = Lion
     if options.optimizer != "lion":
         make = partial(AdamW, eps=options.eps, bits=8 if options.optimizer == "adamw8bit" else 32)
-    shared = {name: getattr(options, name) for name in ("lr", "betas", "weight_decay", "paged", "page_budget")}
+    shared = {
+        name: getattr(options, name)
+        for name in ("lr", "betas", "weight_decay", "paged", "page_budget")
+    }
     with as_user_error():
-        optimizer: AdamW | Lion = make(parameters, page_dir=page_dir, max_norm=options.clip or math.inf, **shared)
+        optimizer: AdamW | Lion = make(
+            parameters, page_dir=page_dir, max_norm=options.clip or math.inf, **shared
+        )
     return optimizer
 
 

@@ -43,7 +43,12 @@ class Shipping(Observer):
     work = "calibrating what ships"
 
     def __init__(
-        self, config: TrainConfig, model: Any, rows: TokenizedDataset, total: int, note: Callable[[str], object]
+        self,
+        config: TrainConfig,
+        model: Any,
+        rows: TokenizedDataset,
+        total: int,
+        note: Callable[[str], object],
     ) -> None:
         self.model: Any = model
         self._rows, self._length, self._total, self._note = rows, config.data.max_length, total, note
@@ -59,7 +64,9 @@ class Shipping(Observer):
                     "in; set lora.ship to that, or lora.target_modules to layers that have it"
                 )
             if layer.base_layer.is_sharded:
-                raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
+                raise UserError(
+                    "lora.ship is set, and the model is sharded: set parallel to ddp or none"
+                )
 
     def evaluating(self, state: TrainState) -> None:
         if state.step >= self._total:
@@ -77,11 +84,14 @@ class Shipping(Observer):
         with side_by_side(model.device) as (pool, _):
             recode(model, ids, pool, found.__setitem__)
         model.train()
-        for path, packed in found.items():  # not before: meanwhile the layers compute as they were trained
+        # The codes go in at the end: meanwhile the layers compute as they were trained.
+        for path, packed in found.items():
             weight = self.layers[path].base_layer.quantized
             self.layers[path].shipped = weight.with_packed(packed)
 
-    def retention(self, losses: Callable[[], list[tuple[float, int]]], ranks: OneProcess) -> dict[str, Any] | None:
+    def retention(
+        self, losses: Callable[[], list[tuple[float, int]]], ranks: OneProcess
+    ) -> dict[str, Any] | None:
         """What the model that ships keeps of what the adapter learned, with micro-batches as the sample; None if
         modules are trained whole, of which no earlier values are kept.
 
@@ -116,7 +126,12 @@ class Shipping(Observer):
             with as_write_error(path), atomic_file(path) as partial:
                 GgufSource(self.model.load_report.path).write_copy(partial, weights)
             return path
-        with as_write_error(path), atomic_folder(path) as partial, aligned_files(), self._without_adapters():
+        with (
+            as_write_error(path),
+            atomic_folder(path) as partial,
+            aligned_files(),
+            self._without_adapters(),
+        ):
             self.model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         return path
@@ -130,7 +145,9 @@ class Shipping(Observer):
         try:
             config.quantization_config = {**made, METADATA: {"method": METHOD}}
             for path, layer in self.layers.items():
-                self.model.set_submodule(path, QuantizedLinear.from_quantized(layer.shipped, layer.bias))
+                self.model.set_submodule(
+                    path, QuantizedLinear.from_quantized(layer.shipped, layer.bias)
+                )
             yield
         finally:
             config.quantization_config = before
