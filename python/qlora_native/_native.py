@@ -11,12 +11,10 @@ import torch  # before _C: an OpenMP extension loaded after torch shares torch's
 
 from qlora_native import _C
 
-QUANT_TYPES = tuple(
-    name for name, _, _ in _C.block_formats
-)  # index = the number that crosses into C++
-CODEBOOKS = QUANT_TYPES[
-    :2
-]  # nf4 and fp4, which quantize() makes; the others are block formats of GGUF
+# The index is the number that crosses into C++.
+QUANT_TYPES = tuple(name for name, _, _ in _C.block_formats)
+# nf4 and fp4, which quantize() makes; the others are block formats of GGUF.
+CODEBOOKS = QUANT_TYPES[:2]
 _NUMBERS = {name: number for number, name in enumerate(QUANT_TYPES)}
 # Of GGUF's types by number: elements and bytes of a block.
 GGUF_BLOCKS = {number: sizes for number, (_, *sizes) in enumerate(_C.block_formats) if sizes[0]}

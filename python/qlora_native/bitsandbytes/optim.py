@@ -21,7 +21,8 @@ from qlora_native.bitsandbytes.functional import without
 from qlora_native.optim.states import MIN_CODED_NUMEL
 from qlora_native.optim.step import Optimizer
 
-_FORMS = {  # name: bits of the states, 0 by the argument optim_bits, and whether they are paged
+# Name: bits of the states, 0 by the argument optim_bits, and whether they are paged.
+_FORMS = {
     "{}8bit": (8, False),
     "{}32bit": (32, False),
     "Paged{}": (0, True),
@@ -30,9 +31,8 @@ _FORMS = {  # name: bits of the states, 0 by the argument optim_bits, and whethe
 }
 _RULES = ("Adam", "AdamW", "Lion")
 __all__ = ["native_state_dict", *_RULES, *(form.format(rule) for rule in _RULES for form in _FORMS)]
-WRAPPER = (
-    "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
-)
+# Keeps FSDP from gathering what is not of the parameter's shape.
+WRAPPER = "__bnb_optimizer_quant_state__"
 # The number in bitsandbytes' names of a state -> our name.
 MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}
 BLOCKS = (_native.STATE_BLOCK, 2048)  # elements that share a scale; 2048 before bitsandbytes 0.44

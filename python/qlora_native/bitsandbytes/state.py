@@ -64,10 +64,8 @@ class QuantState:
 
     @code.setter
     def code(self, table: Tensor | None) -> None:
-        self._code, self._other_code = (
-            table,
-            None,
-        )  # _other_code: a table that is not the built-in one
+        # _other_code: a table that is not the built-in one.
+        self._code, self._other_code = (table, None)
         if table is not None and table.device.type != "meta":
             name = self.quant_type
             built_in = (

@@ -313,9 +313,8 @@ def _factorized(hessian: Tensor, damping: float) -> Factor | None:
     with on_one_thread():  # and one matrix at a time: it is the largest tensor of a calibration
         columns = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
         while damping <= LAST_DAMPING:
-            _fill(
-                columns, hessian, order.flip(0), mean, damping
-            )  # LAPACK's factor is lower triangular
+            # LAPACK's factor is lower triangular.
+            _fill(columns, hessian, order.flip(0), mean, damping)
             transposed = columns.t()  # LAPACK's own layout, so that nothing is copied
             failed = torch.empty((), dtype=torch.int32, device=hessian.device)
             torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, failed))

@@ -42,9 +42,8 @@ class DatasetStats:
     truncated: int  # rows kept that lost tokens at their right end
     tokens: int  # of the rows kept
     trained_tokens: int
-    folded_system: (
-        int  # rows whose system message went into the first user message, as the template takes none
-    )
+    # Rows whose system message went into the first user message, as the template takes none.
+    folded_system: int
 
     @property
     def share_trained(self) -> float:

@@ -94,9 +94,8 @@ def load_model(
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
         parts: list[Any] = [*block.modules(), *block.parameters()]
         for part in parts:
-            part._is_hf_initialized = (
-                True  # keeps transformers' initialization off what replaced the tensors
-            )
+            # Keeps transformers' initialization off what replaced the tensors.
+            part._is_hf_initialized = True
         trim_heap()
 
     def read(source: Source, meta: MetaModel, items: Iterable[Item]) -> None:

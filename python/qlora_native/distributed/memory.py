@@ -32,9 +32,8 @@ class RankMemory:
     world: int
     sharded: bool  # whether the model is sharded over the ranks (fsdp); else each has all of it (ddp)
     frozen: int  # held, of frozen weights, unsharded buffers included
-    trained: (
-        int  # held, of trained parameters; gradients take as much, and optimizer states in proportion
-    )
+    # Held, of trained parameters; gradients take as much, and optimizer states in proportion.
+    trained: int
     # Gathered at most while blocks run: one block, the prefetched one, the message that brings one, and what belongs
     # to no block; and while the input or the output embedding and its message are held.
     gathered_blocks: int

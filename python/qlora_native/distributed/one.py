@@ -23,9 +23,8 @@ class OneProcess:
     rank, world = 0, 1  # number of this process, and how many there are
     is_first = True  # whether this process prints and writes
     is_sharded = False  # whether the model is sharded over the processes
-    averaged_over = (
-        1  # what the gradients of a sharded model are divided by; losses are multiplied by it
-    )
+    # What the gradients of a sharded model are divided by; losses are multiplied by it.
+    averaged_over = 1
 
     def together(self) -> AbstractContextManager[None]:
         """A block that all processes finish, or none: a UserError on one of them ends the others."""

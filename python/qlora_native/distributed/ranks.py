@@ -19,9 +19,8 @@ from qlora_native.data.batching import Items
 from qlora_native.distributed.one import OneProcess, RankLost, restarts
 from qlora_native.errors import UserError
 
-JOINING = (
-    60  # seconds at least until a process that has not joined counts as lost: its imports take some
-)
+# Seconds at least until a process that has not joined counts as lost: its imports take some.
+JOINING = 60
 # Words of gloo's and NCCL's errors when another process does not take part in a collective.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|peer", re.IGNORECASE)
 

@@ -23,9 +23,8 @@ from qlora_native.nn.experts import Factors, QuantizedExperts, put_stack
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight, quantize
 
-_UNMERGED = (
-    "qlora_native.unmerged"  # where PEFT's cache of a layer holds the weight from before a merge
-)
+# Where PEFT's cache of a layer holds the weight from before a merge.
+_UNMERGED = "qlora_native.unmerged"
 # What lora_A and lora_B may begin with where the base weight is neither read as floats nor changed.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -181,9 +180,8 @@ class QuantizedParamWrapper(ParamWrapper):
         self.merged_adapters.clear()
 
 
-QuantizedParamWrapper.__name__ = (
-    "ParamWrapper"  # by which PEFT recognizes what may be wrapped for another stack
-)
+# By which PEFT recognizes what may be wrapped for another stack.
+QuantizedParamWrapper.__name__ = "ParamWrapper"
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:

@@ -32,9 +32,8 @@ _theirs: Any = getattr(utils, "_ChunkedLogProbFunction", None)
 # A head's packed bytes, which TRL hands on -> a reference to the head.
 _quantized_heads = WeakTensorKeyDictionary()
 
-Outputs = tuple[
-    Tensor | None, ...
-]  # log-probabilities and what the trainers log beside them, [M] each
+# Log-probabilities and what the trainers log beside them, [M] each.
+Outputs = tuple[Tensor | None, ...]
 
 
 def _remember_head(add: Callable[..., Any]) -> Callable[..., Any]:

@@ -165,9 +165,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -1e30 < value < 1e30
 
 
-MOST_STEPS = (
-    1_000_000  # of matching a path of some 64 characters, which for (a+)+b would double with each
-)
+# Seconds of matching a path of some 64 characters, which for (a+)+b would double with each.
+MOST_STEPS = 1_000_000
 
 
 def _steps(pattern: str) -> int:

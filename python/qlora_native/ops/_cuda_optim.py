@@ -36,9 +36,8 @@ class Scaling(NamedTuple):
     """What gradients are multiplied by. The tensors are fp32 [1] on the device, or None."""
 
     grad_factor: float = 1.0
-    max_norm: float | None = (
-        None  # clips the norm of all gradients; skips the step if it is not finite
-    )
+    # Clips the norm of all gradients; skips the step if it is not finite.
+    max_norm: float | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 

@@ -52,7 +52,7 @@ except AttributeError:  # a torch without these functions: every call goes throu
 _TENSOR_KEYS = frozenset(keys for keys, device in _DEVICES.items() if device == "CPU")
 
 
-def _threadis_plain() -> bool:
+def _thread_is_plain() -> bool:
     """Whether nothing in this thread treats ops specially."""
     return (
         bool(_DEVICES)
@@ -70,7 +70,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def unobserved(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on these operands would go straight to its CPU kernel, with nothing to record or to transform."""
-    if type(x) is not Tensor or is_compiling() or not _threadis_plain():
+    if type(x) is not Tensor or is_compiling() or not _thread_is_plain():
         return False
     records = _is_grad_enabled()
     return all(t is None or (is_plain(t) and not (records and t.requires_grad)) for t in (x, *others))
@@ -108,7 +108,7 @@ def kernel_of(
     Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a frozen weight's the type
     is enough, beside what the check of the operands refuses: no transform makes such bytes.
     """
-    if is_compiling() or not _threadis_plain():  # a mode would see what is read of a tensor
+    if is_compiling() or not _thread_is_plain():  # a mode would see what is read of a tensor
         return None
     device = ""
     needs_grad = False

@@ -20,9 +20,8 @@ from qlora_native.ops._operands import part_of
 if TYPE_CHECKING:
     from qlora_native.ops._cuda_optim import DeviceTable
 
-State = Mapping[
-    str, Any
-]  # of a parameter: tensors by the names of STATES, absmaxes beside codes alone
+# Of a parameter: tensors by the names of STATES, absmaxes beside codes alone.
+State = Mapping[str, Any]
 STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}  # with an absmax beside them
 
@@ -89,9 +88,8 @@ class StepTable:
             check_state("optimizer", number, part, state)
         self.devices = {value.device for value in self.kept if isinstance(value, Tensor)}
         self.on_device: DeviceTable | None = None
-        self.numbers: array[int] | None = (
-            None  # of the parameters in their page stores, once they are asked for
-        )
+        # Of the parameters in their page stores, once they are asked for.
+        self.numbers: array[int] | None = None
         rows = zip(self.parts, self.parts, states, groups, strict=True)
         self.rows: array[int] = table_of([row_of(*row) for row in rows])
 

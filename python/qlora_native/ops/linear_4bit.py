@@ -175,7 +175,8 @@ def cuda_engine(device: torch.device) -> Engine:
     return _cuda_products.engine(module)
 
 
-ENGINES: dict[str, Callable[[torch.device], Engine]] = {  # by dispatch key
+# Kernels by dispatch key.
+ENGINES: dict[str, Callable[[torch.device], Engine]] = {
     "CPU": lambda _: CPU,
     "CUDA": cuda_engine,
     "CompositeExplicitAutograd": lambda _: DECODED,

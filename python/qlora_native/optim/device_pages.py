@@ -44,9 +44,8 @@ class DevicePages(Pages):
         self.is_out = self.paged is True  # "auto" too is under pressure, or page_out was asked for
         self._policy = PagingPolicy()
         self._resident_steps = 0
-        self._tables: tuple[StepTable, list[StoreTable]] | None = (
-            None  # of the table that stepped last
-        )
+        # Of the table that stepped last.
+        self._tables: tuple[StepTable, list[StoreTable]] | None = None
         self.could_pin = not self.managed
         if self.could_pin and self.is_out:
             self.pin({})

@@ -14,9 +14,8 @@ from qlora_native.errors import UserError
 from qlora_native.weights.files import first_sentence
 
 METHOD = "qlora_native"  # quant_method in config.json
-METADATA = (
-    "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
-)
+# Key of quantization_config, bitsandbytes' too: how the 4-bit weights were made.
+METADATA = "qlora_native"
 _MOST_LAYERS = 2048  # transformers makes a module of each
 # The least and the most of the numbers of these names: with others a model takes all memory, or cannot be.
 _BOUNDS = (

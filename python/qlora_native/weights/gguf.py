@@ -25,9 +25,8 @@ from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import map_file, view_of
 
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}  # formats of plain floats
-ROPE_FACTORS = (
-    "rope_freqs.weight"  # by which llama.cpp divides the frequencies of the rotary embedding
-)
+# By which llama.cpp divides the frequencies of the rotary embedding.
+ROPE_FACTORS = "rope_freqs.weight"
 KEPT = frozenset(QUANT_TYPES[number] for number in GGUF_BLOCKS)  # formats whose bytes are kept
 _STRING, _ARRAY = 8, 9  # numbers of metadata types; the others are numbers of a fixed size
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -188,9 +188,8 @@ class Source:
     path: Path
     files: list[Path]  # that make the model
     config: PreTrainedConfig
-    four_bit_config: dict[str, object] | None = (
-        None  # the files' own description of weights that are 4-bit already
-    )
+    # The files' own description of weights that are 4-bit already.
+    four_bit_config: dict[str, object] | None = None
     has_bnb_weights = False  # 4-bit, in bitsandbytes' format; of a GGUF file's see :meth:`keeps`
     is_whole = False  # the whole 16-bit model is made on reading
 

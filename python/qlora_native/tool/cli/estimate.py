@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 CARDS = (1 << 30, 1 << 40)  # bytes of the smallest and the largest card that --gpu accepts
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # of the table of what fits
 
-NAMES = {  # of the fields of Terms, in the table
+# Of the fields of Terms, in the table.
+NAMES = {
     "weights": "4-bit weights",
     "scales": "their scales",
     "dense": "embeddings, norms",

@@ -270,9 +270,8 @@ def _said(code: int, *sentences: str) -> int:
 
 
 def _line(text: str) -> str:
-    text = text.replace(
-        "\n", "\\n"
-    )  # of a name in a file, which would look like a sentence of its own
+    # Of a name in a file, which would look like a sentence of its own.
+    text = text.replace("\n", "\\n")
     return printable(text if text.startswith("qlora") else f"qlora: {text}", MOST_CHARACTERS)
 
 

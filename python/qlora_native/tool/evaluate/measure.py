@@ -38,9 +38,8 @@ class Scores:
     tokens: Tensor  # predicted
     nats: Tensor  # their cross-entropy
     kl: Tensor | None = None  # KL(reference || model) in nats; None without a reference
-    agreed: Tensor | None = (
-        None  # tokens whose most likely successor is the reference's; None without a reference
-    )
+    # Tokens whose most likely successor is the reference's; None without a reference.
+    agreed: Tensor | None = None
     wrong: Tensor | None = None  # tokens that are not the most likely ones
 
     @property

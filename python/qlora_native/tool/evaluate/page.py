@@ -38,9 +38,8 @@ STRETCHES = 240  # of a curve; the lowest and the highest point of each are draw
 MOST_DOTS = 60
 MOST_EVENTS = 100
 MOST_SAMPLES = 32
-MOST_CONFIG = (
-    20_000  # characters: of five bytes each, as those that HTML escapes, the page is below 1 MB
-)
+# Characters: of five bytes each, as those that HTML escapes, the page is below 1 MB.
+MOST_CONFIG = 20_000
 # What matplotlib draws in these colors takes those of the page's variables, which a dark page changes.
 SOFT, LINE = "#667085", "#e3e6ec"  # of words, of the grid
 COLORS = {"steps": "#2563eb", "mean": "#2563eb", "held-out": "#d9480f", "lowest": "#2f9e6e"}

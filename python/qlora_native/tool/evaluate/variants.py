@@ -47,9 +47,8 @@ class Variants:
     methods: Sequence[str] = ()
     adapter: Path | None = None
     shipped: Path | None = None
-    trained: TrainedBase | None = (
-        None  # what the adapter was trained on, if that is not the first form
-    )
+    # What the adapter was trained on, if that is not the first form.
+    trained: TrainedBase | None = None
     reference: Path | None = None
     calibration: Any = None  # as load_model takes it
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides

@@ -27,7 +27,8 @@ from qlora_native.weights.gguf_source import GgufSource
 from qlora_native.weights.stream import Item, Source
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
-OUT_TYPES = {  # of the matrices, and the name of such a file
+# Of the matrices, and the name of such a file.
+OUT_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,

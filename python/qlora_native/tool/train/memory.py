@@ -41,9 +41,8 @@ class Forecast:
     """The memory that a run is expected to take, and how its model is loaded for that."""
 
     estimate: Estimate | None = None
-    layers_budget: int | None = (
-        None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
-    )
+    # Bytes of a card for the layers' 4-bit weights, beyond which they stream.
+    layers_budget: int | None = None
     reason: str = ""  # why there is no estimate
 
 
@@ -81,9 +80,8 @@ class MemoryReport:
     def __init__(self, forecast: Forecast) -> None:
         self.predicted = forecast.estimate
         self.reason = forecast.reason
-        self.mapped = self.streamed = (
-            0  # bytes of mapped weights: in memory at once, and those left in the files
-        )
+        # Bytes of mapped weights: in memory at once, and those left in the files.
+        self.mapped = self.streamed = 0
         gc.collect()  # what an earlier run in this process has left, which would hide as much of this one's
         release_free_memory()
         if torch.cuda.is_available():

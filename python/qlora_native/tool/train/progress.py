@@ -27,9 +27,9 @@ from qlora_native._io import (
 )
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
-from qlora_native.tool.evaluate import (
-    page,
-)  # at once: its matplotlib is no part of the memory of a run
+
+# At once: its matplotlib is no part of the memory of a run.
+from qlora_native.tool.evaluate import page
 from qlora_native.tool.train.checkpoint import TrainState
 
 Record = dict[str, Any]  # one line of metrics.jsonl
