@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +162,17 @@ def worker(side: str, peer: str, folder: str, lr: float, threads: int) -> None:
     serve_training(model, Path(folder, "batches.pt"), lr, is_ours, imported)
 
 
+def held_out_loss(loss_of: Callable[[dict[str, torch.Tensor]], Any], batches: list[dict[str, torch.Tensor]]) -> float:
+    """The mean over all trained tokens, in nats."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(loss_of(batch)) * tokens
+            count += tokens
+    return total / count
+
+
 def serve_training(model: Any, file: Path, lr: float, is_ours: bool, imported: float) -> None:
     """Answers "step i", "evaluate", "memory"; ``imported`` is the process's memory before the model was loaded."""
     from qlora_native.models.loss import causal_lm_loss
@@ -184,17 +195,6 @@ def serve_training(model: Any, file: Path, lr: float, is_ours: bool, imported: f
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return causal_lm_loss(model, batch) if is_ours else model(**batch).loss
 
-    def held_out_loss() -> float:
-        # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in evaluation
-        # mode on a CPU repacks their weights in place, and cuts the gradients of all training after it.
-        total = count = 0.0
-        with torch.no_grad():
-            for batch in batches["held_out"]:
-                tokens = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(loss_of(batch)) * tokens
-                count += tokens
-        return total / count
-
     def step(index: int) -> dict[str, float]:
         started = time.perf_counter()
         loss = loss_of(batches["train"][index])
@@ -211,7 +211,9 @@ def serve_training(model: Any, file: Path, lr: float, is_ours: bool, imported: f
         if command[0] == "step":
             return step(int(command[1]))
         if command[0] == "evaluate":
-            return {"loss": held_out_loss()}
+            # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in
+            # evaluation mode on a CPU repacks their weights in place, and cuts the gradients of all training after it.
+            return {"loss": held_out_loss(loss_of, batches["held_out"])}
         # VmHWM: the peak, of loading and of the training steps
         return {"peak_mib": private_megabytes("VmHWM"), "imported_mib": imported, "trainable": trainable}
 

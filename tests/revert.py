@@ -56,7 +56,7 @@ MENDS = (
     Mend("built-in tables are uploaded", f"{OPS}/_operands.py", "0 if code is None else code.data_ptr()",
          "(torch.zeros(16) if code is None else code).data_ptr()", "test_cuda_emulated.py built_in_tables"),
     Mend("a captured paged step waits for events from outside", f"{OPTIM}/device_pages.py",
-         "if is_capturing and not (stays", "if False and not (stays",
+         "if is_capturing and not (\n", "if False and not (\n",
          "test_paging_emulated.py capture_of_moving"),
     Mend("a changed learning rate replaces what a graph reads", f"{OPS}/_cuda_optim.py",
          "if len(flat) != self.options.numel():", "if True:", "test_step_graph_emulated.py captured_step"),

@@ -166,6 +166,7 @@ def test_rows_of_a_real_model(run: Callable[..., Any], tmp_path: Path, monkeypat
     assert all(row["of_floor"] > 0 and row["peak_rss_mib"]["ours"] > 0 for row in rows[:3])
     before, after = rows[2]["held_out_loss"]["theirs"]
     assert after < before and rows[2]["bars"][0]["met"]
+    assert rows[2]["held_out_loss"]["ours"][0] == pytest.approx(rows[2]["held_out_reference"], rel=5e-3)
     assert set(rows[3]["tokens_per_second"]) == {"ours", "ours+adapter", "theirs", "theirs+adapter"}
 
     monkeypatch.setattr(bench_real, "child", lambda *_: pytest.fail("measured again"))

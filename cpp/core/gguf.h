@@ -20,7 +20,7 @@ struct BlockFormat {
   int bytes;
 };
 
-inline constexpr int kQuantTypes = 11;  // CONTRIBUTING.md, "Add a stored format", says where a new one goes
+inline constexpr int kQuantTypes = 11;  // CONTRIBUTING.md, "Where to add", says where a new one goes
 
 // By QuantType.
 inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {

@@ -344,8 +344,8 @@ inline __m512i _mm512_mask_permutexvar_epi32(__m512i other, __mmask16 k, __m512i
 inline __m512i _mm512_mask_broadcastd_epi32(__m512i other, __mmask16 k, __m128i a) {
   return _mm512_mask_mov_epi32(other, k, _mm512_broadcastd_epi32(a));
 }
-inline __m512 _mm512_maskz_or_ps(__mmask16 k, __m512 a, __m512 b) {
-  return __m512(select(k, Words32(a) | Words32(b), Words32{}));
+inline __m512 _mm512_maskz_xor_ps(__mmask16 k, __m512 a, __m512 b) {
+  return __m512(select(k, Words32(a) ^ Words32(b), Words32{}));
 }
 // The larger magnitude with the sign of the first, which is all that the kernels ask for; a quiet NaN is passed over.
 inline __m512 _mm512_range_ps(__m512 a, __m512 b, int how) {

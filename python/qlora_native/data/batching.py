@@ -30,8 +30,9 @@ WINDOW_BATCHES = 32
 WINDOW_ROWS = 1024
 MULTIPLE = 8  # of the tokens of a line of a batch
 
-Items = list[Any]  # of a batch: numbers of rows, or lists of those that are packed into one sequence
-Batch = dict[str, torch.Tensor]  # what a model takes
+# What a step learns from: numbers of rows, or lists of those that are packed into one sequence.
+Items = list[Any]
+Batch = dict[str, torch.Tensor]  # what a model takes at a time: a micro-batch
 Lengths = Sequence[int] | np.ndarray  # tokens of each row
 TokenizedRow = Mapping[str, Sequence[int] | np.ndarray]  # "input_ids" and "labels", each [length]
 

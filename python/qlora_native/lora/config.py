@@ -165,7 +165,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -1e30 < value < 1e30
 
 
-# Seconds of matching a path of some 64 characters, which for (a+)+b would double with each.
+# Steps of matching a path of some 64 characters, which for (a+)+b would double with each.
 MOST_STEPS = 1_000_000
 
 

@@ -113,14 +113,13 @@ TENSORS = {
     for name, schema in SCHEMAS.items()
 }
 
-# By op and dispatch key:
-# What :func:`implement` was given, which trusts its operands.
+# By op and dispatch key: the function that :func:`implement` was given, which trusts its operands; the same behind the
+# check of the operands; both with the derivative, as an autograd node; the node that a recomputation within a backward
+# pass takes; and the kernel as the dispatcher calls it, by the schema.
 FUNCTIONS: dict[tuple[str, str], Function] = {}
-KERNELS: dict[tuple[str, str], Function] = {}  # the same behind the check of the operands
-NODES: dict[tuple[str, str], Function] = {}  # and with the derivative
-# Of those, what a forward within a backward pass takes.
+KERNELS: dict[tuple[str, str], Function] = {}
+NODES: dict[tuple[str, str], Function] = {}
 RECOMPUTED: dict[tuple[str, str], Function] = {}
-# Kernels as the dispatcher calls them, by the schema.
 IMPLEMENTATIONS: dict[tuple[str, str], Function] = {}
 CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCHEMAS}
 
@@ -282,7 +281,7 @@ def _saved_first(
             recording.on = False
 
     def derivative(ctx: Any, *grads: Any) -> Any:
-        """For who differentiates within a checkpoint: else the graph of a recomputation is thrown away."""
+        """Called where someone differentiates within a checkpoint; else the graph of a recomputation is thrown away."""
         seen = SimpleNamespace(**vars(ctx.saved), saved_tensors=ctx.saved.saved_tensors)
         seen.needs_input_grad = ctx.needs_input_grad[2:]
         return None, None, *backward(seen, *grads), None

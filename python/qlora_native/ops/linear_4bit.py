@@ -2,7 +2,7 @@
 
 W [N, K] is decoded inside the products, a tile or a panel at a time, and never dense as a whole on a CPU. A device has
 an :class:`Engine`, whose products the ops of the other files share. To change what a CPU computes, begin at
-:meth:`Cpu.product`; a few tokens of which nothing is recorded go by :func:`product` instead. Both end at ``path_of`` in
+:meth:`Cpu.product`; tokens of which nothing is recorded go by :func:`product` instead. Both end at ``path_of`` in
 cpp/cpu/linear_4bit.cc, which chooses among the kernels. For CUDA begin at ``Cuda.product`` in ``_cuda_products``.
 """
 

@@ -228,7 +228,8 @@ class Item:
         shape: of the matrix as a product sees it, [out, in]; stacks have a dimension more.
         values: the tensors of the model by name, each whole.
         rows: the matrix from top to bottom, [n, in] at a time; not of one that is 4-bit.
-        weight: of one that is 4-bit: the weight; with a function, which takes the codes part by part, without these.
+        weight: of one that is 4-bit: the weight. Given a function, it hands the codes to it part by part, and returns
+            the weight without codes.
         is_stored: whether it is as it lies in the files.
     """
 

@@ -238,9 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (KeyboardInterrupt, _Stopped)):
-            cause = (
-                cause.__cause__ or cause.__context__
-            )  # imports, as transformers', turn it into an ImportError
+            cause = cause.__cause__ or cause.__context__  # imports turn it into an ImportError
         if cause is not None:
             return _said(getattr(cause, "code", EXIT_INTERRUPTED), "interrupted")
         if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK):

@@ -133,9 +133,8 @@ def evaluate(run: Run) -> None:
     for observer in run.observers:
         run.retry.run(partial(observer.evaluating, state), observer.work.format(state.step))
     if run.held_out:
-        loss = run.retry.run(
-            partial(run.learner.evaluate, run.held_out), Observer.work.format(state.step)
-        )
+        measure = partial(run.learner.evaluate, run.held_out)
+        loss = run.retry.run(measure, Observer.work.format(state.step))
         for observer in run.observers:
             observer.computed(loss)
         record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
@@ -152,9 +151,8 @@ def take_step(run: Run) -> Record:
     began, step = time.monotonic(), state.step + 1
     what = f"step {step}"
     items = next(run.sampler)  # of this epoch; behind its last batch, the first one of the next
-    loss, tokens, trained = run.retry.run(
-        partial(run.learner.learn, run.rows, items, state.scale), what
-    )
+    learn = partial(run.learner.learn, run.rows, items, state.scale)
+    loss, tokens, trained = run.retry.run(learn, what)
     for observer in run.observers:
         observer.computed(loss)
     rate = learning_rate(
