@@ -212,7 +212,7 @@ class Cuda(Engine):
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         if b.dtype == grad_y.dtype:
             return self.dense(False, grad_y, b, scale=scale)
-        # The copy that forward multiplied.
+        # By the copy of B that forward multiplied.
         return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

@@ -175,7 +175,7 @@ def cuda_engine(device: torch.device) -> Engine:
     return _cuda_products.engine(module)
 
 
-# Kernels by dispatch key.
+# Engines by dispatch key.
 ENGINES: dict[str, Callable[[torch.device], Engine]] = {
     "CPU": lambda _: CPU,
     "CUDA": cuda_engine,

@@ -76,7 +76,7 @@ def empty_gradients(call: Values) -> tuple[Tensor, Tensor]:
     return grad_h, torch.zeros_like(weight.packed if rows is None else rows, dtype=WIDE[h.dtype])
 
 
-# Of logits [M, V], labels and losses [M], need_gradient.
+# A function of logits [M, V], labels and losses [M], and whether it puts the gradient in the place of the logits.
 Loss = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 

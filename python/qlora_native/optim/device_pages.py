@@ -44,7 +44,7 @@ class DevicePages(Pages):
         self.is_out = self.paged is True  # "auto" too is under pressure, or page_out was asked for
         self._policy = PagingPolicy()
         self._resident_steps = 0
-        # Of the table that stepped last.
+        # What belongs to the table that stepped last.
         self._tables: tuple[StepTable, list[StoreTable]] | None = None
         self.could_pin = not self.managed
         if self.could_pin and self.is_out:
@@ -96,7 +96,7 @@ class DevicePages(Pages):
             "data": data,
             "version": 3,
         }
-        # Keeps the store alive.
+        # Torch's tensor keeps this object, and so the store, alive.
         place = SimpleNamespace(store=store, __cuda_array_interface__=interface)
         return torch.as_tensor(place, device=self.device).view(shape)
 

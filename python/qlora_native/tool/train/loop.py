@@ -213,7 +213,7 @@ def is_due(step: int, every: int, total: int) -> bool:
 def finish(run: Run) -> TrainSummary:
     """Save the adapter as it is, and print the summary below what the steps printed."""
     state, output_dir, shipping, retention = run.state, run.output_dir, run.shipping, None
-    # Before the plot of the losses takes memory.
+    # This is read before the plot of the losses takes memory.
     memory_line = None if run.memory is None else run.memory.line()
     if shipping is not None and run.held_out:
         measure = partial(shipping.retention, partial(run.learner.losses, run.held_out), run.ranks)

@@ -28,7 +28,7 @@ from qlora_native._io import (
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
 
-# At once: its matplotlib is no part of the memory of a run.
+# Imported at once: its matplotlib is no part of the memory of a run.
 from qlora_native.tool.evaluate import page
 from qlora_native.tool.train.checkpoint import TrainState
 

@@ -112,9 +112,9 @@ def prepare_model(
 
 def check_held_out(config: TrainConfig) -> None:
     """UserError for what needs held-out rows, where there are to be none."""
-    for key in (
-        ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ()
-    ):
+    if config.data.eval is not None or config.data.eval_fraction:
+        return
+    for key in ("patience", "samples"):
         if isinstance(value := getattr(config.train, key), int) and value:
             raise UserError(
                 f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
