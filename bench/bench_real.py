@@ -11,8 +11,9 @@ linear layer and see the same batches. Each side is a process; the parent lets t
 `train`: steps of 4 x 256 tokens, all trained, with and without checkpointing, the peer's adapters in the dtype of its
 weights. Peak memory is a process's, from the end of its loading on, file pages in memory included; `match`: whether our
 first loss is that of transformers' code in fp32 on the decoded weights, to 0.5 %.
-`learn`: 100 steps of the demo's task, adapters in fp32 on both sides, and the held-out loss before and after; `match`:
-whether ours before the first step was that of transformers' code in fp32, to 0.5 %.
+`learn`: 100 steps of the demo's task, adapters in fp32 on both sides, and the held-out loss before and after, once for
+each of `--seeds` (of the adapter and of the order of rows; the other parts have the first of them): the bar is on the
+means. `match`: whether ours before the first step was that of transformers' code in fp32, to 0.5 %.
 `generate`: greedy tokens after a prompt, end of text not heeded, with and without the adapter, and llama.cpp on the
 same file; seconds include the prompt. `match`: whether our tokens are the peer's, or part from them first where the
 peer itself nearly wavers.
@@ -20,8 +21,8 @@ peer itself nearly wavers.
 A run of some rows leaves the others of its class in the stored result. With `--work` a row that was measured with this
 code (`births.PATHS`) and these settings is taken from there, so that a run that was killed goes on.
 
-Takes about 80 minutes on two cores with AMX: 45 for 1.5b, 18 for 0.5b, 17 for gemma-270m.
-Needs 5 GB of disk and, without checkpointing for 1.5b, 12 GB of memory; needs the extra `bench`, and xllamacpp for its
+Takes about 140 minutes on two cores with AMX: 75 for 1.5b, 33 for 0.5b, 32 for gemma-270m.
+Needs 8 GB of disk and, without checkpointing for 1.5b, 12 GB of memory; needs the extra `bench`, and xllamacpp for its
 rows.
 """
 
@@ -37,6 +38,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import births
@@ -68,9 +70,9 @@ BARS = {"amx": (2.4, 0.45), "avx512_bf16": (1.5, 0.5), "avx2": (1.35, 0.5)}  # o
 NATS = 0.02  # of the held-out losses
 PEER_DTYPE = str(peer_dtype()).removeprefix("torch.")
 MINUTES = {  # about, on two cores with AMX
-    "gemma-270m": {"train": 5, "learn": 9, "generate": 3},
-    "0.5b": {"train": 5, "learn": 10, "generate": 3},
-    "1.5b": {"train": 10, "learn": 30, "generate": 5},
+    "gemma-270m": {"train": 5, "learn": 24, "generate": 3},
+    "0.5b": {"train": 5, "learn": 25, "generate": 3},
+    "1.5b": {"train": 10, "learn": 60, "generate": 5},
 }
 
 
@@ -214,9 +216,21 @@ def trained(
         # The first batch trains some 40 tokens alone: rounding to bf16 may move its mean by as much.
         row["held_out_reference"] = truth = prepared["loss"]["held_out"]
         row["match"] = abs(before["ours"] - truth) <= LOSS_TOLERANCE * truth
-        apart = abs(after["ours"] - after["theirs"])
-        row["bars"].append(verdict("theirs", "nats from the held-out loss", NATS, apart))
+        row["bars"].append(nats_apart(after))
     return row
+
+
+def nats_apart(losses: dict[str, float]) -> dict[str, Any]:
+    return verdict("theirs", "nats from the held-out loss", NATS, abs(losses["ours"] - losses["theirs"]))
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the first seed with the means of the held-out losses; those of each seed stand beside them."""
+    by_seed = {name: [row["held_out_loss"][name] for row in rows] for name in rows[0]["held_out_loss"]}
+    means = {name: [fmean(at) for at in zip(*losses, strict=True)] for name, losses in by_seed.items()}
+    match = all(row["match"] for row in rows)
+    bars = [nats_apart({name: losses[-1] for name, losses in means.items()})]
+    return rows[0] | {"match": match, "bars": bars, "held_out_loss": means, "held_out_loss_by_seed": by_seed}
 
 
 def has_llama_cpp() -> bool:
@@ -261,28 +275,35 @@ def cached(work: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) 
 
 def measure(bench: Bench, model: str, work: Path) -> None:
     options, isa, born = bench.options, machine()["cpu_isa"], birth()
-    folder, source = work / model, model_file(model)
+    source = model_file(model)
     steps = {"train": options.steps, "learn": options.learn_steps}
     code = births.last_change("real") or born["commit"]
     code += f", changed, {time.time()}" * bool(born["changed"])  # which no other run has
-    key = {"model": model, "steps": steps, "seed": options.seed, "code": code, "isa": isa}
+    given = {name: getattr(options, name) for name in ("lr", "threads", "new_tokens", "repeats")}
 
-    def fresh() -> dict[str, Any]:
+    def fresh(folder: Path, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return prepare(folder, source, steps, options.seed)
+        return prepare(folder, source, steps, seed)
 
-    prepared = cached(work, key, fresh)
-    given = {name: getattr(options, name) for name in ("lr", "threads", "new_tokens", "repeats")}
-    task = argparse.Namespace(folder=folder, source=source, model=model, isa=isa, **given)
+    def row_of(part: str, checkpointing: bool, seed: int) -> dict[str, Any]:
+        key = {"model": model, "steps": steps, "seed": seed, "code": code, "isa": isa}
+
+        def make() -> dict[str, Any]:
+            folder = work / f"{model}-{seed}"
+            prepared = cached(work, key, partial(fresh, folder, seed))
+            task = argparse.Namespace(folder=folder, source=source, model=model, isa=isa, **given)
+            if part == "generate":
+                return generated(task, prepared)
+            return trained(part, checkpointing, task, prepared, bench.result["ceilings"])
+
+        return cached(work, {**key, **given, "part": part, "checkpointing": checkpointing}, make)
+
     for part in options.parts:
         for checkpointing in options.checkpointing if part == "train" else (False,):
-            about = {**key, **given, "part": part, "checkpointing": checkpointing}
-            if part == "generate":
-                make = partial(generated, task, prepared)
-            else:
-                make = partial(trained, part, checkpointing, task, prepared, bench.result["ceilings"])
-            row = {"model": model, "part": part, **cached(work, about, make)}
+            seeds = options.seeds if part == "learn" else options.seeds[:1]
+            rows = [row_of(part, checkpointing, seed) for seed in seeds]
+            row = {"model": model, "part": part, **(over_seeds(rows) if part == "learn" else rows[0])}
             bench.add(row, "model", "part", "checkpointing", "tokens_per_second", "peak_rss_mib", "held_out_loss")
 
 
@@ -290,12 +311,12 @@ def main() -> None:
     parts = (*PARTS, "generate")
     checkpointing = {"nargs": "+", "type": json.loads, "metavar": "true|false", "default": [True, False]}
     folder = {"type": Path, "help": "folder for the 16-bit models and finished rows (default: temporary)"}
-    counts = {"steps": 9, "learn_steps": 100, "new_tokens": 64, "repeats": 5, "lr": 5e-4, "seed": 0}
+    counts = {"steps": 9, "learn_steps": 100, "new_tokens": 64, "repeats": 5, "lr": 5e-4, "seeds": (0, 1, 2)}
     bench = Bench("real", __doc__, models=MODELS, parts=parts, checkpointing=checkpointing, work=folder, **counts)
     options = bench.options
     minutes = sum(MINUTES[name][part] for name in options.models for part in options.parts)
     print(f"about {minutes} minutes on two cores with AMX, with the steps that are the default", flush=True)
-    bench.begin(ceilings=ceilings(), setting={"lr": options.lr, "seed": options.seed})
+    bench.begin(ceilings=ceilings(), setting={"lr": options.lr, "seeds": options.seeds})
     with tempfile.TemporaryDirectory() as scratch:
         for model in options.models:
             measure(bench, model, options.work or Path(scratch))

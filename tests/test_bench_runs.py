@@ -155,6 +155,7 @@ def test_rows_of_a_real_model(run: Callable[..., Any], tmp_path: Path, monkeypat
     monkeypatch.setattr(bench_real, "BARS", dict.fromkeys(classes, (2.4, 0.45)))
     counts = {"steps": 2, "learn-steps": 2, "new-tokens": 3, "repeats": 1, "threads": 1, "work": tmp_path / "work"}
     words = ["--models", "1.5b", *(word for name, count in counts.items() for word in (f"--{name}", count))]
+    words += ["--seeds", "3", "4"]
 
     rows = run(bench_real, *words)
     kinds = [(row["part"], row.get("checkpointing")) for row in rows]
@@ -166,6 +167,9 @@ def test_rows_of_a_real_model(run: Callable[..., Any], tmp_path: Path, monkeypat
     assert all(row["of_floor"] > 0 and row["peak_rss_mib"]["ours"] > 0 for row in rows[:3])
     before, after = rows[2]["held_out_loss"]["theirs"]
     assert after < before and rows[2]["bars"][0]["met"]
+    by_seed = rows[2]["held_out_loss_by_seed"]["theirs"]
+    assert by_seed[0][1] != by_seed[1][1]  # another adapter and another order of rows
+    assert [before, after] == pytest.approx([sum(losses) / 2 for losses in zip(*by_seed, strict=True)])
     assert rows[2]["held_out_loss"]["ours"][0] == pytest.approx(rows[2]["held_out_reference"], rel=5e-3)
     assert set(rows[3]["tokens_per_second"]) == {"ours", "ours+adapter", "theirs", "theirs+adapter"}
 
