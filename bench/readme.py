@@ -104,11 +104,22 @@ REAL_STEPS: Columns = {
     "peer": "{peer_dtype}",
     "bar": bars,
 }
+
+
+def apart_by_seed(row: Row) -> str | None:
+    """Our held-out loss less the peer's at the end, of each seed."""
+    losses = row.get("held_out_loss_by_seed")
+    if losses is None:
+        return None
+    return " ".join(f"{ours[-1] - theirs[-1]:+.3f}" for ours, theirs in zip(*losses.values(), strict=True))
+
+
 REAL_LOSSES: Columns = {
     "model": title,
     **CPU,
     "steps": "{steps}",
-    "held-out loss, ours against PEFT's": LOSSES,
+    "held-out loss, ours against PEFT's, mean of the seeds": LOSSES,
+    "ours above PEFT's, seed by seed": apart_by_seed,
     "bar": bars,
 }
 REAL_DECODING: Columns = {
