@@ -303,7 +303,8 @@ def measure(bench: Bench, model: str, work: Path) -> None:
         for checkpointing in options.checkpointing if part == "train" else (False,):
             seeds = options.seeds if part == "learn" else options.seeds[:1]
             rows = [row_of(part, checkpointing, seed) for seed in seeds]
-            row = {"model": model, "part": part, **(over_seeds(rows) if part == "learn" else rows[0])}
+            row = {"model": model, "part": part, "seeds": list(seeds)}
+            row |= over_seeds(rows) if part == "learn" else rows[0]
             bench.add(row, "model", "part", "checkpointing", "tokens_per_second", "peak_rss_mib", "held_out_loss")
 
 
@@ -316,7 +317,7 @@ def main() -> None:
     options = bench.options
     minutes = sum(MINUTES[name][part] for name in options.models for part in options.parts)
     print(f"about {minutes} minutes on two cores with AMX, with the steps that are the default", flush=True)
-    bench.begin(ceilings=ceilings(), setting={"lr": options.lr, "seeds": options.seeds})
+    bench.begin(ceilings=ceilings(), setting={"lr": options.lr})
     with tempfile.TemporaryDirectory() as scratch:
         for model in options.models:
             measure(bench, model, options.work or Path(scratch))

@@ -167,6 +167,7 @@ def test_rows_of_a_real_model(run: Callable[..., Any], tmp_path: Path, monkeypat
     assert all(row["of_floor"] > 0 and row["peak_rss_mib"]["ours"] > 0 for row in rows[:3])
     before, after = rows[2]["held_out_loss"]["theirs"]
     assert after < before and rows[2]["bars"][0]["met"]
+    assert [row["seeds"] for row in rows] == [[3], [3], [3, 4], [3]]
     by_seed = rows[2]["held_out_loss_by_seed"]["theirs"]
     assert by_seed[0][1] != by_seed[1][1]  # another adapter and another order of rows
     assert [before, after] == pytest.approx([sum(losses) / 2 for losses in zip(*by_seed, strict=True)])
