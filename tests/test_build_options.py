@@ -18,6 +18,22 @@ CUDA_12_0 = "50 60 70 75 80 86 87 89 90"
 CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 
 
+def write_program(file: Path, lines: str) -> None:
+    """A shell script that runs these lines."""
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text(f"#!/bin/sh\n{lines}\n")
+    file.chmod(0o755)
+
+
+def script_prints(lines: str, folder: Path, environment: dict[str, str]) -> str:
+    """What these lines of CMake print as messages, in this folder, with this environment beside CMake's own needs."""
+    script = folder / "script.cmake"
+    script.write_text(f"{MINIMUM}\n{lines}")  # without it the policies of the oldest cmake hold, which lack IN_LIST
+    command = [program("cmake"), "-P", str(script)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     ("known", "cards", "wanted", "expected"),
     [
@@ -38,23 +54,82 @@ CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 )
 def test_architectures(known: str, cards: str | None, wanted: str, expected: str, tmp_path: Path) -> None:
     """For an nvcc that supports ``known``, beside cards of these capabilities; None: no driver."""
-    cmake = program("cmake")
     programs = {"nvcc": " ".join(f"sm_{arch}" for arch in known.split())}
     if cards is not None:
         programs["nvidia-smi"] = cards
     for name, words in programs.items():
-        file = tmp_path / name
-        file.write_text(f"#!/bin/sh\nprintf '%s\\n' {words}\n[ -n '{words}' ]\n")
-        file.chmod(0o755)
-    script = tmp_path / "choose.cmake"
-    script.write_text(
-        f"{MINIMUM}\n"  # without it the policies of the oldest cmake hold, which does not have IN_LIST
+        write_program(tmp_path / name, f"printf '%s\\n' {words}\n[ -n '{words}' ]")
+    printed = script_prints(
         f'include("{ROOT}/cmake/cuda_archs.cmake")\n'
-        f'choose_cuda_archs(chosen "{tmp_path}/nvcc" "{wanted}")\nmessage("${{chosen}}")\n'
+        f'choose_cuda_archs(chosen "{tmp_path}/nvcc" "{wanted}")\nmessage("${{chosen}}")\n',
+        tmp_path,
+        {"PATH": f"{tmp_path}:{os.defpath}"},
     )
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}"}
-    done = subprocess.run([cmake, "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == expected
+    assert printed.strip() == expected
+
+
+# What nvcc 12.4 says beside GCC 14, and an nvcc that works.
+TOO_NEW = """\
+In file included from <command-line>:
+/usr/include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 13 are not \\
+supported!"""
+REFUSES = f"cat <<'END'\n{TOO_NEW}\nEND\nexit 1"
+WORKS = "exit 0"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "cards", "environment", "found", "lacking", "warning"),
+    [
+        ({}, None, {}, "", "no nvcc was found", ""),
+        ({}, "exit 1", {}, "", "no nvcc was found", ""),  # a driver that fails, or sees no card
+        ({}, "echo 8.9", {}, "", "no nvcc was found", "a GPU, but no nvcc"),
+        ({"path": REFUSES}, None, {}, "path", "fails: /usr/include/crt/host_config.h:143:2: error", "later than 13"),
+        ({"path": "exit 3"}, None, {}, "path", "fails: ", "(3)"),
+        ({"path": WORKS}, None, {}, "path", "", ""),
+        ({"cuda/bin": WORKS, "cuda-13.0/bin": WORKS}, None, {}, "cuda/bin", "", ""),
+        ({"cuda-9.2/bin": WORKS, "cuda-12.9/bin": WORKS}, None, {}, "cuda-12.9/bin", "", ""),
+        ({"home/bin": WORKS, "path": WORKS}, None, {"CUDA_HOME": "home"}, "home/bin", "", ""),
+        ({"home/bin": WORKS, "path": WORKS}, None, {"CUDA_PATH": "home"}, "home/bin", "", ""),
+        ({"own": WORKS, "home/bin": WORKS}, None, {"CUDA_HOME": "home", "CUDACXX": "own/nvcc"}, "own", "", ""),
+        (
+            {"path": '[ "$1 $2" = "-v -ccbin=g++-13" ]'},
+            None,
+            {"CUDAFLAGS": "-v", "CUDAHOSTCXX": "g++-13"},
+            "path",
+            "",
+            "",
+        ),
+    ],
+)
+def test_an_nvcc_is_found_or_the_build_says_why_not(
+    nvcc: dict[str, str],
+    cards: str | None,
+    environment: dict[str, str],
+    found: str,
+    lacking: str,
+    warning: str,
+    tmp_path: Path,
+) -> None:
+    """Folder of each nvcc, and the shell lines that it and nvidia-smi run; names of folders in the environment."""
+    for folder, lines in nvcc.items():
+        write_program(tmp_path / folder / "nvcc", lines)
+    if cards is not None:
+        write_program(tmp_path / "path" / "nvidia-smi", cards)
+    names = {
+        name: value if name in ("CUDAFLAGS", "CUDAHOSTCXX") else f"{tmp_path}/{value}"
+        for name, value in environment.items()
+    }
+    printed = script_prints(
+        f'include("{ROOT}/cmake/find_nvcc.cmake")\nfind_nvcc(nvcc lacking "{tmp_path}")\n'
+        f'message("found: ${{nvcc}}\nlacking: ${{lacking}}")\n',
+        tmp_path,
+        {"PATH": f"{tmp_path}/path:/usr/bin:/bin", **names},
+    )
+    before, lines = printed.split("found: ")
+    path, why = lines.split("\nlacking: ")
+    assert path == (f"{tmp_path}/{found}/nvcc" if found else "")
+    assert lacking in why if lacking else not why.strip()
+    assert warning in " ".join(before.split()) if warning else not before
 
 
 # An nvcc that has the architectures of CUDA 12.0, over the real one.

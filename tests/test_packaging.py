@@ -56,8 +56,8 @@ def test_the_license_is_named_and_shipped() -> None:
 
 def test_build_info_has_the_promised_keys() -> None:
     info = qn.build_info()
-    assert set(info) == {"version", "cuda", "cuda_archs", "compiler", "isas_built", "cpu_isa"}
-    assert isinstance(info["cuda"], bool)
+    assert set(info) == {"version", "cuda", "cuda_archs", "cuda_lacking", "compiler", "isas_built", "cpu_isa"}
+    assert isinstance(info["cuda"], bool) and info["cuda"] == (info["cuda_lacking"] == "")
     assert all(isinstance(arch, int) for arch in info["cuda_archs"])
     assert "scalar" in info["isas_built"]
     assert info["cpu_isa"] in info["isas_built"]

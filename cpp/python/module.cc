@@ -20,6 +20,7 @@ py::dict build_info() {
   }
   info["isas_built"] = isas;
   info["cuda_archs"] = std::string(QLORA_NATIVE_CUDA_ARCHS_BUILT);
+  info["cuda_lacking"] = std::string(QLORA_NATIVE_CUDA_LACKING);
   return info;
 }
 

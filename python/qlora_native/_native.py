@@ -87,8 +87,9 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs.
 
     Returns a dict with ``version`` (str), ``cuda`` (bool: the CUDA kernels were compiled), ``cuda_archs`` (list of
-    compute capabilities as int, e.g. ``[80, 90]``), ``compiler`` (str), ``isas_built`` (list of str) and ``cpu_isa``
-    (str, in use on this machine). Raises ValueError if ``QLORA_NATIVE_ISA`` asks for one that is not here.
+    compute capabilities as int, e.g. ``[80, 90]``), ``cuda_lacking`` (str: why they were not compiled, or empty),
+    ``compiler`` (str), ``isas_built`` (list of str) and ``cpu_isa`` (str, in use on this machine). Raises ValueError if
+    ``QLORA_NATIVE_ISA`` asks for one that is not here.
     """
     info: dict[str, Any] = dict(_C.build_info())
     archs = [int(arch) for arch in info["cuda_archs"].split(",") if arch]
