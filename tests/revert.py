@@ -44,7 +44,7 @@ MENDS = (
          " and place == device", "", "test_operands.py another_device"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
          "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
-    Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if error:", "if False:",
+    Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if not error:", "if True:",
          "test_cuda_build.py without_an_image"),
     Mend("chunks of logits are a CPU's", f"{OPS}/linear_cross_entropy.py", "DEVICE_TOKENS = 1024", "DEVICE_TOKENS = 1",
          "test_products_emulated.py head_is_read"),
@@ -94,6 +94,11 @@ MENDS = (
     Mend("fuse() takes the CPU's models alone", "python/qlora_native/models/fuse.py",
          "return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None", "return is_on_cpu(tensor)",
          "test_activations_emulated.py fused_models and Llama"),
+    Mend("an nvcc that fails is left out in silence", "cmake/find_nvcc.cmake", 'set(why "${found} fails: ${line}")',
+         'set(found "")', "test_build_options.py nvcc_is_found"),
+    Mend("doctor asks whether kernels were built, no more", "python/qlora_native/tool/cli/doctor.py",
+         "if isinstance(item, _cuda_kernels.Missing)", "if not _cuda_kernels._C.build_info()['cuda_archs']",
+         "test_cuda_build.py doctor"),
 )  # fmt: skip
 
 

@@ -19,11 +19,13 @@ import torch
 from emulated import arguments, names_in_stub
 from helpers import same_bytes
 from laws import ROOT
+from sentences import Check
 
 import qlora_native as qn
 from qlora_native import errors
 from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.ops.linear_4bit import DECODED, cuda_engine
+from qlora_native.tool.cli import doctor
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 compiles = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
@@ -91,18 +93,27 @@ def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None
     assert (done.returncode, done.stdout.split()) == (0, ["True", "True", "False", "False"]), done.stderr
 
 
-def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: {"cuda_archs": ""})
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device was examined yet, and nothing was said."""
     monkeypatch.setattr(errors, "_warned", set())
-    with pytest.warns(UserWarning, match="this build has no CUDA kernels.*QLORA_NATIVE_CUDA=ON"):
-        assert _cuda_kernels._loaded.__wrapped__() is None
+    for name in ("_loaded", "examined", "native"):
+        monkeypatch.setattr(_cuda_kernels, name, cache(getattr(_cuda_kernels, name).__wrapped__))
+
+
+def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {"cuda_archs": "", "cuda_lacking": "no nvcc was found"}
+    monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: build)
+    undecided(monkeypatch)
+    words = r"this build has no CUDA kernels \(no nvcc was found\).*QLORA_NATIVE_CUDA=ON"
+    with pytest.warns(UserWarning, match=words):
+        assert _library.module_for(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_warned", set())
+    undecided(monkeypatch)
     with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver .*CUDA \d+\.\d"):
-        assert _cuda_kernels._loaded.__wrapped__() is None
+        assert _library.module_for(torch.device("cuda", 0)) is None
 
 
 def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> Any:
@@ -119,11 +130,10 @@ def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], imag
         return "" if capabilities[current[0]] in images else "cudaErrorNoKernelImageForDevice"
 
     module = SimpleNamespace(image_error=image_error)
-    monkeypatch.setattr(errors, "_warned", set())
+    undecided(monkeypatch)
     monkeypatch.setattr(_cuda_kernels, "_loaded", lambda: module)
     monkeypatch.setattr(_cuda_kernels, "launching", launching)
     monkeypatch.setattr(_cuda_kernels, "facts", lambda device: _cuda_kernels.Facts(capabilities[device.index], 80))
-    monkeypatch.setattr(_cuda_kernels, "native", cache(_cuda_kernels.native.__wrapped__))
     return module
 
 
@@ -143,6 +153,39 @@ def test_a_device_without_an_image_says_so_once_and_the_others_stay(monkeypatch:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert _library.module_for(device) is None and cuda_engine(device) is DECODED
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        {"cuda_archs": "", "cuda_lacking": "no nvcc was found"},
+        {"cuda_archs": "", "cuda_lacking": "/opt/cuda/bin/nvcc fails: error: unsupported GNU version!"},
+        {"cuda_archs": "80,90", "cuda_lacking": ""},  # and a driver that is too old
+    ],
+)
+def test_doctor_says_why_cards_have_no_kernels_and_what_mends_it(
+    build: dict[str, str], monkeypatch: pytest.MonkeyPatch, sentence: Check
+) -> None:
+    """Once for two cards; CUDA 13 in the binary and a driver of CUDA 12.4."""
+    old = SimpleNamespace(device_count=lambda: 0, runtime_version=lambda: 13000, driver_version=lambda: 12040)
+    monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: build)
+    monkeypatch.setattr(qn, "_cuda", old, raising=False)
+    monkeypatch.setitem(sys.modules, "qlora_native._cuda", old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    undecided(monkeypatch)
+    (item,) = doctor._missing_kernels()
+    sentence(f"{item['packages']}: {item['mend']}")
+
+
+def test_doctor_sees_a_card_without_an_image(monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:
+    """Kernels were built, and run on the card beside it."""
+    faked_devices(monkeypatch, [80, 110], {80, 90})
+    monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: {"cuda_archs": "80,90", "cuda_lacking": ""})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (item,) = doctor._missing_kernels()
+    sentence(f"{item['packages']}: {item['mend']}")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")

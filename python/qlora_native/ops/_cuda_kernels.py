@@ -21,46 +21,65 @@ from qlora_native.errors import say_once
 SLOWER = "its tensors go through torch's own operations, which is slower."
 
 
+class Missing(NamedTuple):
+    """Why a device has no kernels, and the command or step that gives it some."""
+
+    reason: str
+    mend: str
+
+
+def _rebuild(settings: str = "") -> str:
+    command = f"{settings}QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps ."
+    return f"in a clone of the repository: {command}"
+
+
 @cache
-def _loaded() -> ModuleType | None:
-    """The module ``_cuda``, or None, and a warning why, where torch has a device but no kernels can run at all."""
-    if not _C.build_info()["cuda_archs"]:
-        say_once(
-            f"qlora_native: this build has no CUDA kernels; {SLOWER} Reinstall it from source with nvcc on PATH and "
-            "QLORA_NATIVE_CUDA=ON."
-        )
-        return None
+def _loaded() -> ModuleType | Missing:
+    """The module ``_cuda``, or why its kernels run on no device."""
+    build = _C.build_info()
+    if not build["cuda_archs"]:
+        # Only a compiler that this nvcc refuses has been seen to make it fail.
+        host = "CUDAHOSTCXX=g++-12 " if " fails: " in build["cuda_lacking"] else ""
+        reason = f"this build has no CUDA kernels ({build['cuda_lacking']})"
+        return Missing(reason, _rebuild(host))
     from qlora_native import _cuda
 
     if _cuda.device_count() == 0:
         built, driver = (
             f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version())
         )
-        say_once(
-            f"qlora_native: the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}; {SLOWER} "
-            "Update the driver, or reinstall from source with an older nvcc."
-        )
-        return None
+        reason = f"the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}"
+        return Missing(reason, f"update the driver; or, with an older nvcc on PATH, {_rebuild()}")
     return _cuda
+
+
+@cache
+def examined(device: torch.device) -> ModuleType | Missing:
+    """The module with the kernels of a CUDA device, or why they cannot run there."""
+    module = _loaded()
+    if isinstance(module, Missing):
+        return module
+    with launching(device):
+        error = module.image_error()
+    if not error:
+        return module
+    capability = facts(device).compute_capability
+    major, minor = divmod(capability, 10)
+    return Missing(
+        f"{device} has compute capability {major}.{minor}, for which this build has no kernels: CUDA gave {error}, the "
+        f"build has {_C.build_info()['cuda_archs']}",
+        f"if it is 7.5 or newer, {_rebuild(f'QLORA_NATIVE_CUDA_ARCHS={capability} ')}",
+    )
 
 
 @cache
 def native(device: torch.device) -> ModuleType | None:
     """The module with the kernels of a CUDA device; None, after a warning why, for one on which they cannot run."""
-    module = _loaded()
-    if module is None:
+    found = examined(device)
+    if isinstance(found, Missing):
+        say_once(f"qlora_native: {found.reason}; {SLOWER} To mend it, {found.mend}")
         return None
-    with launching(device):
-        error = module.image_error()
-    if error:
-        major, minor = divmod(facts(device).compute_capability, 10)
-        say_once(
-            f"qlora_native: {device} has compute capability {major}.{minor}, for which this build has no kernels: CUDA "
-            f"gave {error}, the build has {_C.build_info()['cuda_archs']}; {SLOWER} If it is 7.5 or newer, reinstall "
-            f"from source with QLORA_NATIVE_CUDA_ARCHS={major}{minor}."
-        )
-        return None
-    return module
+    return found
 
 
 def current_device() -> int:

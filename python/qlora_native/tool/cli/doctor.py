@@ -18,7 +18,7 @@ import torch
 
 from qlora_native import _C, build_info
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _library
+from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.tool.cli._run import add_to, missing_packages, print_result, require
 
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
@@ -30,10 +30,6 @@ OPTIONAL = ("bench",)  # no command needs them
 VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes"
 VERSIONS += " tensorboard trackio wandb mlflow"
 TOKENS = (1, 16, 512)  # of generating, of a few rows at once, of training
-BUILD_WITH_CUDA = (
-    "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps --no-binary "
-    "qlora_native qlora_native"
-)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +58,7 @@ def examine() -> dict[str, Any]:
         if (packages := missing_packages(names.split()))
     ]
     missing = [item for item in found if item["extra"] not in OPTIONAL]
-    if devices and not build["cuda"]:
-        missing.append({"extra": None, "packages": ["the CUDA kernels"], "mend": BUILD_WITH_CUDA})
+    missing += _missing_kernels()
     return {
         "build": build,
         "python": sys.version.split()[0],
@@ -104,7 +99,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         ("CPU kernels", f"{build['cpu_isa']} in use; built: {', '.join(build['isas_built'])}"),
         (
             "CUDA kernels",
-            f"for compute capability {build['cuda_archs']}" if build["cuda"] else "not built",
+            f"for compute capability {build['cuda_archs']}"
+            if build["cuda"]
+            else f"not built: {build['cuda_lacking']}",
         ),
         (
             "machine",
@@ -189,6 +186,18 @@ def _paging_in_words(report: dict[str, Any]) -> str:
         limit = memory["bytes"] / 2**30
         words += f"; {free:.1f} of {limit:.1f} GiB free by {memory['limit']}"
     return words
+
+
+def _missing_kernels() -> list[dict[str, Any]]:
+    """Why devices have no kernels, in the form of missing packages; a reason that several share once."""
+    numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    found = (_cuda_kernels.examined(torch.device("cuda", number)) for number in numbers)
+    return [
+        {"extra": None, "packages": [f"CUDA kernels: {reason}"], "mend": mend}
+        for reason, mend in dict.fromkeys(
+            item for item in found if isinstance(item, _cuda_kernels.Missing)
+        )
+    ]
 
 
 def _cuda_devices() -> list[str]:
