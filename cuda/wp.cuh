@@ -169,9 +169,37 @@ __device__ __forceinline__ void scheduling_fence(int positive, int index) {
 }  // namespace qlora_native::wp
 #endif
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace qlora_native::wp {
 
 inline constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of dynamic shared memory that any kernel may have
+
+// Lets the kernel have this much dynamic shared memory on the current device. The first to ask gets all that the device
+// has beside the kernel's static memory: were each launch to set its own size, one of another host thread in between
+// could find less than it needs.
+inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // by kernel and device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& so_far = allowed[{kernel, device}];
+  if (error != cudaSuccess || shared_bytes <= so_far) {
+    return error;
+  }
+  int most = 0;
+  cudaFuncAttributes attributes{};
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernel) : error;
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  error =
+      error == cudaSuccess ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) : error;
+  so_far = error == cudaSuccess ? static_cast<size_t>(most) : so_far;
+  return error;
+}
 
 // Launches on the stream without waiting for it. The error is this launch's own, and it is taken off the runtime's
 // record, where another caller would mistake it for theirs.
@@ -180,8 +208,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    Arguments... arguments) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+    error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};

@@ -304,6 +304,23 @@ TEST(shared_memory_above_48_kib_must_be_asked_for) {
   CHECK_IS(cudaFuncSetAttribute(kernel, kBytes, 0), cudaSuccess);
 }
 
+// Of two threads that launch one kernel, the one that needs less must not take from the other what it has asked for.
+TEST(shared_memory_is_asked_for_once_and_to_the_most) {
+  const cuemu::DeviceBuffer<float> x(std::vector<float>(4));
+  const auto launch = [&](size_t shared_bytes) {
+    return wp::launch(step, dim3(1), dim3(4), shared_bytes, nullptr, x.data(), 1.0f);
+  };
+  size_t& allowed = cuemu::opted_in_bytes(reinterpret_cast<const void*>(step));
+  const size_t most = cuemu::device().shared_bytes_per_block;
+  CHECK_IS(launch(50 * 1024), cudaSuccess);
+  CHECK(allowed == most, "%zu bytes of %zu", allowed, most);
+  allowed = 60 * 1024;
+  CHECK_IS(launch(50 * 1024), cudaSuccess);
+  CHECK(allowed == 60 * 1024, "%zu bytes", allowed);
+  allowed = most;
+  CHECK_IS(launch(most + 1), cudaErrorInvalidValue);
+}
+
 TEST(a_device_needs_an_image) {
   const cuemu::DeviceBuffer<float> x(std::vector<float>(4));
   cuemu::images() = cuemu::Images{{75, 80, 90}, {}};
