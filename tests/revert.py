@@ -99,6 +99,9 @@ MENDS = (
     Mend("doctor asks whether kernels were built, no more", "python/qlora_native/tool/cli/doctor.py",
          "if isinstance(item, _cuda_kernels.Missing)", "if not _cuda_kernels._C.build_info()['cuda_archs']",
          "test_cuda_build.py doctor"),
+    Mend("a managed store that fails ends a run", f"{OPTIM}/device_pages.py",
+         "if self.paged is True or not self.managed:", "if True:",
+         "test_paging_emulated.py managed_store_fails"),
 )  # fmt: skip
 
 

@@ -23,10 +23,12 @@ from emulated import Emulator
 from emulated_torch import Stream
 from helpers import gguf_weight, same_bytes
 from safetensors.torch import load_file
+from sentences import Check
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 import qlora_native as qn
+from qlora_native.errors import UserError
 from qlora_native.models import device_layers, fuse
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.device_layers import StreamedLayers, stream_layers
@@ -269,6 +271,17 @@ def test_graphs_are_refused(emulator: Emulator, folder: Any, monkeypatch: pytest
     assert why_eager(TrainConfig(model="m", data={"train": "t"}), on_cuda) == "layers stream to the device"
     with pytest.raises(ValueError, match="budget of 0 MiB"):
         stream(emulator, make(folder, 2), 1)
+
+
+def test_memory_that_cannot_be_pinned_is_one_sentence(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, sentence: Check
+) -> None:
+    """With advice for layers, not for the states of an optimizer, which lie in the same store."""
+    module = emulator.module
+    monkeypatch.setattr(device_layers, "module_for", lambda device: module)
+    with pytest.raises(UserError) as refused:
+        device_layers._pinned(1 << 60, torch.device("cpu"))
+    sentence(refused.value)
 
 
 def test_a_run_that_does_not_fit_streams_by_itself(

@@ -17,6 +17,7 @@ import torch
 from emulated import Emulator
 from helpers import same_bytes, through_a_file
 from paged import MIB, grouped, params_of, same_optimizers
+from sentences import Check
 
 import qlora_native as qn
 from qlora_native import errors
@@ -298,8 +299,41 @@ def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.Monk
 
 def test_a_store_that_cannot_be_had_is_an_error(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
-    with pytest.raises(RuntimeError, match="65536 bytes of managed memory .* cudaErrorInvalid"):
+    with pytest.raises(RuntimeError, match=r"65536 bytes of managed memory .* cudaErrorInvalid\w+\.$"):
         emulator.module.ManagedStore([(1000, 2, False)], 65536, 65536)
+
+
+@pytest.mark.parametrize("arenas", [0, 1])
+def test_auto_goes_on_where_a_managed_store_fails(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, arenas: int, sentence: Check
+) -> None:
+    """The first store, or the one of a group that comes later; with paged=True it is an error."""
+    module = emulator.module
+    monkeypatch.setattr(errors, "_warned", set())
+    given = iter([module.ManagedStore] * arenas)
+
+    def store(*arguments: Any) -> Any:
+        made = next(given, None)
+        if made is None:
+            raise RuntimeError("paging: no such memory.")
+        return made(*arguments)
+
+    monkeypatch.setattr(module, "ManagedStore", store)
+    caught: list[warnings.WarningMessage]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        auto, plain = (grouped("AdamW", SIZES, paged=paged) for paged in ("auto", False))
+        for number in range(3):
+            step(number, auto, plain)
+            if number == 0:
+                for optimizer in (auto, plain):
+                    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(9000))]})
+    sentence("\n".join(str(item.message) for item in caught))
+    (pages,) = auto._pages.values()
+    assert same_optimizers(auto, plain) and len(pages.stores) == arenas
+    assert isinstance(pages, device_pages.DevicePages) and pages.could_pin == (arenas == 0)
+    with pytest.raises(RuntimeError, match="no such memory.*bits=8"):
+        make(paged=True)
 
 
 def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> None:

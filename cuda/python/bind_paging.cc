@@ -41,8 +41,7 @@ std::shared_ptr<Store> make_store(const Forms& forms, int64_t page_bytes, int64_
     (void)cudaGetLastError();
     throw std::runtime_error("paging: " + std::to_string(plan_pages(checked, page_bytes, chunk_bytes).num_bytes) +
                              " bytes of " + (std::is_same_v<Store, ManagedStore> ? "managed" : "pinned host") +
-                             " memory could not be had: CUDA gave " + cudaGetErrorName(error) +
-                             ". Use bits=8, which takes a quarter, or paged=False.");
+                             " memory could not be had: CUDA gave " + cudaGetErrorName(error) + ".");
   }
   return store;
 }

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_native._memory import free_device_memory
 from qlora_native.calibration.layers import decoder_layers
+from qlora_native.errors import UserError
 from qlora_native.models.load import load_model
 from qlora_native.models.residency import Residency, Unit, plan_residency
 from qlora_native.nn.experts import QuantizedExperts
@@ -198,7 +199,13 @@ def _pinned(num_bytes: int, device: torch.device) -> Tensor:
     if module is None:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     form = -(-num_bytes // 4), 1, False  # of states in fp32
-    store = module.PinnedStore([form], module.pinned_page_bytes, num_bytes)
+    try:
+        store = module.PinnedStore([form], module.pinned_page_bytes, num_bytes)
+    except RuntimeError as error:
+        raise UserError(
+            f"streamed layers: {error} Give the model a larger budget of the device, or free memory of the host: "
+            "what is pinned cannot be swapped out."
+        ) from None
     return torch.frombuffer(store, dtype=torch.uint8, count=num_bytes)
 
 

@@ -77,12 +77,25 @@ class DevicePages(Pages):
         forms = self._forms(wanted)
         arena_bytes = sum(numel * moments * (1 if coded else 4) for numel, moments, coded in forms)
         chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
-        with _cuda_kernels.launching(self.device) as stream:
-            if self.managed:
-                store = self.module.ManagedStore(forms, self.module.managed_page_bytes, chunk_bytes)
-                store.zero(self._budget_of(store), stream)
-            else:
-                store = self.module.PinnedStore(forms, self.module.pinned_page_bytes, chunk_bytes)
+        try:
+            with _cuda_kernels.launching(self.device) as stream:
+                if self.managed:
+                    store = self.module.ManagedStore(
+                        forms, self.module.managed_page_bytes, chunk_bytes
+                    )
+                    store.zero(self._budget_of(store), stream)
+                else:
+                    store = self.module.PinnedStore(forms, self.module.pinned_page_bytes, chunk_bytes)
+        except RuntimeError as error:
+            if self.paged is True or not self.managed:
+                advice = "Use bits=8, which takes a quarter, or paged=False."
+                raise RuntimeError(f"{error} {advice}") from None
+            say_once(
+                f"qlora_native: {self.owner}'s states stay in ordinary memory of {self.device}. {error}"
+            )
+            self.managed = bool(self.stores)  # those before stay what they are
+            self.could_pin = not self.managed
+            return
         self._add(store, wanted, store.places)
         self._tables = None
 
