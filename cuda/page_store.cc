@@ -41,20 +41,28 @@ PageStore::~PageStore() {
 }
 
 cudaError_t PageStore::open(bool comes_apart) {
+  comes_apart_ = comes_apart;
+  return cudaGetDevice(&device_);
+}
+
+cudaError_t PageStore::make_streams() {
+  if (began_ != nullptr) {
+    return cudaSuccess;
+  }
   const auto make_event = [](cudaEvent_t& event) { return cudaEventCreateWithFlags(&event, cudaEventDisableTiming); };
   const auto make_stream = [](cudaStream_t& stream) {
     return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   };
-  cudaError_t error = in_turn([&] { return cudaGetDevice(&device_); }, [&] { return make_stream(out_); },
-                              [&] { return comes_apart ? make_stream(in_) : cudaSuccess; },
-                              [&] { return make_event(began_); }, [&] { return make_event(released_); });
+  cudaError_t error =
+      in_turn([&] { return make_stream(out_); }, [&] { return comes_apart_ ? make_stream(in_) : cudaSuccess; },
+              [&] { return make_event(released_); });
   for (auto* events : {&fetched_, &updated_}) {
     events->resize(sizes_.size());
     for (size_t i = 0; i < events->size() && error == cudaSuccess; ++i) {
       error = make_event((*events)[i]);
     }
   }
-  return error;
+  return error == cudaSuccess ? make_event(began_) : error;  // the last: all are there
 }
 
 void PageStore::wait_for_device() const {
@@ -75,7 +83,7 @@ cudaError_t PageStore::walk(const std::vector<bool>& wanted, int64_t budget_byte
                             cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::vector<PageMove> moves = moves_of(wanted, resident_, budget_bytes);
-  cudaError_t error = cudaEventRecord(began_, stream);
+  cudaError_t error = in_turn([&] { return make_streams(); }, [&] { return cudaEventRecord(began_, stream); });
   for (auto next = moves.begin(); next != moves.end() && error == cudaSuccess; ++next) {
     error = move(*next, update, stream);
   }
@@ -138,7 +146,7 @@ cudaError_t PageStore::page_out(cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    error = cudaEventRecord(began_, stream);
+    error = in_turn([&] { return make_streams(); }, [&] { return cudaEventRecord(began_, stream); });
     for (size_t chunk = 0; chunk < sizes_.size() && error == cudaSuccess; ++chunk) {
       error = resident_[chunk] ? release(chunk) : cudaSuccess;
     }
@@ -146,7 +154,7 @@ cudaError_t PageStore::page_out(cudaStream_t stream) {
   return error == cudaSuccess ? finish() : error;
 }
 
-cudaError_t PageStore::finish() { return cudaStreamSynchronize(out_); }
+cudaError_t PageStore::finish() { return out_ == nullptr ? cudaSuccess : cudaStreamSynchronize(out_); }
 
 void PageStore::forget_residency() {
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -75,7 +75,7 @@ class PageStore {
  protected:
   PageStore(std::vector<StateForm> forms, PagePlan plan);
 
-  // Streams and events; `comes_apart`: chunks come on a stream of their own, else on the caller's.
+  // For the current device. `comes_apart`: chunks come on a stream of their own, else on the caller's.
   cudaError_t open(bool comes_apart);
 
   // Waits for the device: whatever uses the arena may still run. To be called by the destructors of what derives,
@@ -94,6 +94,8 @@ class PageStore {
   std::byte* memory_ = nullptr;
 
  private:
+  // Streams and events, at the first move: a store may be memory alone.
+  cudaError_t make_streams();
   cudaError_t move(const PageMove& next, const Update& update, cudaStream_t stream);
   cudaError_t fetch(size_t chunk, cudaStream_t stream);
   cudaError_t release(size_t chunk);
@@ -106,6 +108,7 @@ class PageStore {
   std::vector<bool> resident_;  // [chunks]
   int64_t bytes_in_ = 0;
   int64_t bytes_out_ = 0;
+  bool comes_apart_ = false;
   cudaStream_t in_ = nullptr;  // null: the caller's
   cudaStream_t out_ = nullptr;
   cudaEvent_t began_ = nullptr;

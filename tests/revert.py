@@ -102,6 +102,8 @@ MENDS = (
     Mend("a managed store that fails ends a run", f"{OPTIM}/device_pages.py",
          "if self.paged is True or not self.managed:", "if True:",
          "test_paging_emulated.py managed_store_fails"),
+    Mend("stores that nothing moves make streams", "cuda/page_store.cc", "return cudaGetDevice(&device_);",
+         "return cudaGetDevice(&device_), make_streams();", "test_cuda_build.py streams_and_events"),
 )  # fmt: skip
 
 
