@@ -34,17 +34,17 @@ elseif(cuda_mode STREQUAL "AUTO" OR cuda_mode STREQUAL "ON")
       message(FATAL_ERROR "QLORA_NATIVE_CUDA_ARCHS asks for ${unknown}, which the nvcc of CUDA ${release} does not "
                           "compile for: leave it out, or put a newer nvcc on PATH")
     endif()
-    # Machine code of each, and PTX of the newest for the cards that come after it.
+    choose_cuda_ptx(ptx ${archs})
     list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
-    list(GET archs -1 newest)
-    list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-virtual")
+    list(TRANSFORM ptx APPEND "-virtual" OUTPUT_VARIABLE virtual)
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${virtual})
     set(CMAKE_CUDA_COMPILER "${nvcc}")
     enable_language(CUDA)
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(QLORA_NATIVE_CUDA_FOUND TRUE)
     list(JOIN archs "," QLORA_NATIVE_CUDA_ARCHS_BUILT)  # a semicolon would not survive a command line
-    message(STATUS "qlora_native: building for CPU and CUDA ${release}, architectures ${archs}, PTX of ${newest}")
+    message(STATUS "qlora_native: building for CPU and CUDA ${release}, architectures ${archs}, PTX of ${ptx}")
   elseif(cuda_mode STREQUAL "ON")
     message(FATAL_ERROR "QLORA_NATIVE_CUDA=ON, but ${lacking}: "
                         "put one on PATH or set CUDACXX, or use QLORA_NATIVE_CUDA=OFF")

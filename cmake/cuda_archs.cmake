@@ -42,3 +42,13 @@ function(choose_cuda_archs result nvcc wanted)
   list(SORT chosen COMPARE NATURAL)
   set(${result} "${chosen}" PARENT_SCOPE)
 endfunction()
+
+# Which of these, in rising order, are compiled to PTX too: the newest, for the cards that come after it, and 80 where
+# capability 11.0 would find nothing else: it is of a major version of its own, and below the newest.
+function(choose_cuda_ptx result)
+  list(GET ARGN -1 chosen)
+  if(chosen GREATER 110 AND 80 IN_LIST ARGN AND NOT 110 IN_LIST ARGN)
+    list(PREPEND chosen 80)
+  endif()
+  set(${result} "${chosen}" PARENT_SCOPE)
+endfunction()

@@ -68,6 +68,23 @@ def test_architectures(known: str, cards: str | None, wanted: str, expected: str
     assert printed.strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        ("75 80 86 89 90 100 120", "80;120"),
+        ("75 80 86 89 90", "90"),
+        ("80 90", "90"),
+        ("80 110", "110"),
+        ("80 110 120", "120"),
+        ("120", "120"),  # somebody's card
+        ("75", "75"),
+    ],
+)
+def test_ptx_serves_the_cards_without_machine_code(archs: str, expected: str, tmp_path: Path) -> None:
+    lines = f'include("{ROOT}/cmake/cuda_archs.cmake")\nchoose_cuda_ptx(chosen {archs})\nmessage("${{chosen}}")\n'
+    assert script_prints(lines, tmp_path, {"PATH": os.defpath}).strip() == expected
+
+
 # What nvcc 12.4 says beside GCC 14, and an nvcc that works.
 TOO_NEW = """\
 In file included from <command-line>:
