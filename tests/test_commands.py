@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,12 @@ import yaml
 from adapters import make_adapter
 
 import qlora_native as qn
+from qlora_native.errors import UserError
+from qlora_native.models import device_layers
 from qlora_native.tool.cli import demo, doctor, main, standard_library
 from qlora_native.tool.cli._run import DISTRIBUTIONS
 from qlora_native.tool.cli.main import COMMANDS
+from qlora_native.tool.evaluate import variants
 
 # Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES = {
@@ -258,8 +260,7 @@ def test_the_demo_with_the_files_own_weights(
 def test_the_demo_in_float16(is_asked: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model and the run have the dtype, by the option, or as on a card without bfloat16."""
     if not is_asked:
-        card = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda **_: False)
-        monkeypatch.setattr("qlora_native.tool.sections.torch", SimpleNamespace(cuda=card))
+        monkeypatch.setattr("qlora_native.tool.sections.card_dtype", lambda: "float16")
     dtypes: list[torch.dtype] = []
 
     def answer(model: Any, *_: Any) -> str:
@@ -274,3 +275,29 @@ def test_the_demo_in_float16(is_asked: bool, model: Path, tmp_path: Path, monkey
     assert main.main(["demo", *words]) == 0
     made = yaml.safe_load((tmp_path / "out" / "adapter" / "config.yaml").read_text())
     assert made["train"]["dtype"] == "float16" and set(dtypes) == {torch.float16}
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("command", ["demo", "chat {model} --prompt x", "eval {model} --data {rows}"])
+def test_the_model_goes_to_the_card_in_its_type(
+    command: str, has_bf16: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 emulates bfloat16, at a tenth of its float16."""
+    asked: list[Any] = []
+
+    def load(*_: Any, **options: Any) -> None:
+        asked.append((str(options["device"]), options["dtype"]))
+        raise UserError("loaded")
+
+    few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
+    monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
+    monkeypatch.setattr(demo, "model_file", lambda name: model)
+    monkeypatch.setattr(qn, "load_model", load)
+    monkeypatch.setattr(device_layers, "load_to_device", load)
+    monkeypatch.setattr(variants, "load_to_device", load)
+    monkeypatch.setattr(variants, "load_dense", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(command.format(model=model, rows=model.parent / "rows.jsonl").split()) == 2
+    assert asked == [("cuda", torch.bfloat16 if has_bf16 else torch.float16)]

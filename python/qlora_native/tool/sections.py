@@ -8,7 +8,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapter_settings
 from qlora_native.lora.config import ALL_LINEAR, LoraSettings
+from qlora_native.tool import card_dtype
 from qlora_native.weight import CALIBRATED
 
 # Limits of numbers, beyond which sums and products of them do not fit what computes with them.
@@ -327,12 +327,7 @@ class LoopSection(Section):
     @field_validator("dtype")
     @classmethod
     def _of_the_card(cls, value: str) -> str:
-        if value != "auto":
-            return value
-        has_it = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        return "bfloat16" if has_it else "float16"
+        return card_dtype() if value == "auto" else value
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopSection:

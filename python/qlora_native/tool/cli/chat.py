@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from qlora_native._io import as_user_error
+from qlora_native.tool import card_dtype
 from qlora_native.tool.cli._run import add_to, has_rich_terminal, printable
 from qlora_native.tool.cli._weights import DTYPE_NAMES, add_quantizing, announce_base, as_trained
 
@@ -29,7 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--top-k", "N", "tokens to sample from; 0 is all (default: 0)", default=0)
     add("--seed", "N", "of sampling, the same for both answers (default: 0)", default=0)
     add_quantizing(parser)
-    add("--dtype", DTYPE_NAMES, "of activations and of what is not 4-bit (default: bfloat16)")
+    dtype = (
+        "of activations and of what is not 4-bit (default: bfloat16, or float16 on a card without it)"
+    )
+    add("--dtype", DTYPE_NAMES, dtype)
     add("--json", None, "print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the
@@ -167,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         note = partial(print, file=sys.stderr)
         base = as_trained(args)
         announce_base(args, base)
-        options = base.options | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
+        options = base.options | {"dtype": getattr(torch, args.dtype or card_dtype())}
         model: Any = load_to_device(base.path, device=device, note=note, **options)
         if args.adapter:
             qn.load_adapter(model, args.adapter)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_native._io import as_user_error, as_write_error
 from qlora_native.errors import UserError
+from qlora_native.tool import card_dtype
 from qlora_native.tool.cli._run import add_to, print_result, printable, require
 from qlora_native.tool.cli._weights import DTYPE_NAMES, announce_base, as_trained, run_of
 
@@ -42,7 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "predicted part of a conversation (default: answers)",
         default="answers",
     )
-    add("--dtype", DTYPE_NAMES, "of activations and of what is not 4-bit (default: bfloat16)")
+    dtype = (
+        "of activations and of what is not 4-bit (default: bfloat16, or float16 on a card without it)"
+    )
+    add("--dtype", DTYPE_NAMES, dtype)
     add("--report", "DIR", "write report.md, report.json and report.png there")
     add("--json", None, "print the result as one JSON object")
     parser.epilog = """With --adapter base and tuned model are compared on the same rows: loss, perplexity, their
@@ -75,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.lm_eval:
         check_harness()
     options: dict[str, Any] = {"device": "cuda"} if torch.cuda.is_available() else {}
-    if args.dtype is not None:
-        options["dtype"] = getattr(torch, args.dtype)
+    options["dtype"] = getattr(torch, args.dtype or card_dtype())
 
     def note(line: str) -> None:
         if not args.json:
