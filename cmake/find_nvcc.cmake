@@ -45,7 +45,7 @@ function(find_nvcc nvcc lacking root)
     endif()
     if(cards)
       message(WARNING "qlora_native: no CUDA kernels are built: there is a GPU, but no nvcc. Put one on PATH or set "
-                      "CUDACXX.")
+                      "CUDACXX; pip brings one by itself for drivers from 580 on, unless --no-build-isolation is given.")
     endif()
   endif()
   set(${nvcc} "${found}" PARENT_SCOPE)

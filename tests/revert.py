@@ -110,6 +110,8 @@ MENDS = (
          '{"device": "cuda"} if torch.cuda.is_available() else {}', "{}", "test_commands.py goes_to_the_card"),
     Mend("a T4 is given bfloat16", "python/qlora_native/tool/__init__.py", "including_emulation=False",
          "including_emulation=True", "test_config.py card_multiplies"),
+    Mend("a card without nvcc gets no kernels", "cmake/build_backend.py", 'mode == "AUTO" and has_card()', "False",
+         "test_build_backend.py is_asked_for"),
 )  # fmt: skip
 
 

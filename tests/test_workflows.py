@@ -48,3 +48,4 @@ def test_wheels_are_of_every_system_and_tested_there() -> None:
     assert len(tests) == 8 and all((ROOT / test).is_file() for test in tests)
     sections = [BUILD, *(BUILD[system] for system in ("macos", "windows"))]
     assert [section["environment"]["QLORA_NATIVE_CUDA"] for section in sections] == ["OFF"] * 3
+    assert BUILD["linux"]["environment"] == {"QLORA_NATIVE_CUDA": "ON", "QLORA_NATIVE_CUDA_ARCHS": "all"}
