@@ -96,6 +96,10 @@ MENDS = (
          "test_activations_emulated.py fused_models and Llama"),
     Mend("the GPU model charges decoded weights as if they stayed in L2", "bench/gpu_model.py", "(PACKED + 2) * n * k",
          "PACKED * n * k", "test_gpu_check.py respects_the_floors"),
+    Mend("the kernels that are measured on one card are taken on another", f"{OPS}/_cuda_choice.py",
+         'if stored["card"] == list(card):', "if True:", "test_cuda_choice.py another_card"),
+    Mend("kernels are measured within a capture", f"{OPS}/_cuda_choice.py", "if _cuda_kernels.is_capturing(device):",
+         "if False:", "test_cuda_choice.py capture"),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ The plan is native and a pure function of sizes (cuda/matmul_plan.h).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
+from qlora_native.ops import _cuda_choice, _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._engine import Adapter, Engine, address
 from qlora_native.ops._operands import Weight
@@ -122,6 +122,7 @@ class Cuda(Engine):
         weight: Weight,
         bias: Tensor | None = None,
         adapter: Adapter | None = None,
+        plan: Plan | None = None,
     ) -> Tensor:
         if bias is not None:
             bias = bias.to(x.dtype)
@@ -132,7 +133,18 @@ class Cuda(Engine):
         low, up = (None, None) if adapter is None else adapter[:2]
         rank = 0 if low is None else low.shape[1]
         sizes = m, n, k, rank, weight.block_size, number, is_forward  # as Sizes has them
-        plan = plan_of(self.module, sizes, device, weight.quant_type) if m and n and k else TWO_STEPS
+        if plan is None:
+            plan = TWO_STEPS
+            if m and n and k:
+                plan = plan_of(self.module, sizes, device, weight.quant_type)
+                if m in _cuda_choice.TOKENS and (card := _cuda_choice.card(self.module, device)):
+                    fused = plan_of(self.module, sizes, device, weight.quant_type, True)
+                    if fused.kind != TWO_STEP:
+                        ways = fused, TWO_STEPS
+                        operands = is_forward, x, weight, bias, adapter
+                        runs = [partial(self.product, *operands, way) for way in ways]
+                        key = *sizes, weight.quant_type
+                        plan = ways[_cuda_choice.fastest(card, device, key, ways.index(plan), runs)]
         if plan.kind == TWO_STEP:
             return self._two_step(is_forward, x, weight, bias, adapter)
         x, x_at = _placed(x)
