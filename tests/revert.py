@@ -100,6 +100,10 @@ MENDS = (
          'if stored["card"] == list(card):', "if True:", "test_cuda_choice.py another_card"),
     Mend("kernels are measured within a capture", f"{OPS}/_cuda_choice.py", "if _cuda_kernels.is_capturing(device):",
          "if False:", "test_cuda_choice.py capture"),
+    Mend("kept decoded weights exceed their budget", f"{OPS}/_cuda_products.py", " <= KEPT_BYTES:", " <= 1 << 60:",
+         "test_recomputation.py kept_from_recomputation"),
+    Mend("kept decoded weights outlive a failed backward pass", f"{OPS}/_cuda_products.py",
+         " = weakref.WeakValueDictionary()", " = {}", "test_recomputation.py kept_from_recomputation"),
 )  # fmt: skip
 
 
