@@ -24,7 +24,7 @@ from pages import ROOT
 from torch import Tensor
 
 import qlora_native as qn
-from qlora_native.ops import _cuda_products
+from qlora_native.ops import _cuda_choice, _cuda_products
 
 TOKENS = (0, 1, 3, 16, 20, 40, 130)  # of every tile: up to 16, 32, 64 and 128 rows
 N, K = 192, 256
@@ -96,7 +96,8 @@ def products(dtype: torch.dtype) -> bool:
         made = [torch.randn(s) for s in ((m, K), (8, K), (N, 8), (N,), (m, N))]
         x, a, b, bias, grad = (t.to(dtype) if number in (0, 3, 4) else t for number, t in enumerate(made))
         ours = [t.to(device()).requires_grad_() for t in (x, a, b, bias)]
-        with patch.object(_cuda_products, "plan_of", partial(_cuda_products.plan_of, always_fused=always_fused)):
+        plan_of = partial(_cuda_products.plan_of, always_fused=always_fused)
+        with patch.object(_cuda_products, "plan_of", plan_of), patch.object(_cuda_choice, "card", lambda *_: None):
             y = qn.lora_linear(ours[0], w, ours[1], ours[2], 2.0, bias=ours[3])
             z = qn.linear(ours[0], w)
             grads = torch.autograd.grad(y, ours, grad.to(device()), retain_graph=True)

@@ -6,9 +6,9 @@
 Assumptions:
 - Bytes move at 92 % of the memory's rate; tensor operations run at 80 % of the dense rate with fp32 sums (50 % on a T4,
   which 70 W limit). A kernel takes the longer of both, plus 3 us to begin and end.
-- Products decode to 16 bits, as cuda/matmul_plan.cc plans it for so many tokens, which the GEMM reads again: over L2 if
-  the panel fits half of it. A GEMM of M rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands
-  once more.
+- Products decode whole weights to 16 bits, as cuda/matmul_plan.cc plans it for so many tokens: 2.516 bytes a weight,
+  before the GEMM reads them. A GEMM of M rows reaches M / (M + 128) of the best rate. A low-rank term reads its
+  operands once more.
 - A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
   and the loss; or the host's time if that is longer.
 - Rivals are measured, not predicted.
@@ -36,12 +36,9 @@ class Card(NamedTuple):
     """NVIDIA's figures: data sheets, and the whitepapers of Turing, Ampere, Hopper, Ada and Blackwell. The methods give
     seconds."""
 
-    arch: str
-    sms: int
     gb_per_s: float
     tflops: float  # 16 bits, fp32 sums, dense
     share: float  # of them that products reach
-    l2_mib: float
     memory_gib: float  # usable
 
     def moving(self, num_bytes: float) -> float:
@@ -55,8 +52,7 @@ class Card(NamedTuple):
 
     def product(self, m: int, n: int, k: int) -> float:
         """x [m, k] times a 4-bit weight [n, k], in two steps."""
-        in_cache = min(2 * n * k, 24 << 20) < self.l2_mib * (1 << 20) / 2
-        return self.moving((PACKED + (0 if in_cache else 2)) * n * k) + START_S + self.gemm(m, n, k)
+        return self.moving((PACKED + 2) * n * k) + START_S + self.gemm(m, n, k)
 
     def adapted(self, m: int, n: int, k: int, r: int) -> float:
         """A layer with an adapter: forward, forward again, backward."""
@@ -85,12 +81,12 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "T4": Card("75", 40, 320, 65, 0.5, 4, 14.6),
-    "A100": Card("80", 108, 1555, 312, 0.8, 40, 39),
-    "H100": Card("90", 132, 3350, 989, 0.8, 50, 79),
-    "H200": Card("90", 132, 4800, 989, 0.8, 50, 140),
-    "4090": Card("89", 128, 1008, 165, 0.8, 72, 23.5),
-    "5090": Card("120", 170, 1792, 209, 0.8, 96, 31.4),
+    "T4": Card(320, 65, 0.5, 14.6),
+    "A100": Card(1555, 312, 0.8, 39),
+    "H100": Card(3350, 989, 0.8, 79),
+    "H200": Card(4800, 989, 0.8, 140),
+    "4090": Card(1008, 165, 0.8, 23.5),
+    "5090": Card(1792, 209, 0.8, 31.4),
 }
 
 

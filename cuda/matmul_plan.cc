@@ -17,25 +17,20 @@ constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to 
 constexpr int64_t kPartialSteps = 2;   // to store and read again a tile's sums in fp32, for each CTA
 constexpr int64_t kLaunchSteps = 4;    // the second launch
 
-// Tokens up to which a fused kernel beats dequantizing for the library's GEMM: an estimate, not yet a measurement. A
-// step of a 128-row tile takes an A100 1,024 clocks in its MMAs, 690 in issue and about 1,100 in shared memory, which
-// overlap (tests/cuda_budgets.json has the counts): about 0.8 of the library's rate. That wins as long as dequantizing
-// takes a quarter of the GEMM's time, up to 770 tokens. Cards with GDDR gain most from reading 4 bits; Hopper and
-// datacenter Blackwell reach their peak only with instructions that the fused kernels do not use.
+// Tokens up to which a fused kernel beats dequantizing for the library's GEMM: estimates, on the low side, until a card
+// has timed both. A step of a 128-row tile takes an A100 1,024 clocks in its MMAs, 690 in issue and about 1,100 in
+// shared memory, which overlap (tests/cuda_budgets.json has the counts). At 70 % of the library's rate, a 4090 would lose
+// a fifth at 1,024 tokens. Hopper and datacenter Blackwell reach their peak only with instructions that the fused kernels
+// do not use.
 int64_t most_fused_tokens(int compute_capability) {
-  if (compute_capability < 80) {
-    return 256;
-  }
   switch (compute_capability / 10) {
-    case 8:
-      return compute_capability == 80 ? 512 : 1536;
     case 9:
       return 128;
     case 10:
     case 11:
       return 32;
     default:
-      return 1536;
+      return 256;
   }
 }
 

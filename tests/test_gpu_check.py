@@ -314,6 +314,8 @@ def test_the_written_model_has_every_step_and_respects_the_floors() -> None:
             card = gpu_model.CARDS[name]
             least = max(3 * 0.5 * weights / card.gb_per_s / 1e6, 3 * 2e-9 * case.m * weights / card.tflops)
             assert milliseconds is None or milliseconds >= least, (case.name, name)
+    for card in gpu_model.CARDS.values():  # a whole weight is decoded, and read by the GEMM
+        assert card.product(1, 4096, 4096) >= (0.516 + 2 + 2) * 4096**2 / card.gb_per_s / 1e9
 
 
 ROW, H100 = gpu_models.STEPS["8B"].name, "NVIDIA H100 80GB HBM3"

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOAT_DTYPES
+from emulated import Emulator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qlora_native as qn
+from qlora_native.ops import _cuda_kernels, _cuda_products
 from qlora_native.ops.linear_4bit import CPU
 
 SIZE = 64
@@ -100,3 +102,52 @@ def dropped(layer: Layer, x: Tensor) -> Tensor:
 def test_what_a_checkpoint_may_hold(run: Run, dtype: torch.dtype) -> None:
     layers = [Layer(is_last_adapted=True) for _ in range(2)]
     assert all(map(torch.equal, gradients(layers, checkpointed(run), dtype), gradients(layers, run, dtype)))
+
+
+class Decodes:
+    """What CUDA products in two steps decode, and the most bytes that lie kept meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = self.most = 0
+        self.error = -1  # the decoding that runs out of memory
+        decode = _cuda_products.decode
+
+        def counted(*given: Any) -> None:
+            if self.count == self.error:
+                raise torch.OutOfMemoryError
+            self.count += 1
+            self.most = max(self.most, self.kept())
+            decode(*given)
+
+        monkeypatch.setattr(_cuda_products, "decode", counted)
+        monkeypatch.setattr(_cuda_products, "plan_of", lambda *_: _cuda_products.TWO_STEPS)
+        monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: False)
+
+    @staticmethod
+    def kept() -> int:
+        return sum(one.nbytes for kept in _cuda_products._passes.values() for one in kept.values())
+
+
+BYTES = SIZE * SIZE * 2  # of a decoded weight
+
+
+@pytest.mark.parametrize(("budget", "spared"), [(0, 0), (BYTES - 1, 0), (BYTES, 1), (2 * BYTES - 1, 1), (1 << 30, 2)])
+def test_decoded_weights_are_kept_from_recomputation_to_backward(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, budget: int, spared: int
+) -> None:
+    """Of the three products of a layer one is not computed again; two may be spared, within a budget."""
+    layers = [Layer(is_last_adapted=True) for _ in range(3)]
+    decodes = Decodes(monkeypatch)
+    expected = gradients(layers, checkpointed(Layer.__call__), torch.bfloat16)
+    assert decodes.count == 3 * (3 + 2 + 3)
+    decodes.count = 0
+    monkeypatch.setattr(_cuda_products, "KEPT_BYTES", budget)
+    found = gradients(layers, checkpointed(Layer.__call__), torch.bfloat16)
+    assert all(map(torch.equal, found, expected))
+    assert decodes.count == 3 * (3 + 2 + 3 - spared) and decodes.most == min(spared, 2) * BYTES <= budget
+    assert decodes.kept() == 0 and not _cuda_products._passes
+    if spared:
+        decodes.count, decodes.error = 0, 3 * 3 + 3  # in the backward pass of the last layer
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(layers, checkpointed(Layer.__call__), torch.bfloat16)
+        assert decodes.most and not _cuda_products._passes

@@ -268,6 +268,16 @@ def atomic_file(final: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """``QLORA_NATIVE_CACHE``, or ``qlora_native`` in the user's cache; it need not exist."""
+    folder = Path(os.environ.get("QLORA_NATIVE_CACHE", "")).expanduser()
+    if folder == Path():
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        # A relative path there is to be ignored (XDG base directory specification).
+        folder = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "qlora_native"
+    return folder
+
+
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """For JSON, which has no NaN: None in place of numbers that are not finite."""
     return {

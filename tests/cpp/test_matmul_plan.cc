@@ -52,15 +52,15 @@ TEST(plan_by_tokens_and_card) {
     check_kind(question(16384, card), MatmulKind::kTwoStep);
     check_kind(question(16384, card, false), MatmulKind::kTwoStep);
   }
-  check_kind(question(1024, kRtx4090), MatmulKind::kTile);
-  check_kind(question(1536, kRtx5090, false), MatmulKind::kTile);
-  check_kind(question(1537, kRtx5090), MatmulKind::kTwoStep);
+  check_kind(question(256, kRtx4090, true, 14336), MatmulKind::kTile);
   check_kind(question(256, kA100), MatmulKind::kSplitK);
-  check_kind(question(513, kA100), MatmulKind::kTwoStep);
+  for (const Card card : {kT4, kA100, kRtx4090, kRtx5090}) {
+    check_kind(question(257, card), MatmulKind::kTwoStep);
+    check_kind(question(257, card, false), MatmulKind::kTwoStep);
+  }
   check_kind(question(128, kH100), MatmulKind::kSplitK);
   check_kind(question(129, kH100), MatmulKind::kTwoStep);
   check_kind(question(33, kB200), MatmulKind::kTwoStep);
-  check_kind(question(257, kT4), MatmulKind::kTwoStep);
 }
 
 TEST(plan_with_low_memory_takes_the_fused_kernel_wherever_there_is_one) {

@@ -5,7 +5,9 @@ The plan is native and a pure function of sizes (cuda/matmul_plan.h).
 
 from __future__ import annotations
 
-from functools import lru_cache
+import os
+import weakref
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor
 
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
+from qlora_native.ops import _cuda_choice, _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._engine import Adapter, Engine, address
+from qlora_native.ops._library import recording
 from qlora_native.ops._operands import Weight
 
+_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
 TWO_STEP = 3
@@ -25,6 +29,8 @@ ALIGNMENT = 16  # bytes, of what the fused kernels read and write
 # Of a decoded weight at a time: every layer of an 8B model is one panel, only heads and the largest of a 70B are more.
 PANEL_BYTES = 256 << 20
 PANEL_GRAINS = (1024, 256)  # columns: a tile of the decoder, one of torch's GEMM
+# Of decoded weights that stay from the recomputation of a checkpointed layer to its backward pass, at a time.
+KEPT_BYTES = int(os.environ.get("QLORA_NATIVE_KEEP_DECODED_MIB") or 0) << 20
 
 
 class Plan(NamedTuple):
@@ -109,6 +115,27 @@ def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
             )
 
 
+Key = tuple[int, torch.dtype, int, int]  # of a decoded weight: the address of its codes, dtype, N, K
+
+
+class _Kept(dict[Key, Tensor]):
+    """Of a backward pass, which owns it, and drops it at its end, also at one by an error."""
+
+
+_passes: weakref.WeakValueDictionary[int, _Kept] = weakref.WeakValueDictionary()
+
+
+def _keep(key: Key, decoded: Tensor) -> None:
+    number = _graph_task()
+    kept = _passes.get(number)
+    if kept is None:
+        kept = _passes[number] = _Kept()
+        torch.autograd.Variable._execution_engine.queue_callback(kept.clear)
+    kept.pop(key, None)
+    if sum(other.nbytes for other in [*kept.values(), decoded]) <= KEPT_BYTES:
+        kept[key] = decoded
+
+
 class Cuda(Engine):
     """The kernels of a native module; products of dense operands are torch's."""
 
@@ -122,6 +149,7 @@ class Cuda(Engine):
         weight: Weight,
         bias: Tensor | None = None,
         adapter: Adapter | None = None,
+        plan: Plan | None = None,
     ) -> Tensor:
         if bias is not None:
             bias = bias.to(x.dtype)
@@ -132,7 +160,18 @@ class Cuda(Engine):
         low, up = (None, None) if adapter is None else adapter[:2]
         rank = 0 if low is None else low.shape[1]
         sizes = m, n, k, rank, weight.block_size, number, is_forward  # as Sizes has them
-        plan = plan_of(self.module, sizes, device, weight.quant_type) if m and n and k else TWO_STEPS
+        if plan is None:
+            plan = TWO_STEPS
+            if m and n and k:
+                plan = plan_of(self.module, sizes, device, weight.quant_type)
+                if m in _cuda_choice.TOKENS and (card := _cuda_choice.card(self.module, device)):
+                    fused = plan_of(self.module, sizes, device, weight.quant_type, True)
+                    if fused.kind != TWO_STEP:
+                        ways = fused, TWO_STEPS
+                        operands = is_forward, x, weight, bias, adapter
+                        runs = [partial(self.product, *operands, way) for way in ways]
+                        key = *sizes, weight.quant_type
+                        plan = ways[_cuda_choice.fastest(card, device, key, ways.index(plan), runs)]
         if plan.kind == TWO_STEP:
             return self._two_step(is_forward, x, weight, bias, adapter)
         x, x_at = _placed(x)
@@ -161,8 +200,15 @@ class Cuda(Engine):
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
         columns = panel_columns(width, depth, stored.itemsize)
         if columns >= width:  # the same with fewer operations of the host
-            decoded = x.new_empty(n, k, dtype=stored)
-            decode(self.module, weight, decoded)
+            key = weight.packed.data_ptr(), stored, n, k
+            decoded = None
+            if KEPT_BYTES and not is_forward:
+                decoded = _passes.get(_graph_task(), _Kept()).pop(key, None)
+            if decoded is None:
+                decoded = x.new_empty(n, k, dtype=stored)
+                decode(self.module, weight, decoded)
+                if KEPT_BYTES and recording.again:
+                    _keep(key, decoded)
             right = decoded if stored == x.dtype else decoded.to(x.dtype)
             if is_forward:
                 right = right.t()

@@ -126,9 +126,11 @@ CHECKS = {name: check_of(name, PARAMETERS[name], name in FROZEN) for name in SCH
 
 class _Recording(threading.local):
     on = False
+    again = False
 
 
-# Whether this thread is inside a kernel that autograd records, or a derivative.
+# Whether this thread is inside a kernel that autograd records, or a derivative; whether in a product that a backward
+# pass computes again, to compute its input gradient next.
 recording = _Recording()
 
 
@@ -275,10 +277,11 @@ def _saved_first(
         # As `setup_context` has it, where there is a second output.
         ctx.set_materialize_grads(not found)
         recording.on = True
+        recording.again = ctx.needs_input_grad[2]
         try:
             return function(*inputs, *found)
         finally:
-            recording.on = False
+            recording.on = recording.again = False
 
     def derivative(ctx: Any, *grads: Any) -> Any:
         """Called where someone differentiates within a checkpoint; else the graph of a recomputation is thrown away."""

