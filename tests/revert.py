@@ -2,7 +2,7 @@
 
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
-The mends are of what a reading of commit ca7f053 found; a row names the finding, the text of today and a text that
+The mends are of what readings of commits ca7f053 and de98c3c found; a row names the finding, the text of today and a text that
 does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules that are
 installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row; the exit
 status is 1 if a row was not noticed.
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
+GRAPHS = "python/qlora_native/models/graphs.py"
 
 
 class Mend(NamedTuple):
@@ -94,6 +95,22 @@ MENDS = (
     Mend("fuse() takes the CPU's models alone", "python/qlora_native/models/fuse.py",
          "return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None", "return is_on_cpu(tensor)",
          "test_activations_emulated.py fused_models and Llama"),
+    Mend("a failed capture leaves its stream current", GRAPHS, "torch.cuda.set_stream(stream)", "pass",
+         "test_graphs.py failed_capture"),
+    Mend("a failed capture leaves the allocator in it", GRAPHS, "torch._C._cuda_endAllocateToPool(device, memory)",
+         "pass", "test_graphs.py failed_capture"),
+    Mend("a failed capture keeps its memory", GRAPHS, "while self.memory.use_count() > users:", "while False:",
+         "test_graphs.py failed_capture"),
+    Mend("random numbers fail after a failed capture", GRAPHS,
+         "generator.graphsafe_set_state(generator.clone_state())", "pass", "test_graphs.py failed_capture"),
+    Mend("gradients of a failed capture are added to", GRAPHS, "parameter.grad = grad  #", "pass  #",
+         "test_graphs.py failed_capture"),
+    Mend("experts are captured", GRAPHS, "if has_experts(model):", "if False:",
+         "test_graphs.py which_models"),
+    Mend("devices without kernels are captured", GRAPHS, "if _library.module_for(model.device) is None:", "if False:",
+         "test_graphs.py which_models"),
+    Mend("a capture is tried where the forward waits", "python/qlora_native/tool/train/passes.py", "if waits:",
+         "if False:", "test_train_graphs.py goes_on_eagerly"),
 )  # fmt: skip
 
 
