@@ -24,7 +24,7 @@ from typing import NamedTuple
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
-GRAPHS = "python/qlora_native/models/graphs.py"
+GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
 
 
 class Mend(NamedTuple):
@@ -111,6 +111,10 @@ MENDS = (
          "test_graphs.py which_models"),
     Mend("a capture is tried where the forward waits", "python/qlora_native/tool/train/passes.py", "if waits:",
          "if False:", "test_train_graphs.py goes_on_eagerly"),
+    Mend("graphs are captured where they do not fit", MEMORY, "has_room_for_graphs=not estimate.graphs",
+         "has_room_for_graphs=True", "test_estimate.py memory_alone"),
+    Mend("a step begins again beside the graphs", MEMORY, 'self._stop_capturing(f"memory ran out in {what}")', "pass",
+         "test_train_graphs.py begins_again"),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from qlora_native import lora
 from qlora_native.models import fuse
 from qlora_native.ops import _library, linear_cross_entropy
 from qlora_native.tool.config import TrainConfig
+from qlora_native.tool.train.memory import OOMRetry
 from qlora_native.tool.train.passes import Passes, is_random, why_eager
 
 
@@ -157,6 +158,23 @@ def test_the_memory_of_graphs_is_free_once_they_are_dropped(capturing: Cuda, mod
     assert sum(capturing.users.values()) == 0 and len(run.notes) == 1
     assert all(map(same_bytes, run.step(5, [(2, 8, 0)]), eager.step(5, [(2, 8, 0)])))
     assert not run.passes.graphs
+
+
+def test_a_step_that_runs_out_of_memory_begins_again_without_graphs(capturing: Cuda, model: Callable[[], Any]) -> None:
+    """On a card that has no room beside their memory."""
+    run, eager = Run(model(), True), Run(model(), False)
+    for number in range(3):
+        run.step(number, [(2, 8, 0)]), eager.step(number, [(2, 8, 0)])
+    assert run.passes.graphs
+    retry = OOMRetry(config(), run.optimizer, print, run.passes.stop_capturing, can_retry=True)
+
+    def step() -> list[Tensor]:
+        if sum(capturing.users.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run.step(3, [(2, 24, 0)])
+
+    assert all(map(same_bytes, retry.run(step, "step 4"), eager.step(3, [(2, 24, 0)])))
+    assert retry.retries == 1 and len(run.notes) == 1 and not run.passes.is_captured
 
 
 def config(**options: Any) -> TrainConfig:
