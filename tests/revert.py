@@ -2,7 +2,7 @@
 
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
-The mends are of what a reading of commit ca7f053 found; a row names the finding, the text of today and a text that
+The mends are of what readings of commits ca7f053 and de98c3c found; a row names the finding, the text of today and a text that
 does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules that are
 installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row; the exit
 status is 1 if a row was not noticed.
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
+GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
 
 
 class Mend(NamedTuple):
@@ -122,6 +123,26 @@ MENDS = (
          "test_recomputation.py kept_from_recomputation"),
     Mend("kept decoded weights outlive a failed backward pass", f"{OPS}/_cuda_products.py",
          " = weakref.WeakValueDictionary()", " = {}", "test_recomputation.py kept_from_recomputation"),
+    Mend("a failed capture leaves its stream current", GRAPHS, "torch.cuda.set_stream(stream)", "pass",
+         "test_graphs.py failed_capture"),
+    Mend("a failed capture leaves the allocator in it", GRAPHS, "torch._C._cuda_endAllocateToPool(device, memory)",
+         "pass", "test_graphs.py failed_capture"),
+    Mend("a failed capture keeps its memory", GRAPHS, "while self.memory.use_count() > users:", "while False:",
+         "test_graphs.py failed_capture"),
+    Mend("random numbers fail after a failed capture", GRAPHS,
+         "generator.graphsafe_set_state(generator.clone_state())", "pass", "test_graphs.py failed_capture"),
+    Mend("gradients of a failed capture are added to", GRAPHS, "parameter.grad = grad  #", "pass  #",
+         "test_graphs.py failed_capture"),
+    Mend("experts are captured", GRAPHS, "if has_experts(model):", "if False:",
+         "test_graphs.py which_models"),
+    Mend("devices without kernels are captured", GRAPHS, "if _library.module_for(model.device) is None:", "if False:",
+         "test_graphs.py which_models"),
+    Mend("a capture is tried where the forward waits", "python/qlora_native/tool/train/passes.py", "if waits:",
+         "if False:", "test_train_graphs.py goes_on_eagerly"),
+    Mend("graphs are captured where they do not fit", MEMORY, "has_room_for_graphs=not estimate.graphs",
+         "has_room_for_graphs=True", "test_estimate.py memory_alone"),
+    Mend("a step begins again beside the graphs", MEMORY, 'self._stop_capturing(f"memory ran out in {what}")', "pass",
+         "test_train_graphs.py begins_again"),
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from qlora_native.tool.estimate import Estimator, Setting
 from qlora_native.tool.estimate.activations import head_shape, layer_bytes
 from qlora_native.tool.estimate.cards import streamed_on
 from qlora_native.tool.estimate.memory import CUDA_CONTEXT, THREAD_SCRATCH, state_bytes
+from qlora_native.tool.train.memory import fit
 from qlora_native.tool.train.setup import make_optimizer
 
 GIB = 1 << 30
@@ -137,9 +138,29 @@ def test_the_pool_of_graphs(checkpointing: bool) -> None:
     dropout = Setting(**options, lora=LoraConfig(dropout=0.1))
     assert (Estimator(LLAMA_8B, dropout).at().graphs == 0) is checkpointing
     softcapped = config_of("gemma2", 512, 1024, 2, 4, 2, 4000, head_dim=64)
-    assert Estimator(softcapped, Setting(**options)).at().graphs == 0
+    sizes = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    experts = config_of("qwen3_moe", 512, 1024, 2, 4, 2, 4000, head_dim=64, **sizes)
+    assert all(Estimator(config, Setting(**options)).at().graphs == 0 for config in (softcapped, experts))
     config = TrainConfig.from_values({"model": "m", "data": {"train": "x"}, "train": {"cuda_graph": "off"}})
     assert not Setting.from_config(config, "cuda").cuda_graph
+
+
+def test_graphs_are_off_where_their_memory_alone_does_not_fit() -> None:
+    """Nothing streams before that; on a card that is too small for layers on the way, nothing else can be done."""
+    estimator = Estimator(LLAMA_8B, Setting(device="cuda"))
+    found, eager = estimator.at(), estimator.at(cuda_graph=False)
+    needed, without = (estimate.total + estimate.reserve for estimate in (found, eager))
+    assert without < needed - 1
+    for free, graphs, streams in (
+        (needed, True, False),
+        (needed - 1, False, False),
+        (without, False, False),
+        (without - 1, True, True),
+        (GIB, False, False),
+    ):
+        forecast = fit(estimator, free)
+        assert forecast.has_room_for_graphs is graphs and (forecast.layers_budget is not None) is streams
+        assert forecast.estimate is not None and (forecast.estimate.graphs > 0) is (graphs and not streams)
 
 
 def test_weights_that_are_4_bit_already(tmp_path: Path) -> None:

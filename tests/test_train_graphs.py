@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import emulated_graphs
 import emulated_torch
 import pytest
 import tiny_models
 import torch
 from emulated import Emulator
+from emulated_graphs import Cuda
 from helpers import same_bytes
 from torch import Tensor
-from transformers.utils import import_utils
 
 import qlora_native as qn
 from qlora_native import lora
 from qlora_native.models import fuse
-from qlora_native.ops import _cuda_kernels, linear_cross_entropy
+from qlora_native.ops import _library, linear_cross_entropy
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train import passes
+from qlora_native.tool.train.memory import OOMRetry
 from qlora_native.tool.train.passes import Passes, is_random, why_eager
 
 
 @pytest.fixture
-def capturing(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def captured(last: Any) -> Iterator[Any]:
-        with emulated_torch.captured(emulator) as graph, monkeypatch.context() as patches:
-            patches.setattr(_cuda_kernels, "is_capturing", lambda device: True)
-            patches.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
-            yield graph
-
-    monkeypatch.setattr(passes, "captured", captured)
+def capturing(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)  # attention is torch's
     monkeypatch.setattr(linear_cross_entropy, "CPU", linear_cross_entropy.ANY)  # and so is a dense head's product
+    with emulated_graphs.graphs(emulator=emulator) as cuda:
+        yield cuda
 
 
 @pytest.fixture
@@ -124,36 +118,77 @@ def test_packed_rows(model: Callable[[], Any]) -> None:
     assert len(runs[1].passes.graphs) == 1 and not runs[1].notes
 
 
-@pytest.mark.usefixtures("capturing")
-def test_what_cannot_be_captured_goes_on_eagerly(model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask that hides a token in front; then a model that waits for the device in its forward."""
-    runs = [Run(model(), is_captured) for is_captured in (False, True)]
-    for run in runs:
-        in_front = batch(2, 8, 0)
-        in_front["attention_mask"][0, :3], in_front["labels"][0, :3] = 0, -100
-        for _ in range(4):
-            run.passes.run([(in_front, 1.0)])
-    assert not runs[1].passes.graphs and not runs[1].notes
-    for run in runs:
-        run.optimizer.zero_grad()
-        run.model.model.layers[0].register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+def test_what_cannot_be_captured_goes_on_eagerly(capturing: Cuda, model: Callable[[], Any]) -> None:
+    """A mask that hides a token in front; then a model that waits for the device in its forward, which the rehearsal
+    finds; and one that waits in captures alone."""
+    for in_capture in (False, True):
+        runs = [Run(model(), is_captured) for is_captured in (False, True)]
+        for run in runs:
+            in_front = batch(2, 8, 0)
+            in_front["attention_mask"][0, :3], in_front["labels"][0, :3] = 0, -100
+            for _ in range(4):
+                run.passes.run([(in_front, 1.0)])
+        assert not runs[1].passes.graphs and not runs[1].notes
+
+        def waits(module: Any, args: Any, in_capture: bool = in_capture) -> None:
+            if capturing.is_capturing or not in_capture:
+                args[0].sum().item()
+
+        for run in runs:
+            run.optimizer.zero_grad()
+            run.model.model.layers[0].register_forward_pre_hook(waits)
+        captures: list[Any] = []
+        for number in range(5):
+            expected, got = (run.step(number, [(2, 8, 0)]) for run in runs)
+            assert all(map(same_bytes, got, expected))
+            captures.append(runs[1].passes.pool)
+        assert len(runs[1].notes) == 1 and not runs[1].passes.is_captured
+        assert capturing.current is capturing.default and not capturing.underway
+        assert captures == [None] * 5
+        assert (__file__ in runs[1].notes[0]) is not in_capture
+
+
+def test_the_memory_of_graphs_is_free_once_they_are_dropped(capturing: Cuda, model: Callable[[], Any]) -> None:
+    run, eager = Run(model(), True), Run(model(), False)
     for number in range(4):
-        expected, got = (run.step(number, [(2, 8, 0)]) for run in runs)
-        assert all(map(same_bytes, got, expected))
-    assert len(runs[1].notes) == 1 and not runs[1].passes.is_captured
+        run.step(number, [(2, 8, 0)]), eager.step(number, [(2, 8, 0)])
+    assert len(run.passes.graphs) == 1 and sum(capturing.users.values()) == 2
+    run.passes.stop_capturing("memory ran out")
+    run.passes.stop_capturing("again")
+    assert sum(capturing.users.values()) == 0 and len(run.notes) == 1
+    assert all(map(same_bytes, run.step(5, [(2, 8, 0)]), eager.step(5, [(2, 8, 0)])))
+    assert not run.passes.graphs
+
+
+def test_a_step_that_runs_out_of_memory_begins_again_without_graphs(capturing: Cuda, model: Callable[[], Any]) -> None:
+    """On a card that has no room beside their memory."""
+    run, eager = Run(model(), True), Run(model(), False)
+    for number in range(3):
+        run.step(number, [(2, 8, 0)]), eager.step(number, [(2, 8, 0)])
+    assert run.passes.graphs
+    retry = OOMRetry(config(), run.optimizer, print, run.passes.stop_capturing, can_retry=True)
+
+    def step() -> list[Tensor]:
+        if sum(capturing.users.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run.step(3, [(2, 24, 0)])
+
+    assert all(map(same_bytes, retry.run(step, "step 4"), eager.step(3, [(2, 24, 0)])))
+    assert retry.retries == 1 and len(run.notes) == 1 and not run.passes.is_captured
 
 
 def config(**options: Any) -> TrainConfig:
     return TrainConfig(model="m", data={"train": "t"}, train=options)
 
 
-def test_when_passes_are_captured(model: Callable[[], Any]) -> None:
+def test_when_passes_are_captured(model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "module_for", lambda device: device.type == "cuda" or None)
     made = model()
     on_cuda = SimpleNamespace(device=torch.device("cuda"), config=made.config, modules=made.modules)
     assert why_eager(config(), on_cuda) is None
     assert why_eager(config(), made) == "" == why_eager(config(cuda_graph="off"), on_cuda)
     assert config(cuda_graph=False).train.cuda_graph == "off"  # as YAML reads the word
-    assert why_eager(config(), on_cuda, world=2)
+    assert why_eager(config(), on_cuda, world=2) and why_eager(config(), on_cuda, has_room=False)
     assert not is_random(made)
     next(m for m in made.modules() if isinstance(m, lora.LoRALinear)).dropout = 0.1
     assert is_random(made) and why_eager(config(), on_cuda)

@@ -14,7 +14,7 @@ from runs import metrics, settings, write_files
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
 from qlora_native.tool.config import TrainConfig
-from qlora_native.tool.train import memory, passes
+from qlora_native.tool.train import memory, passes, prepare
 from qlora_native.tool.train.loop import Trainer
 
 STEPS = 5
@@ -144,6 +144,21 @@ def test_other_errors_pass(files: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         train(files, tmp_path)
     assert count[0] == 4
+
+
+def test_a_run_asks_whether_its_card_has_room_for_graphs(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And begins a step again without them."""
+    asked: list[tuple[bool, str]] = []
+    monkeypatch.setattr(prepare, "forecast", lambda *_: memory.Forecast(has_room_for_graphs=False))
+    monkeypatch.setattr(prepare, "why_eager", lambda *_, has_room: asked.append((has_room, "")))
+    monkeypatch.setattr(passes.Passes, "stop_capturing", lambda _, reason: asked.append((True, reason)))
+    failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_torch)
+    monkeypatch.setattr(passes.Passes, "_without_mask", lambda *_: None)
+    train(files, tmp_path, steps=2)
+    (has_room, _), (_, reason) = asked
+    assert not has_room and "step 2" in reason
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.targets import saved_modules
 from qlora_native.models.build import four_bit_parts
+from qlora_native.models.graphs import has_experts
 from qlora_native.models.loss import LOGIT_FIELDS, is_random
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
@@ -146,7 +147,7 @@ class Estimator:
         # Whether the config names an operation between the output embedding and the logits.
         scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
         self.changes_logits = scaled or getattr(head, "bias", None) is not None
-        self.is_random = is_random(self.model)
+        self.is_random, self.has_experts = is_random(self.model), has_experts(self.model)
         self.copied = copied_bytes(self.model, setting.dtype)
         self._layers: dict[bool, list[LayerBytes]] = {}
 
@@ -226,7 +227,9 @@ class Estimator:
 
     def _is_captured(self, setting: Setting) -> bool:
         """Whether passes of one process are captured, as ``train.cuda_graph`` has it."""
-        if setting.device != "cuda" or not setting.cuda_graph or self.changes_logits:
+        if setting.device != "cuda" or not setting.cuda_graph:
+            return False
+        if self.changes_logits or self.has_experts:
             return False
         return not (setting.checkpointing and self.is_random)
 

@@ -43,6 +43,7 @@ class Forecast:
     estimate: Estimate | None = None
     # Bytes of a card for the layers' 4-bit weights, beyond which they stream.
     layers_budget: int | None = None
+    has_room_for_graphs: bool = True
     reason: str = ""  # why there is no estimate
 
 
@@ -64,13 +65,16 @@ def forecast(config: TrainConfig, source: Source, longest: int, rows: int = 1 <<
 
 
 def fit(estimator: Estimator, free: int) -> Forecast:
-    """The forecast for a card with so many free bytes: layers stream if the model does not fit there."""
+    """The forecast for a card with so many free bytes: if the run does not fit there, it captures no CUDA graphs, and
+    if that is not enough, layers stream."""
     from qlora_native.tool.estimate.cards import streamed_on
 
     estimate = estimator.at()
-    run = None if estimate.fits(free) else streamed_on(estimator, free)
-    if run is None or not run.residency.streamed:
+    if estimate.fits(free):
         return Forecast(estimate)
+    run = streamed_on(estimator, free)
+    if run is None or not run.residency.streamed:
+        return Forecast(estimator.at(cuda_graph=False), has_room_for_graphs=not estimate.graphs)
     return Forecast(run.estimate, run.residency.num_bytes)
 
 
@@ -216,8 +220,9 @@ class OOMRetry(Observer):
     """Runs the passes of a training step or an evaluation, and once more, with the optimizer's states paged out, if
     they run out of memory; not if ``train.paged`` is false, nor, without ``can_retry``, on one of several processes.
 
-    ``note`` prints the line about the start of paging. ``retries`` and ``lost_seconds`` count the failed first
-    attempts, with the paging out after them.
+    ``stop_capturing``, which is given the reason, frees the memory of CUDA graphs before the second attempt: only they
+    can use it. ``note`` prints the line about the start of paging. ``retries`` and ``lost_seconds`` count the failed
+    first attempts, with the paging out after them.
     """
 
     def __init__(
@@ -225,10 +230,12 @@ class OOMRetry(Observer):
         config: TrainConfig,
         optimizer: AdamW | Lion,
         note: Callable[[str], None],
+        stop_capturing: Callable[[str], None],
         *,
         can_retry: bool,
     ) -> None:
         self.config, self.optimizer, self._note = config, optimizer, note
+        self._stop_capturing = stop_capturing
         self.retries, self.lost_seconds = 0, 0.0
         self._can_retry = can_retry and config.train.paged is not False
         self._has_noted = False
@@ -241,6 +248,7 @@ class OOMRetry(Observer):
             began = time.monotonic()
             with suppress(_OutOfMemory):
                 return self.run_once(passes, what)
+            self._stop_capturing(f"memory ran out in {what}")
             self.optimizer.zero_grad()
             gc.collect()
             self.optimizer.page_out()

@@ -8,7 +8,7 @@ do the learning rate, clipping, paging and what decides whether to step at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qlora_native.data.batching import Batch, Items, evaluation_order, micro_bat
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import IGNORE_INDEX, padding_id
 from qlora_native.distributed import OneProcess
+from qlora_native.models.graphs import Pool, rehearsed, why_not_captured
 from qlora_native.models.loss import (
     causal_lm_loss,
     has_plain_head,
@@ -37,14 +38,16 @@ MOST_GRAPHS = 32  # their activations share memory, their launches do not
 Shape = tuple[tuple[str, torch.Size], ...]
 
 
-def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
+def why_eager(config: TrainConfig, model: Any, world: int = 1, *, has_room: bool = True) -> str | None:
     """Why the passes of a run are not captured, "" where nobody would expect it; None if they are."""
     if config.train.cuda_graph == "off" or model.device.type != "cuda":
         return ""
     if world > 1:
         return f"{world} processes exchange gradients"
-    if getattr(model, "streamed_layers", None) is not None:
-        return "layers stream to the device"
+    if not has_room:
+        return "the card has no room for their memory beside the run's"
+    if reason := why_not_captured(model):
+        return reason
     if config.train.grad_checkpointing and is_random(model):
         return "gradient checkpointing takes the random state of dropout to the host"
     return None
@@ -64,7 +67,7 @@ class Passes:
         self.grads: dict[Tensor, Tensor] = {}  # of the first step, in which all others leave theirs
         self.seen: dict[Shape, int] = {}
         self.graphs: dict[Shape, tuple[Batch, torch.cuda.CUDAGraph]] = {}
-        self.last: torch.cuda.CUDAGraph | None = None
+        self.pool: Pool | None = None
         self.weight, self.loss = (torch.zeros((), device=model.device) for _ in range(2))
 
     def run(self, batches: Iterable[tuple[Batch, float]], factor: int = 1) -> None:
@@ -87,6 +90,9 @@ class Passes:
         shape = tuple((key, value.shape) for key, value in plain.items())
         self.seen[shape] = self.seen.get(shape, 0) + 1
         is_new = shape not in self.graphs and len(self.graphs) < MOST_GRAPHS
+        if is_new and self.seen[shape] == EAGER_PASSES:
+            self._rehearse(plain, factor)
+            return
         if is_new and self.grads and self.seen[shape] > EAGER_PASSES:
             self._capture(shape, plain, factor)
         if shape not in self.graphs:
@@ -113,36 +119,42 @@ class Passes:
             return None
         return {key: value for key, value in batch.items() if key != "attention_mask"}
 
+    def _rehearse(self, batch: Batch, factor: int) -> None:
+        with rehearsed() as waits, _as_not_packed(batch):
+            self._pass(batch, factor)
+        if waits:
+            self.stop_capturing(f"the host waits for the device in {waits[0]}")
+
     def _capture(self, shape: Shape, batch: Batch, factor: int) -> None:
         inputs = {key: value.clone() for key, value in batch.items()}
-        # Transformers cannot find out in a capture that rows are not packed, and would build a table for attention
-        # across them.
-        alone = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        reason = ""
         try:
-            with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else alone:
+            self.pool = self.pool or Pool()
+            with self.pool.captured(self.parameters) as graph, _as_not_packed(inputs):
                 self._pass(inputs, factor)
-            if any(
-                parameter.grad is not None and parameter not in self.grads
-                for parameter in self.parameters
-            ):
-                raise RuntimeError("which parameters have a gradient depends on the batch")
-        except RuntimeError as error:  # all passes from here on are eager
-            self.is_captured = False
-            self.graphs = {}
-            self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
-        else:
-            self.last = graph
+                if any(p.grad is not None and p not in self.grads for p in self.parameters):
+                    raise RuntimeError("which parameters have a gradient depends on the batch")
             self.graphs[shape] = inputs, graph
+        except RuntimeError as error:
+            # A spoiled capture raises a second time where it ends.
+            reason = str(error.__context__ or error).splitlines()[0]
+        if reason:  # the traceback, which holds memory of the capture, is gone
+            self.stop_capturing(reason)
+
+    def stop_capturing(self, reason: str) -> None:
+        """All passes from here on are eager, and the memory of graphs is free."""
+        if self.is_captured:
+            self.is_captured = False
+            self.graphs, self.pool = {}, None
+            self.note(f"CUDA graphs are off: {reason}")
 
 
-@contextmanager
-def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph]:
-    """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
-    graph = torch.cuda.CUDAGraph()
-    pool = None if last is None else last.pool()
-    # Backward has a thread of its own.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        yield graph
+def _as_not_packed(batch: Batch) -> AbstractContextManager[None]:
+    """Transformers cannot find out in a capture that rows are not packed, and would build a table for attention across
+    them."""
+    if "position_ids" in batch:
+        return nullcontext()
+    return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 class Learner:
@@ -162,6 +174,7 @@ class Learner:
         self.config, self.model, self.ranks = config, model, ranks
         self._pad_id = padding_id(tokenizer)
         self._passes = Passes(model, note, is_captured=is_captured)
+        self.stop_capturing = self._passes.stop_capturing
 
     def learn(self, rows: TokenizedDataset, items: Items, scale: LossScale) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained.

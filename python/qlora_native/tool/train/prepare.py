@@ -34,7 +34,7 @@ from qlora_native.tool.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from qlora_native.tool.train.memory import MappedWeights, MemoryReport, OOMRetry, forecast
+from qlora_native.tool.train.memory import Forecast, MappedWeights, MemoryReport, OOMRetry, forecast
 from qlora_native.tool.train.passes import Learner, why_eager
 from qlora_native.tool.train.progress import (
     Metrics,
@@ -182,11 +182,10 @@ def prepare(
         config, changes = resolve(config, checkpoint, rows, stored or source, model)
 
     # The model, which may be larger than the device.
-    memory, layers_budget = None, None
+    memory, expected = None, Forecast()
     if source is not None and not ranks.is_sharded:
         expected = forecast(config, stored or source, config.data.longest(rows.lengths), len(rows))
         memory = MemoryReport(expected)
-        layers_budget = expected.layers_budget if ranks.world == 1 else None
     model = prepare_model(
         config,
         model,
@@ -195,7 +194,7 @@ def prepare(
         source=source,
         stored=stored,
         tokenizer=tokenizer,
-        layers_budget=layers_budget,
+        layers_budget=expected.layers_budget if ranks.world == 1 else None,
         adapter=None if checkpoint else config.adapter,
         quiet=quiet,
     )
@@ -241,7 +240,7 @@ def prepare(
     facts = {"config": config.to_yaml(), "model": config.model, "steps": total}
     facts["rows"] = [data.stats.as_dict() for data in data_sets]
     report = RunReport(output_dir, facts, progress, state, memory)
-    reason = why_eager(config, model, ranks.world)
+    reason = why_eager(config, model, ranks.world, has_room=expected.has_room_for_graphs)
     streamed = getattr(model, "streamed_layers", None)
     notes += changes
     if checkpoint is not None:
@@ -260,7 +259,9 @@ def prepare(
         shipping = Shipping(config, model, rows, total, report.note)
         observers.append(shipping)  # first: the last samples are answered with the weights that ship
     weights = MappedWeights(config, model, memory, report.note, ranks.world)
-    retry = OOMRetry(config, optimizer, report.note, can_retry=ranks.world == 1)
+    learner = Learner(config, model, tokenizer, ranks, report.note, is_captured=reason is None)
+    can_retry = ranks.world == 1
+    retry = OOMRetry(config, optimizer, report.note, learner.stop_capturing, can_retry=can_retry)
     observers += [weights, retry, progress]
     if options.samples:
         from qlora_native.tool.train.samples import Samples
@@ -285,7 +286,7 @@ def prepare(
         sampler=sampler,
         total=total,
         state=state,
-        learner=Learner(config, model, tokenizer, ranks, report.note, is_captured=reason is None),
+        learner=learner,
         retry=retry,
         progress=progress,
         report=report,
