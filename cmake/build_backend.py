@@ -6,6 +6,7 @@ What get_requires_for_build_wheel names, pip installs for the build alone.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def has_card() -> bool:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return False
-    return any(int(version.partition(".")[0]) >= DRIVER for version in listed.split())
+    return any(int(release) >= DRIVER for release in re.findall(r"^(\d+)\.", listed, re.MULTILINE))
 
 
 def packages() -> list[str]:

@@ -108,7 +108,7 @@ MENDS = (
     Mend("capability 11.0 finds no image", "cmake/cuda_archs.cmake", "list(PREPEND chosen 80)", "",
          "test_build_options.py ptx"),
     Mend("the demo leaves the card alone", "python/qlora_native/tool/cli/demo.py",
-         '{"device": "cuda"} if torch.cuda.is_available() else {}', "{}", "test_commands.py goes_to_the_card"),
+         '"cuda" if torch.cuda.is_available() else None', "None", "test_commands.py goes_to_the_card"),
     Mend("a T4 is given bfloat16", "python/qlora_native/tool/__init__.py", "including_emulation=False",
          "including_emulation=True", "test_config.py card_multiplies"),
     Mend("a card without nvcc gets no kernels", "cmake/build_backend.py", 'mode == "AUTO" and has_card()', "False",

@@ -39,6 +39,7 @@ CARD = "/bin/echo 580.65.06"
     [
         (None, None, None, False),
         (None, "exit 9", None, False),  # no driver behind it
+        (None, "/bin/echo No devices were found", None, False),
         (None, CARD, None, True),
         (None, "/bin/echo 575.57.08", None, False),  # it would not run what the packages compile
         (None, "printf '550.54\\n580.65\\n'", None, True),

@@ -128,11 +128,14 @@ def run(args: argparse.Namespace) -> int:
     )
     tokenizer: Any = load_tokenizer(str(model_path))
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
-    options: dict[str, Any] = {"device": "cuda"} if torch.cuda.is_available() else {}
-    options |= {"quant_type": "keep"} if keep else {"method": METHOD, "calibration": calibration}
+    options = {"quant_type": "keep"} if keep else {"method": METHOD, "calibration": calibration}
     with layer_progress() as progress:
         model: Any = qn.load_model(
-            model_path, dtype=getattr(torch, config.train.dtype), progress=progress, **options
+            model_path,
+            dtype=getattr(torch, config.train.dtype),
+            device="cuda" if torch.cuda.is_available() else None,
+            progress=progress,
+            **options,
         )
     _print_memory(model)
     questions = _questions(held_out)
