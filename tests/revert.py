@@ -1,4 +1,4 @@
-"""Reverts one mend of the CUDA code at a time and asks a test, most often over the emulator, to notice.
+"""Reverts one mend at a time, most often of the CUDA code, and asks a test, most often over the emulator, to notice.
 
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
-OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
+OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
 
 
 class Mend(NamedTuple):
@@ -42,6 +42,8 @@ MENDS = (
          "test_operands.py fit_is_refused and linear_cross_entropy"),
     Mend("labels, a bias or an adapter on the host or on another device are read", f"{OPS}/_operands.py",
          " and place == device", "", "test_operands.py another_device"),
+    Mend("outputs of products are views, which Falcon changes", f"{OPS}/_engine.py", "return _unsafe_view(rows, (",
+         "return rows.view((", "test_families.py step_of_training and falcon"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
          "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
     Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if error:", "if False:",
