@@ -9,12 +9,32 @@ import pytest
 import torch
 from tiny_models import dense_twin, distance, fill, tokens
 
-from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.lora import LoraConfig, add_lora, lora_layers
 from qlora_native.models.build import four_bit_parts
 from qlora_native.models.load import load_model
 
-# Each crashed in its first pass or step: Falcon, Gemma 3n and RoCBert change outputs of linear layers in place.
-TRAINED = "falcon gemma3n_text roc_bert"
+NO_PRODUCTS = {
+    # Of other forwards.
+    "phimoe": "router",
+    "llama4_text": "router",
+    "deepseek_v4": "o_a_proj",
+    # Whose weights other code reads.
+    "deepseek_v32": "weights_proj",
+    "jamba": "dt_proj",
+    "nemotron_h": "out_proj",
+}
+
+
+@pytest.mark.parametrize("kind", families.known(" ".join(NO_PRODUCTS)))
+def test_what_is_no_plain_product_gets_no_adapter(kind: str) -> None:
+    adapted = {path.rpartition(".")[2] for path, _ in lora_layers(add_lora(families.make(kind), LoraConfig(r=4)))}
+    assert NO_PRODUCTS[kind] not in adapted and len(adapted) > 3
+
+
+# Each crashed in its first pass or step: Falcon, Gemma 3n and RoCBert change outputs of linear layers in place; PhiMoE,
+# Llama 4 and DeepSeek-V4 have linear layers of other forwards; DeepSeek-V3.2 and the next three cast to the dtype of a
+# linear layer's weight.
+TRAINED = "falcon gemma3n_text roc_bert phimoe llama4_text deepseek_v4 deepseek_v32 glm_moe_dsa axk2 hy_v4"
 
 
 @pytest.mark.parametrize("kind", families.known(TRAINED))
