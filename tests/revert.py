@@ -50,6 +50,8 @@ MENDS = (
          "test_families.py gets_no_adapter"),
     Mend("activations are cast to the dtype of packed weights", "python/qlora_native/nn/linear.py",
          r'|\.to\({weight}\.dtype\)"', '"', "test_families.py step_of_training and glm_moe_dsa"),
+    Mend("a sliding window of 0 masks everything", "python/qlora_native/weights/config.py",
+         "config.sliding_window = None", "pass", "test_families.py sliding_window"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
          "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
     Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if error:", "if False:",
