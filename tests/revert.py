@@ -48,6 +48,8 @@ MENDS = (
          "names = {}.get(", "test_families.py mixture and qwen3_next"),
     Mend("dropout is lost beside target_parameters", f"{LORA}/adapter.py", "if dropout is not None:", "if False:",
          "test_families.py settings and dropout"),
+    Mend("patterns are sorted by name", f"{LORA}/adapter.py", "json.dumps(settings, indent=2)",
+         "json.dumps(settings, indent=2, sort_keys=True)", "test_adapter_peft.py ours_loads and Llama-rank_pattern"),
     Mend("routers get adapters", f"{LORA}/targets.py", " and _is_plain(module)", "",
          "test_families.py step_of_training and phimoe"),
     Mend("layers that nothing calls get adapters", f"{LORA}/targets.py", " and not is_read_raw(model, path)", "",

@@ -105,7 +105,7 @@ def save_adapter(
     if not write:
         return
     settings = _peft_config(model, config, layers)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(settings, indent=2) + "\n"
     header = {"format": "pt"}
     if settings["lora_dropout"] != config.dropout:
         header[_DROPOUT_KEY] = str(config.dropout)
@@ -248,7 +248,8 @@ def _peft_config(
             else {}
         ),
     }
-    return settings
+    # But not the patterns, of which the first that matches counts.
+    return dict(sorted(settings.items()))
 
 
 def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
