@@ -1,4 +1,4 @@
-"""Reverts one mend of the CUDA code at a time and asks a test, most often over the emulator, to notice.
+"""Reverts one mend at a time, most often of the CUDA code, and asks a test, most often over the emulator, to notice.
 
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
@@ -25,6 +25,7 @@ from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
 GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
+OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
 
 
 class Mend(NamedTuple):
@@ -43,6 +44,22 @@ MENDS = (
          "test_operands.py fit_is_refused and linear_cross_entropy"),
     Mend("labels, a bias or an adapter on the host or on another device are read", f"{OPS}/_operands.py",
          " and place == device", "", "test_operands.py another_device"),
+    Mend("outputs of products are views, which Falcon changes", f"{OPS}/_engine.py", "return _unsafe_view(rows, (",
+         "return rows.view((", "test_families.py step_of_training and falcon"),
+    Mend("PEFT takes shared experts for stacks", f"{LORA}/adapter.py", "names = _TAKEN_FOR_EXPERTS.get(",
+         "names = {}.get(", "test_families.py mixture and qwen3_next"),
+    Mend("dropout is lost beside target_parameters", f"{LORA}/adapter.py", "if dropout is not None:", "if False:",
+         "test_families.py settings and dropout"),
+    Mend("patterns are sorted by name", f"{LORA}/adapter.py", "json.dumps(settings, indent=2)",
+         "json.dumps(settings, indent=2, sort_keys=True)", "test_adapter_peft.py ours_loads and Llama-rank_pattern"),
+    Mend("routers get adapters", f"{LORA}/targets.py", " and _is_plain(module)", "",
+         "test_families.py step_of_training and phimoe"),
+    Mend("layers that nothing calls get adapters", f"{LORA}/targets.py", " and not is_read_raw(model, path)", "",
+         "test_families.py gets_no_adapter"),
+    Mend("activations are cast to the dtype of packed weights", "python/qlora_native/nn/linear.py",
+         r'|\.to\({weight}\.dtype\)"', '"', "test_families.py step_of_training and glm_moe_dsa"),
+    Mend("a sliding window of 0 masks everything", "python/qlora_native/weights/config.py",
+         "config.sliding_window = None", "pass", "test_families.py sliding_window"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
          "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
     Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if not error:", "if True:",

@@ -33,6 +33,7 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Qwen2", {}),
     ("Llama", {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]}),  # short names would select too much
     ("Llama", {"rslora": True, "alpha": 5, "rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}}),
+    ("Llama", {"rank_pattern": {"up_proj": 4, r"layers\.1\..*_proj": 2}}),  # the first that matches counts
     ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("Llama", {"target_modules": ["q_proj"], "trainable_tokens": [3, 9, 5]}),
     ("Llama", {"trainable_tokens": {"lm_head": [4], "embed_tokens": [3]}}),

@@ -116,6 +116,12 @@ class QuantizedLoraLinear(Linear):
             del self.__dict__["_stand_in"]
 
 
+class QuantizedWeightWrapper(QuantizedLoraLinear):
+    """The same for a weight that ``target_parameters`` names."""
+
+    parameter_name = "weight"
+
+
 class QuantizedParamWrapper(ParamWrapper):
     """PEFT's LoRA on one stack of 4-bit experts: each expert's product is one autograd node with its adapter."""
 
@@ -180,8 +186,8 @@ class QuantizedParamWrapper(ParamWrapper):
         self.merged_adapters.clear()
 
 
-# By which PEFT recognizes what may be wrapped for another stack.
-QuantizedParamWrapper.__name__ = "ParamWrapper"
+# By which PEFT recognizes what may be wrapped for another stack, or get another adapter.
+QuantizedParamWrapper.__name__ = QuantizedWeightWrapper.__name__ = "ParamWrapper"
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
@@ -250,8 +256,9 @@ _default = lora_model.dispatch_default
 def _dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, QuantizedLinear):
-        options.pop("parameter_name", None)
-        return QuantizedLoraLinear(target, adapter_name, *args, **options)
+        is_weight = options.pop("parameter_name", None) is not None
+        made = QuantizedWeightWrapper if is_weight else QuantizedLoraLinear
+        return made(target, adapter_name, *args, **options)
     if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
         return QuantizedParamWrapper(target, adapter_name, *args, **options)
     return _default(target, adapter_name, *args, **options)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,6 +37,8 @@ TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _INIT_KEY = "qlora_native.init"  # in the header of a file that 0.1 wrote of an adapter that began with a correction
+# In the header too: the dropout of an adapter with target_parameters, beside which PEFT takes none.
+_DROPOUT_KEY = "qlora_native.dropout"
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
 _UNSUPPORTED = (
@@ -44,6 +47,13 @@ _UNSUPPORTED = (
 )
 # Initializations that change the base model's weights, which an adapter's file does not hold.
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
+# Names of layers that PEFT takes for experts in target_modules, by how transformers reads a mixture's files.
+_TAKEN_FOR_EXPERTS: dict[str, tuple[str, ...]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+# A pattern for the path of a layer, for that of its weight as well.
+_OR_WEIGHT = re.compile(r"^\((?P<pattern>.*)\)\(\\\.weight\)\?$", re.DOTALL)
 
 
 def save_adapter(
@@ -94,7 +104,11 @@ def save_adapter(
             places.add(tensor.data_ptr())
     if not write:
         return
-    text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
+    settings = _peft_config(model, config, layers)
+    text = json.dumps(settings, indent=2) + "\n"
+    header = {"format": "pt"}
+    if settings["lora_dropout"] != config.dropout:
+        header[_DROPOUT_KEY] = str(config.dropout)
     folder = Path(folder)
     try:
         with ExitStack() as both:  # neither is renamed before both are on disk
@@ -102,7 +116,7 @@ def save_adapter(
             tensors_file = both.enter_context(atomic_file(folder / TENSORS_NAME))
             config_file.write_bytes(text.encode())
             fsync(config_file)
-            save_file(tensors, tensors_file, metadata={"format": "pt"})
+            save_file(tensors, tensors_file, metadata=header)
     except (OSError, SafetensorError) as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
         raise UserError(f"cannot write the adapter to {folder}: {reason(error)}{kept}.") from error
@@ -154,6 +168,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         not isinstance(names, list)
         or settings.get("layers_to_transform")
         or settings.get("exclude_modules")
+        or settings.get("target_parameters")
     ):
         names = list(config.target_modules)
     same = ("r", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern")
@@ -199,14 +214,21 @@ def _peft_config(
         base = "/".join(hub.groups())
     is_causal = callable(getattr(model, "prepare_inputs_for_generation", None))
     rows = token_rows(model)
-    return {
+    weights = _taken_for_experts(model, layers)
+    patterns = {
+        name: {f"({key})(\\.weight)?" if weights else key: value for key, value in own.items()}
+        for name in ("rank_pattern", "alpha_pattern")
+        for own in [getattr(config, name)]
+    }
+    settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal else None,
         "base_model_name_or_path": base or None,
         "r": config.r,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": _shortest_names(model, layers),
+        "lora_dropout": 0.0 if weights else config.dropout,
+        "target_modules": _shortest_names(model, layers.keys() - weights),
+        **({"target_parameters": [f"{path}.weight" for path in weights]} if weights else {}),
         "bias": "none",
         "use_rslora": config.rslora,
         "use_dora": False,
@@ -217,8 +239,7 @@ def _peft_config(
         "inference_mode": True,
         # By their paths: PEFT would take "norm" for "input_layernorm" too.
         "modules_to_save": list(saved_modules(model, config.modules_to_save)) or None,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
+        **patterns,
         "layers_to_transform": None,
         "layers_pattern": None,
         **(
@@ -227,13 +248,30 @@ def _peft_config(
             else {}
         ),
     }
+    # But not the patterns, of which the first that matches counts.
+    return dict(sorted(settings.items()))
 
 
-def _shortest_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The layers that PEFT would take for experts if target_modules had their names, whole paths or patterns for them.
+
+    These names were those of single experts before transformers 5 stacked them, and shared experts and dense layers
+    have them still. PEFT adapts such a layer right as a parameter (``target_parameters``), with the same tensors. It
+    goes by this table of transformers, which is loaded if the model is one of transformers'.
+    """
+    table: dict[str, str] = getattr(
+        sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {}
+    )
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    names = _TAKEN_FOR_EXPERTS.get({**table, "mixtral": "mixtral"}.get(kind, ""), ())
+    return [path for path in layers if path.rpartition(".")[2] in names]
+
+
+def _shortest_names(model: nn.Module, layers: Set[str]) -> list[str]:
     """Names that PEFT, which matches path endings over all modules, resolves to exactly ``layers``."""
     short = sorted({path.rpartition(".")[2] for path in layers})
     meant = {path for path, _ in plain_modules(model) if any(matches(path, name) for name in short)}
-    return short if meant == set(layers) else sorted(layers)
+    return short if meant == layers else sorted(layers)
 
 
 Pairs = dict[str, dict[str, Tensor]]  # by a layer's path: lora_A as "A", lora_B as "B"
@@ -242,7 +280,9 @@ Pairs = dict[str, dict[str, Tensor]]  # by a layer's path: lora_A as "A", lora_B
 def _read(folder: Path) -> tuple[dict[str, Any], Pairs, dict[str, Tensor], LoraConfig]:
     """What both files hold, and our config of it."""
     settings = read_settings(folder)
-    pairs, saved = _read_tensors(folder)
+    pairs, saved, dropout = _read_tensors(folder)
+    if dropout is not None:
+        settings["lora_dropout"] = dropout
     return settings, pairs, saved, _our_config(folder, settings, sorted(pairs), saved)
 
 
@@ -261,9 +301,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here."
         )
     for name in _UNSUPPORTED:
-        if (stored.get(name) or "none") != "none":
+        value = stored.get(name) or "none"
+        # An adapter of a linear layer's weight, named as a parameter, is one of the layer.
+        is_of_layers = isinstance(value, list) and all(str(each).endswith(".weight") for each in value)
+        if value != "none" and not is_of_layers:
             raise UserError(
-                f"{path} sets {name} to {stored[name]!r}, which this library does not compute: "
+                f"{path} sets {name} to {value!r}, which this library does not compute: "
                 f"merge that adapter with PEFT and load the merged model."
             )
     init = stored.get("init_lora_weights")
@@ -275,8 +318,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
-    """The pairs, and by name the rest."""
+def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor], float | None]:
+    """The pairs, by name the rest, and the dropout of the header if it has one."""
     path = folder / TENSORS_NAME
     if not path.is_file():
         pickle = (
@@ -287,7 +330,9 @@ def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
         raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.")
     with reading(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if init := (file.metadata() or {}).get(_INIT_KEY):
+        header = file.metadata() or {}
+        dropout = float(header[_DROPOUT_KEY]) if _DROPOUT_KEY in header else None
+        if init := header.get(_INIT_KEY):
             warnings.warn(
                 f"{path}: the adapter began with a correction of its 4-bit base (init {init}): it fits that base "
                 "alone, also decoded (merge with base 'dequantized'), and no 16-bit weights.",
@@ -319,7 +364,7 @@ def _read_tensors(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
             )
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
-    return pairs, saved
+    return pairs, saved, dropout
 
 
 def _our_config(
@@ -341,11 +386,16 @@ def _our_config(
             dropout=stored.get("lora_dropout", 0.0),
             target_modules=paths,
             rslora=bool(stored.get("use_rslora", False)),
-            rank_pattern=stored.get("rank_pattern") or {},
-            alpha_pattern=stored.get("alpha_pattern") or {},
+            rank_pattern=_of_layers(stored.get("rank_pattern") or {}),
+            alpha_pattern=_of_layers(stored.get("alpha_pattern") or {}),
             modules_to_save=list(dict.fromkeys(named)) if len(saved) > len(rows) else [],
             trainable_tokens=tokens,
         )
+
+
+def _of_layers(patterns: dict[str, Any]) -> dict[str, Any]:
+    """The patterns without :data:`_OR_WEIGHT`."""
+    return {_OR_WEIGHT.sub(r"\g<pattern>", key): value for key, value in patterns.items()}
 
 
 def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: Pairs, base: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qlora_native.lora.config import ALL_LINEAR, LoraConfig
 from qlora_native.lora.layer import LoRALinear
 from qlora_native.lora.tokens import WithTokenRows
-from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
+from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear, is_read_raw
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -51,11 +51,21 @@ def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     linears = {path: module for path, module in plain_modules(model) if isinstance(module, nn.Linear)}
     if names == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = [path for path, module in linears.items() if module is not output]
+        chosen = [
+            path
+            for path, module in linears.items()
+            if module is not output and _is_plain(module) and not is_read_raw(model, path)
+        ]
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layers to adapt.")
         return chosen
     return _selected(model, names, "target_modules", "linear layer", linears)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the linear layer computes x W^T + b: routers that derive from it do not (PhiMoE, Llama 4)."""
+    is_known = isinstance(module, QuantizedLinear) or type(module).__name__ == "FalconLinear"
+    return is_known or type(module).forward is nn.Linear.forward
 
 
 def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Container, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -313,6 +316,26 @@ class QuantizedEmbedding(KeepsBits, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._about.quant_type}"
+
+
+def is_read_raw(model: nn.Module, path: str) -> bool:
+    """Whether the parent's code uses the weight of this linear layer itself, as Mamba does ``self.dt_proj.weight``, or
+    casts to its dtype, as DeepSeek-V3.2's indexer does.
+
+    Slices are taken only where tensor parallelism is imitated, which is off by default.
+    """
+    parent, _, name = path.rpartition(".")
+    weight = rf"self\.{re.escape(name)}\.weight\b"
+    used = rf"(?<!isinstance\(){weight}(?!\[|\.(dtype|device|shape)\b)|\.to\({weight}\.dtype\)"
+    return re.search(used, _source_of(type(model.get_submodule(parent)))) is not None  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def _source_of(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time
+        return ""
 
 
 def in_rows(

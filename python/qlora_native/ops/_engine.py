@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -113,6 +114,12 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def unflattened(rows: Tensor, leading: Sequence[int]) -> Tensor:
+    """[M, N] as [..., N], which is no view for autograd: Falcon and Gemma 3n change such an output in place."""
+    return _unsafe_view(rows, (*leading, rows.shape[-1]))
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _UNCHANGED = nullcontext()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_native.ops._direct import call
-from qlora_native.ops._engine import ANY, Engine, as_rows, sum_to_bias, without_autocast
+from qlora_native.ops._engine import ANY, Engine, as_rows, sum_to_bias, unflattened, without_autocast
 from qlora_native.ops._library import Values, autograd, fake, implement, save_inputs
 from qlora_native.ops.linear_4bit import CPU, grad_input_shapes
 
@@ -24,7 +24,7 @@ def _product(
     """x W^T + bias for x [..., K], or x W for x [..., N]."""
     with without_autocast(x):
         y = engine.dense(is_forward, as_rows(x), weight, bias)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return unflattened(y, x.shape[:-1])
 
 
 def _grad_weight(engine: Engine, grad_y: Tensor, x: Tensor) -> Tensor:

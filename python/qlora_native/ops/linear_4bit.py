@@ -28,6 +28,7 @@ from qlora_native.ops._engine import (
     save_weight,
     saved_weight,
     sum_to_bias,
+    unflattened,
     without_autocast,
 )
 from qlora_native.ops._library import Values, autograd, cuda_kernels, fake, implement
@@ -190,13 +191,13 @@ def _register(device: str, engine_of: Callable[[torch.device], Engine]) -> None:
     def forward(x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
         with without_autocast(x):
             y = engine_of(x.device).product(True, as_rows(x), weight, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return unflattened(y, x.shape[:-1])
 
     @implement("linear_4bit_grad_input", device)
     def grad_input(grad_y: Tensor, weight: Weight) -> Tensor:
         with without_autocast(grad_y):
             grad_x = engine_of(grad_y.device).product(False, as_rows(grad_y), weight)
-        return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+        return unflattened(grad_x, grad_y.shape[:-1])
 
 
 for _device, _engine_of in ENGINES.items():

@@ -28,6 +28,7 @@ from qlora_native.ops._engine import (
     save_weight,
     saved_weight,
     sum_to_bias,
+    unflattened,
     without_autocast,
 )
 from qlora_native.ops._library import Function, Values, autograd, fake, implement
@@ -122,7 +123,7 @@ def forward_by(
     if rows is x:
         return y, xa
     leading = x.shape[:-1]
-    return y.view(*leading, weight.shape[0]), xa.view(*leading, a.shape[0])
+    return unflattened(y, leading), unflattened(xa, leading)
 
 
 def backward_by(

@@ -47,8 +47,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     with reading(path):
         check_config(path, values)
         window = values.get("sliding_window")
-        if window is not None and (type(window) is not int or not 0 < window < 1 << 31):
-            raise ValueError(f"sliding_window is {window!r}: expected a whole number over 0, or null")
+        if window is not None and (type(window) is not int or not 0 <= window < 1 << 31):
+            raise ValueError(
+                f"sliding_window is {window!r}: expected a whole number of 0 or more, or null"
+            )
     kind = values.get("model_type")
     if not kind:
         raise UserError(
@@ -59,6 +61,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # its validators raise types of their own, with the reason as the cause
         reason = first_sentence(error.__cause__ or error)
         raise UserError(f"{path} (model type {kind}) cannot be used: {reason}") from error
+    if getattr(config, "sliding_window", None) == 0:  # none, as in Qwen2-MoE's own config
+        kinds = getattr(config, "layer_types", None)
+        if "sliding_attention" in (kinds or ()):
+            raise UserError(
+                f"{path}: sliding_window is 0, but layer_types has 'sliding_attention': expected a number over 0."
+            )
+        if kinds is None:  # the mask would be one of this width; with kinds, it is made and not used
+            config.sliding_window = None
     config.name_or_path = str(folder)
     return config
 

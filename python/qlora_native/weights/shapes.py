@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_native.errors import UserError
 from qlora_native.nn.experts import stacks_of
+from qlora_native.nn.linear import is_read_raw
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
 
@@ -57,7 +56,7 @@ def four_bit_weights(
     chosen = {
         f"{path}.weight": is_transposed(module)
         for path, module in model.named_modules()
-        if is_plain_linear(module) and module is not output and not _is_read_raw(model, path)
+        if is_plain_linear(module) and module is not output and not is_read_raw(model, path)
     }
     chosen |= {f"{path}.{name}": False for path, name, _ in stacks_of(model, block_size)}
     return {
@@ -106,24 +105,6 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], 
     loose = model._keep_in_fp32_modules if dtype is torch.float16 else ()
     patterns = [pattern.replace("*", ".*") for pattern in {*(strict or ()), *(loose or ())}]
     return re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)").search
-
-
-def _is_read_raw(model: nn.Module, path: str) -> bool:
-    """Whether the parent's code uses this layer's weight itself, as Mamba does ``self.dt_proj.weight``.
-
-    Slices are taken only where tensor parallelism is imitated, which is off by default.
-    """
-    parent, _, name = path.rpartition(".")
-    used = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape)\b)"
-    return re.search(used, _source_of(type(model.get_submodule(parent)))) is not None  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=1024)
-def _source_of(kind: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time
-        return ""
 
 
 def _stands_for(entry: str, path: str) -> bool:

@@ -183,7 +183,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
     head_dim = _head_dim(config)
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
-    if window is not None and config.model_type != "gemma2":
+    if window and config.model_type != "gemma2":
         # Beyond it these architectures of llama.cpp attend to everything.
         context = min(context, window)
     writer.add_name(path.stem if path.is_file() else path.name)
