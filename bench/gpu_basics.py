@@ -1,6 +1,7 @@
 """Each op once on tiny shapes against the CPU, bytes where the rule is exact: the first thing to run on a card.
 
-Then what other programs find there: the primitives compiled by nvcc, the tests of the ops, compute-sanitizer.
+Then CUDA graphs, and what other programs find there: the primitives compiled by nvcc, the tests of the ops,
+compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from cases import FLOAT_DTYPES, GGUF_TYPES
 from common import relative_error
-from gpu_timing import Case, Context, device, half, made_up, on_gpu, wait
+from gpu_timing import AGAIN, Case, Context, device, half, made_up, on_gpu, wait
 from pages import ROOT
+from replay import Replay
 from torch import Tensor
 
 import qlora_native as qn
@@ -61,8 +63,75 @@ def run(context: Context) -> None:
         **{f"products {dtype}": partial(products, dtype) for dtype in FLOAT_DTYPES},
     }
     for name, check in checks.items():
-        context.row(Case("basics", form=name), lambda check=check: {"match": check()})  # type: ignore[misc]
+        context.row(Case("basics", form=name), lambda check=check: {"match": check()}, True)  # type: ignore[misc]
     wait()
+
+
+def run_capture(context: Context) -> None:
+    """Ops in CUDA graphs, whose replays give the bytes of the calls. A failed capture can leave torch's allocator in
+    capture, so it ends the process."""
+    w, weight = qn.quantize(torch.randn(N, K, device=device())), torch.randn(K, device=device()).to(half())
+    labels = torch.arange(33, device=device())
+
+    def made(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, device=device()).to(dtype or half()).requires_grad_()
+
+    def gradients(op: Callable[..., Tensor], *operands: Tensor) -> Callable[[], Tensor]:
+        grad = torch.ones_like(op(*operands))
+        return lambda: torch.cat([g.flatten().float() for g in torch.autograd.grad(op(*operands), operands, grad)])
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return qn.lora_linear(x, w, a, b, 2.0)
+
+    adapter = made(8, K, dtype=torch.float32), made(N, 8, dtype=torch.float32)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "decode": lambda: w.dequantize(half()),
+        **{f"products m={m}": gradients(layer, made(m, K), *adapter) for m in (1, 40, 130, 600)},
+        "loss": gradients(lambda h: qn.linear_cross_entropy(h, w, labels), made(33, K)),
+        "rms_norm": gradients(lambda x: torch.ops.qlora_native.rms_norm(x, weight, 1e-6)[0], made(33, K)),
+        "swiglu": gradients(torch.ops.qlora_native.swiglu, made(33, K), made(33, K)),
+    }
+    rows: dict[str, Callable[[], dict[str, Any]]] = {name: partial(replayed, call) for name, call in calls.items()}
+    for name, row in (rows | {"AdamW": replayed_steps}).items():
+        if not context.row(Case("capture", form=name), row, True):
+            raise SystemExit(AGAIN)
+
+
+def replay_of(call: Callable[[], object]) -> Replay:
+    """Its graph, behind a warm-up of two calls; RuntimeError if it is refused."""
+    replay = Replay([call], device())
+    if replay.refused:
+        raise RuntimeError(replay.refused)
+    return replay
+
+
+def replayed(call: Callable[[], Tensor]) -> dict[str, Any]:
+    """Whether a replay gives the bytes of the call."""
+    want = call()
+    found = torch.empty_like(want)
+    replay = replay_of(lambda: found.copy_(call()))
+    found.zero_()
+    replay.seconds()
+    return {"match": torch.equal(found, want)}
+
+
+def replayed_steps() -> dict[str, Any]:
+    """Whether replayed steps of an optimizer give the bytes of plain ones."""
+    found = []
+    for is_replayed in (True, False):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(5000, device=device()))
+        parameter.grad = torch.randn_like(parameter)
+        stepper = qn.optim.AdamW([parameter], lr=1e-3, max_norm=1.0)
+        stepper.step()
+        if is_replayed:
+            replay = replay_of(stepper.step)
+            replay.seconds(), replay.seconds()
+        else:
+            for _ in range(4 if on_gpu() else 2):  # those of the warm-up too
+                stepper.step()
+        found.append(parameter.detach())
+    return {"match": torch.equal(*found)}
 
 
 def _same(here: Tensor, there: Tensor) -> bool:

@@ -44,11 +44,13 @@ class Group(NamedTuple):
 
 GROUPS = {
     "basics": Group(90, "gpu_basics run"),
+    "capture": Group(40, "gpu_basics run_capture"),
+    "paging": Group(40, "gpu_passes run paging"),
+    "step_8b": Group(100, "gpu_models run 8B", "transformers"),
+    "crossovers": Group(100, "gpu_products run crossovers"),
     "primitives": Group(60, "gpu_basics run_primitives"),
     "tests": Group(180, "gpu_basics run_tests"),
     "passes": Group(60, "gpu_passes run passes"),
-    "paging": Group(40, "gpu_passes run paging"),
-    "step_8b": Group(100, "gpu_models run 8B", "transformers"),
     "products_few": Group(180, "gpu_products run few"),
     "products_many": Group(150, "gpu_products run many"),
     "norms": Group(40, "gpu_passes run norms"),
@@ -103,7 +105,7 @@ def run_once(command: Sequence[str], seconds: float) -> tuple[str, str]:
     if status is not None and status < 0:
         states[status] = f"ended by {signal.Signals(-status).name}"
     said = ["", *filter(str.strip, words.splitlines())]
-    last = next((line for line in said if "Fatal Python error" in line), said[-1])
+    last = next((line for line in said if line.startswith(("Fatal Python error", "Timeout ("))), said[-1])
     return states.get(status, f"ended with status {status}"), last[:300]
 
 

@@ -22,6 +22,9 @@ from replay import Call, copies
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_products, _library
+from qlora_native.ops._operands import Weight
 
 OPS = torch.ops.qlora_native
 SCALE = 2.0
@@ -45,6 +48,7 @@ def _cases(
 SHAPES_8B, SHAPES_70B = (list(dict.fromkeys(linears(name))) for name in ("8B", "70B"))
 VARIED = ((4096, 4096), (14336, 4096))
 CASES = {
+    "crossovers": _cases(VARIED[::-1], (64, 128, 256, 512, 1024, 2048), ops=DIRECTIONS[:2]),
     "few": _cases(SHAPES_8B, (1, 4, 16, 64, 256)),
     "many": _cases(SHAPES_8B, (1024, 4096)),
     "variants": [
@@ -167,7 +171,7 @@ def _decoder(module: Any, case: Case) -> Any:
     return holder
 
 
-def truth(w: Weights, case: Case, t: Tensor, adapter: Adapter) -> Tensor:
+def truth(w: Weights, case: Case, t: Tensor, adapter: Sequence[Tensor]) -> Tensor:
     """fp32 products on the decoded weight."""
     wide, dense, is_forward = t.float(), w.dense.float(), case.op.endswith("forward")
     y = wide @ dense.t() if is_forward else wide @ dense
@@ -206,8 +210,31 @@ def row(context: Context, w: Weights, case: Case) -> Row:
     return made | timings(context.replays(functions), bars(case), least)
 
 
+def crossover_row(context: Context, w: Weights, case: Case) -> Row:
+    """A product by the fused kernel, which is ours here, and in two steps: what the choice between them rests on."""
+    is_forward = case.op == "forward"
+    t = torch.randn(case.m, case.k if is_forward else case.n, device=device(), dtype=w.dtype)
+    module: Any = _library.module_for(device())
+    sizes = _cuda_products.Sizes(case.m, case.n, case.k, 0, 64, DTYPE_NUMBER[w.dtype], is_forward)
+    fused = _cuda_products.plan_of(module, sizes, device(), always_fused=True)
+    product = partial(_cuda_products.engine(module).product, is_forward, t)
+    plans = {"ours": fused, "two_steps": _cuda_products.TWO_STEPS}
+    calls = {
+        name: [partial(product, Weight(*weight.op_args()), plan=plan) for weight in w.ours]
+        for name, plan in plans.items()
+    }
+    exact = truth(w, case, t, ())
+    errors = {name: relative_error(call[0](), exact) for name, call in calls.items()}
+    match = max(errors.values()) < TOLERANCE and fused != _cuda_products.TWO_STEPS
+    return {"match": match, "plan": str(fused)} | timings(context.replays(calls))
+
+
 @torch.no_grad()
 def run(context: Context, which: str) -> None:
     """The rows of one of the tables of ``CASES``; a weight is made once for the rows that follow one another."""
     weights = lru_cache(maxsize=1)(partial(Weights, context))
-    context.rows(CASES[which], lambda case: row(context, weights(case.n, case.k, case.form), case))
+    if which == "crossovers" and _library.module_for(device()) is None:
+        context.record(absent="CUDA kernels")
+        return
+    measure = crossover_row if which == "crossovers" else row
+    context.rows(CASES[which], lambda case: measure(context, weights(case.n, case.k, case.form), case))

@@ -8,6 +8,7 @@ Without a GPU (a dry run) shapes are tiny, and calls are timed by the clock.
 from __future__ import annotations
 
 import csv
+import faulthandler
 import importlib
 import json
 import math
@@ -263,19 +264,24 @@ class Context:
 
     def rows(self, cases: Iterable[Case], measure: Callable[[Case], Row]) -> None:
         """Measures a row for each case."""
-        for case in cases if on_gpu() else dict.fromkeys(case.tiny() for case in cases):
-            self.row(case, partial(measure, case))
+        several = list(cases if on_gpu() else dict.fromkeys(case.tiny() for case in cases))
+        for case in several:
+            self.row(case, partial(measure, case), len(several) > 1)
 
-    def row(self, case: Case, measure: Callable[[], Row]) -> None:
-        """Measures one row. An exception costs this row, unless the device refuses from now on: that ends the process,
-        as does the end of the time."""
+    def row(self, case: Case, measure: Callable[[], Row], is_one_of_many: bool = False) -> bool:
+        """Measures one row; False if it failed. An exception costs this row, unless the device refuses from now on:
+        that ends the process, as does the end of the time. One of many rows that hangs ends it after half of that time,
+        which leaves the other half to the rows behind it."""
         if case.name in self.begun:
-            return
+            return True
         if time.monotonic() > self.deadline:
             raise SystemExit(AGAIN)
         head = {"row": case.name, "op": case.op}
         self.record(**head, error="the process ended in this row")
         before = max(0, len(text_of(self.sensors)) - 1)
+        has_limit = is_one_of_many and self.deadline < math.inf
+        if has_limit:
+            faulthandler.dump_traceback_later((self.deadline - time.monotonic()) / 2, exit=True)
         try:
             found = head | measure()
         except SystemExit:
@@ -287,6 +293,10 @@ class Context:
             wait()  # raises where an illegal address has broken the device for this process
             if on_gpu():
                 torch.cuda.empty_cache()
-        else:
-            self.record(**found, clocks=clocks(text_of(self.sensors)[before:]))
-            print(line(found, "row") if "ms" in found else found, flush=True)
+            return False
+        finally:
+            if has_limit:
+                faulthandler.cancel_dump_traceback_later()
+        self.record(**found, clocks=clocks(text_of(self.sensors)[before:]))
+        print(line(found, "row") if "ms" in found else found, flush=True)
+        return True

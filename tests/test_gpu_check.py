@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import itertools
 import json
 import os
@@ -66,7 +67,7 @@ def test_every_row_of_a_group_has_a_match(name: str, context: gpu_timing.Context
 # Groups and their records
 
 
-def fails() -> None:
+def fails() -> Any:
     raise RuntimeError("a failure that was asked for")
 
 
@@ -162,6 +163,18 @@ def test_rows_that_were_begun_are_not_begun_again(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu_timing.Context(first.file, -1.0).row(Case("op", 3), lambda: {"match": True})
     assert ended.value.code == gpu_timing.AGAIN
+
+
+def test_a_row_that_hangs_leaves_half_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the rows behind it; one that is alone may take all."""
+    limits: list[Any] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: limits.append((seconds, exit)))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: limits.append("ended"))
+    context = gpu_timing.Context(tmp_path / "group.jsonl", 100.0)
+    context.row(Case("one of many"), lambda: {"match": True}, True)
+    context.row(Case("fails"), fails, True)
+    context.rows([Case("alone")], lambda case: {"match": True})
+    assert limits == [(pytest.approx(50, abs=5), True), "ended"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
