@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import emulated_torch
 import pytest
 import torch
+import transformers.generation.utils  # noqa: F401  its annotations take torch.cuda's own classes
 from emulated import Emulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils

@@ -2,10 +2,10 @@
 
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
-The mends are of what readings of commits ca7f053 and de98c3c found; a row names the finding, the text of today and a text that
-does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules that are
-installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row; the exit
-status is 1 if a row was not noticed.
+The mends are of what readings of commits ca7f053 and de98c3c found; a row names the finding, the text of today and a
+text that does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules
+that are installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row;
+the exit status is 1 if a row was not noticed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
+DECODE = "python/qlora_native/models/decode.py"
 GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
 OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
 
@@ -163,6 +164,16 @@ MENDS = (
     Mend("a row of the GPU check that hangs costs its group", "bench/gpu_timing.py",
          "has_limit = is_one_of_many and self.deadline < math.inf", "has_limit = False",
          "test_gpu_check.py hangs_leaves"),
+    Mend("tokens are generated from Python", DECODE, "self.graph is None and self.count > EAGER_STEPS", "False",
+         "test_decode.py eager_loop and greedy and bfloat16"),
+    Mend("a graph multiplies by an adapter of before", DECODE, "if not _cuda_copies.are_current(self.copies):",
+         "if False:", "test_decode.py on_the_way"),
+    Mend("logits change under their owner", DECODE, "make(logits=logits.clone(), **caches)",
+         "make(logits=logits, **caches)", "test_decode.py next_pass"),
+    Mend("adapters are copied for each token", f"{OPS}/_cuda_copies.py", "if (kept := _generation.copies) is not None",
+         "if (kept := None) is not None", "test_decode.py once_a_generation"),
+    Mend("transformers compiles what is captured", DECODE, "if compile_config is None:", "if False:",
+         "test_decode.py on_a_cpu"),
 )  # fmt: skip
 
 

@@ -96,3 +96,5 @@ def test_which_models_are_not_captured(tmp_path: Any, monkeypatch: pytest.Monkey
     assert why_not_captured(on_cuda(dense)) is None
     assert why_not_captured(on_cuda(dense, streamed_layers=object()))
     assert why_not_captured(on_cuda(experts))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert why_not_captured(on_cuda(dense))

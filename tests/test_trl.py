@@ -4,6 +4,7 @@ in TRL's own code, the reference is the base without its adapter, and the logits
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import subprocess
@@ -13,8 +14,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import emulated_graphs
+import emulated_torch
 import pytest
 import torch
+from emulated import Emulator
 from helpers import needs_page_files
 from test_trainer import arguments, base, losses
 from tiny import FACTS, write_model
@@ -23,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import qlora_native as qn
+from qlora_native.models import decode, fuse
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import linear_cross_entropy
 
@@ -241,6 +246,39 @@ def losses_on_a_quantized_head(folder: Path) -> dict[str, float]:
         trainer = trainer_of(kind, model, folder, folder / "out", (qn.optim.AdamW, {"lr": 1e-2}), **options)
         (found[kind],) = losses(trainer)
     return found
+
+
+def test_grpo_generates_by_graphs(
+    folder: Path, tmp_path: Path, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``cache_implementation="static"`` its answers are those that are generated eagerly."""
+    replay, replays = emulated_torch.Graph.replay, []
+
+    def counted(graph: emulated_torch.Graph) -> None:
+        replays.append(1)
+        replay(graph)
+
+    monkeypatch.setattr(emulated_torch.Graph, "replay", counted)
+    monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)
+    answers: list[list[str]] = []
+    plain = rewards
+
+    def kept(completions: list[str], **_: Any) -> list[float]:
+        answers.append(completions)
+        return plain(completions)
+
+    monkeypatch.setitem(globals(), "rewards", kept)
+    options = {"max_steps": 2, "max_completion_length": 12, "cache_implementation": "static"}
+    for is_eager in (True, False):
+        with monkeypatch.context() as patch, emulated_graphs.graphs(emulator=emulator) as cuda:
+            if is_eager:
+                patch.setattr(decode, "_passes_over", lambda *_: None)
+            torch.manual_seed(0)
+            losses(trainer_of("grpo", base(folder), folder, tmp_path, (qn.optim.AdamW, {"lr": 1e-2}), **options))
+            assert bool(replays) is not is_eager
+            gc.collect()
+            assert sum(cuda.users.values()) == 0
+    assert answers[:2] == answers[2:] and len({text for group in answers[:2] for text in group}) > 4
 
 
 def test_importing_changes_nothing_of_trl() -> None:

@@ -18,6 +18,7 @@ from qlora_native._memory import trim_heap
 from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
 from qlora_native.models.build import HeapTrimmer, put_dense, put_four_bit
+from qlora_native.models.decode import Decodes, decode_by_graphs
 from qlora_native.models.load import make_report
 from qlora_native.nn.experts import (
     STACKS,
@@ -174,11 +175,14 @@ class QLoRANativeQuantizer(HfQuantizer):
         )
         model._weight_conversions = without_stacks(theirs, model)
         model.load_report = make_report(model, self._folder)
+        decode_by_graphs(model)
         trim_heap()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self._dtype
+        if isinstance(model, Decodes):
+            model.__class__ = type(model).__bases__[1]
         with torch.no_grad():
             for path, module in list(model.named_modules()):
                 if isinstance(module, QuantizedLinear):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_native.errors import UserError
+from qlora_native.models.decode import static_cache
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,12 @@ def iter_tokens(
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     # The name depends on the version of transformers.
     cache_name = "cache" if "cache" in parameters else "past_key_values"
-    ids, cache = torch.tensor([list(prompt)], device=model.device), None
-    for _ in range(min(sampling.max_tokens, context - len(prompt))):
-        output = model(ids, **{cache_name: cache}, use_cache=True, **last)
-        token = choose(output.logits[0, -1].float().cpu(), sampling, generator)
+    count = min(sampling.max_tokens, context - len(prompt))
+    ids: Any = torch.tensor([list(prompt)], device=model.device)
+    cache: Any = static_cache(model, len(prompt) + count)
+    for _ in range(count):
+        output = model(input_ids=ids, **{cache_name: cache}, use_cache=True, **last)
+        token = choose(output.logits[0, -1], sampling, generator)
         if token in stop:
             return
         yield token
@@ -68,10 +71,11 @@ stream = torch.inference_mode()(iter_tokens)  # a model that goes on training mu
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token, given logits fp32 [vocabulary]."""
+    """A token, given logits [vocabulary] on any device. The likeliest is found there; a number is drawn on the host, so
+    that a seed gives the same answer on each device."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    values, tokens = (logits / sampling.temperature).sort(descending=True)
+    values, tokens = (logits.float().cpu() / sampling.temperature).sort(descending=True)
     if sampling.top_k:
         values, tokens = values[: sampling.top_k], tokens[: sampling.top_k]
     chances = values.softmax(-1)

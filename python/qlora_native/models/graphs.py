@@ -26,6 +26,8 @@ def has_experts(model: nn.Module) -> bool:
 
 def why_not_captured(model: Any) -> str | None:
     """Why no pass of a model on a CUDA device can be captured; None if one may be."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "the process is one of several"
     if getattr(model, "streamed_layers", None) is not None:
         return "layers stream to the device"
     if has_experts(model):

@@ -7,12 +7,16 @@ of it to the next, and only in passes that autograd records: not of matrices tha
 gathered, and not in an evaluation, for which averaged weights may be put in place. Version, memory and strides must be
 the same beside, and the stream that of the copy. A CUDA graph that holds an optimizer's step shows no replay: what it
 steps is never kept again.
+
+A generation keeps its own copies from token to token (:func:`kept_in`): nobody puts other weights in place there.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,8 +61,45 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
+# By the id of a matrix, the copy's dtype and its factor: the matrix, its version and address, and the copy.
+Kept = dict[tuple[int, torch.dtype, float], tuple[Tensor, tuple[int, int], Tensor]]
+
+
+class _Generation(threading.local):
+    copies: Kept | None = None
+
+
+_generation = _Generation()
+
+
+@contextmanager
+def kept_in(copies: Kept) -> Iterator[None]:
+    """Passes of this thread take copies from ``copies``, to which they add what is missing; a capture adds nothing."""
+    before, _generation.copies = _generation.copies, copies
+    try:
+        yield
+    finally:
+        _generation.copies = before
+
+
+def are_current(copies: Kept) -> bool:
+    """Whether no matrix has changed since it was copied, as far as its version and its address show."""
+    return all(_state(matrix) == state for matrix, state, _ in copies.values())
+
+
+def _state(matrix: Tensor) -> tuple[int, int]:
+    return 0 if matrix.is_inference() else matrix._version, matrix.data_ptr()
+
+
 def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[..., Tensor]) -> Tensor:
     """``make(matrix, dtype, scale)``, which is scale times the matrix in a dtype; a kept one, where it still holds."""
+    if (kept := _generation.copies) is not None and not recording.on:
+        found = kept.get((id(matrix), dtype, scale))
+        if found is None or found[1] != _state(matrix):
+            found = matrix, _state(matrix), make(matrix, dtype, scale)
+            if not _cuda_kernels.is_capturing(matrix.device):
+                kept[id(matrix), dtype, scale] = found
+        return found[2]
     copies = _copies.get(id(matrix)) if recording.on else None
     if (
         copies is None
