@@ -329,6 +329,7 @@ def test_chat_and_eval_stream_by_themselves(
     rest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     little = rest - units[0].num_bytes  # of which three quarters are for weights: two layers beside the slots
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(device_layers, "_with_number", lambda device: torch.device("cpu"))
     monkeypatch.setattr(decode, "why_not_captured", lambda model: "")  # a static cache rounds otherwise
 
