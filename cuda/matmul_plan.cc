@@ -19,9 +19,9 @@ constexpr int64_t kLaunchSteps = 4;    // the second launch
 
 // Tokens up to which a fused kernel beats dequantizing for the library's GEMM: estimates, on the low side, until a card
 // has timed both. A step of a 128-row tile takes an A100 1,024 clocks in its MMAs, 690 in issue and about 1,100 in
-// shared memory, which overlap (tests/cuda_budgets.json has the counts). At 70 % of the library's rate, a 4090 would lose
-// a fifth at 1,024 tokens. Hopper and datacenter Blackwell reach their peak only with instructions that the fused kernels
-// do not use.
+// shared memory, which overlap (tests/cuda_budgets.json has the counts). At 70 % of the library's rate, a 4090 would
+// lose a fifth at 1,024 tokens. Hopper and datacenter Blackwell reach their peak only with instructions that the fused
+// kernels do not use.
 int64_t most_fused_tokens(int compute_capability) {
   switch (compute_capability / 10) {
     case 9:
