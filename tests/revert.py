@@ -174,6 +174,9 @@ MENDS = (
          "if (kept := None) is not None", "test_decode.py once_a_generation"),
     Mend("transformers compiles what is captured", DECODE, "if compile_config is None:", "if False:",
          "test_decode.py on_a_cpu"),
+    Mend("a recomputation makes x A^T in another order of sums", f"{OPS}/lora_linear_4bit.py",
+         "engine.low(as_rows(x), down) if", "engine.dense(True, as_rows(x), down) if",
+         "test_recomputation.py no_gradient_changes"),
 )  # fmt: skip
 
 

@@ -77,6 +77,10 @@ class Engine:
         product = torch.mm(x, weight.t() if is_forward else weight, out=out)
         return product if scale == 1.0 else torch.mul(product, scale, out=out)
 
+    def low(self, x: Tensor, down: Tensor) -> Tensor:
+        """x A^T for x [M, K] and A [r, K], with the bits that a product gives it that makes it itself."""
+        return self.dense(True, x, down)
+
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
         return self.narrow(matrix, dtype, scale)

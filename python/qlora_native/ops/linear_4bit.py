@@ -129,6 +129,21 @@ class Cpu(Engine):
     ) -> Tensor:
         if x.dtype.itemsize > 2:
             return super().dense(is_forward, x, weight, bias, scale, out)
+        return self._dense(is_forward, x, weight, bias, scale, out)
+
+    def low(self, x: Tensor, down: Tensor) -> Tensor:
+        return self._dense(True, x, down) if x.dtype in DTYPE_NUMBER else super().low(x, down)
+
+    def _dense(
+        self,
+        is_forward: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """By the native kernel, which adds up in the order in which a product makes ``low``."""
         x = x.contiguous()
         weight = weight.contiguous()
         if bias is not None:
