@@ -271,7 +271,11 @@ def _xa(
         return forward_by(engine, x, None, a, b, scale, bias, weight)[1:]
     with without_autocast(x):
         down = engine.adapter(a, x.dtype)
-        xa = engine.low(as_rows(x), down) if x_lora is None else engine.dense(True, as_rows(x_lora), down)
+        xa = (
+            engine.low(as_rows(x), down)
+            if x_lora is None
+            else engine.dense(True, as_rows(x_lora), down)
+        )
     return (xa.view(*x.shape[:-1], a.shape[0]),)
 
 
