@@ -52,10 +52,14 @@ def config_of(shape: Sequence[int]) -> PreTrainedConfig:
 
 
 def estimator(shape: Sequence[int], device: str, **setting: Any) -> Estimator:
-    """Of such a model, one row at a time."""
+    """Of such a model, one row at a time; without the scratch of a CPU's kernels, which depends on its class."""
     from qlora_native.tool.estimate import Estimator, Setting
 
-    return Estimator(config_of(shape), Setting(device=device, batch_size=1, **setting))
+    class OnAnyCpu(Estimator):
+        def _scratch(self, setting: Setting) -> int:
+            return 0 if setting.device == "cpu" else super()._scratch(setting)
+
+    return OnAnyCpu(config_of(shape), Setting(device=device, batch_size=1, **setting))
 
 
 @cache

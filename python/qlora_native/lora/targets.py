@@ -63,9 +63,11 @@ def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the linear layer computes x W^T + b: routers that derive from it do not (PhiMoE, Llama 4)."""
-    is_known = isinstance(module, QuantizedLinear) or type(module).__name__ == "FalconLinear"
-    return is_known or type(module).forward is nn.Linear.forward
+    """Whether the linear layer computes x W^T + b: routers of modeling code that derive from it do not (PhiMoE, Llama
+    4); our classes and bitsandbytes' do."""
+    kind = type(module)
+    is_own = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers")
+    return not is_own or kind.__name__ == "FalconLinear"
 
 
 def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

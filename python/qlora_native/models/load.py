@@ -21,7 +21,6 @@ from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
 from qlora_native.models import fuse as fusion
 from qlora_native.models.build import MetaModel, four_bit_parts
-from qlora_native.models.decode import decode_by_graphs
 from qlora_native.models.progress import Progress
 from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, quantize
@@ -252,6 +251,8 @@ def load_model(
         model.config.__dict__.pop("quantization_config", None)
     if fuse:
         fusion.fuse(model)
+    from qlora_native.models.decode import decode_by_graphs  # which no reader of a training loop needs
+
     decode_by_graphs(model)
     trim_heap()
     report = replace(
