@@ -169,7 +169,11 @@ def test_the_commands_take_the_weights_that_were_trained(run: Path, tmp_path: Pa
     assert len(losses) == 2 + run.name.startswith("folder")  # the others have no 16-bit original
     assert [losses[name.removesuffix(" + adapter")], losses[name]] == pytest.approx(held_out, abs=0.01)
     merged = printed("merge", model, adapter, "--out", tmp_path / "merged", "--check", "--sample", rows)
-    assert "not the model" not in merged["verdict"] and merged["retention"]["retention"] == pytest.approx(1, abs=0.1)
+    kept = merged["retention"]
+    # A run of four steps may learn so little on some CPUs that rounding is more of it, as the error says.
+    assert kept["retention"] == pytest.approx(1, abs=max(0.1, kept["retention_error"]))
+    assert kept["shipped_loss"] == pytest.approx(kept["adapted_loss"], rel=0.01)
+    assert "not the model" not in merged["verdict"]
     made = printed("export", model, "--adapter", adapter, "--to", "gguf", "--out", tmp_path / "tuned.gguf")
     assert made["num_bytes"] > 0
     whole, exported = (logits(load_dense(tmp_path / name)) for name in ("merged", "tuned.gguf"))
