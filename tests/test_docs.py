@@ -226,7 +226,7 @@ def test_what_contributing_names_for_journeys_and_additions_is_there() -> None:
     chapters = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     named = r"`((?:[\w-]+/)*[\w-]+\.(?:py|h|cuh|cc))(?:: ([\w.]+))?`"
     for path, name in re.findall(named, chapters["Three journeys"] + chapters["Where to add"]):
-        folder = ROOT if path.startswith(("cpp/", "cuda/")) else ROOT / "python" / "qlora_native"
+        folder = ROOT if path.startswith(("cpp/", "cuda/", "bench/", "tests/")) else ROOT / "python" / "qlora_native"
         source = (folder / path).read_text(encoding="utf-8")
         assert name in (names_in(ast.parse(source)) if path.endswith(".py") else source), (path, name)
     for journey, most in zip(chapters["Three journeys"].split("\n### ")[1:], STATIONS, strict=True):

@@ -95,8 +95,10 @@ def _watch(
         move = policy.decide(
             time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out()
         )
-        if move is not None:
-            getattr(optimizer, f"page_{move}")()
+        if move == "out":
+            optimizer.page_out()
+        elif move == "in":
+            optimizer.page_in()
         del optimizer
 
 

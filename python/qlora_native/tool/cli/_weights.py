@@ -66,7 +66,7 @@ def _file_size(text: str) -> int:
     return num_bytes
 
 
-def has_bnb_weights(model: Path) -> bool:
+def has_four_bit_config(model: Path) -> bool:
     """Whether the files hold 4-bit weights in bitsandbytes' format."""
     from qlora_native.weights.open import open_source
 
@@ -198,7 +198,7 @@ def merge_base(args: argparse.Namespace) -> tuple[str, TrainedBase]:
 
     run = run_of(args.adapter)
     base = args.base or (
-        "original" if run is None and not has_bnb_weights(args.model) else "dequantized"
+        "original" if run is None and not has_four_bit_config(args.model) else "dequantized"
     )
     if base == "dequantized":
         trained = as_trained(args)

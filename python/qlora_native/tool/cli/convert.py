@@ -11,7 +11,7 @@ from qlora_native.tool.cli._weights import (
     DTYPE_NAMES,
     add_quantizing,
     add_shard_size,
-    has_bnb_weights,
+    has_four_bit_config,
     quantizing,
 )
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     out, given, is_dense = args.out, quantizing(args), args.to == "16bit"
     refuse_existing(out, "DST")
-    has_four_bit = has_bnb_weights(args.source)
+    has_four_bit = has_four_bit_config(args.source)
     if given and (is_dense or has_four_bit):
         flag = f"--{min(given).replace('_', '-')}"
         why = (

@@ -28,7 +28,7 @@ from qlora_native.tool.cli._weights import (
     add_quantizing,
     add_shard_size,
     as_trained,
-    has_bnb_weights,
+    has_four_bit_config,
     merge_base,
     run_of,
 )
@@ -110,7 +110,7 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
     from qlora_native.models.merge_files import Merging
 
     # Where nothing is added there is nothing to choose.
-    args.base = args.base if args.adapter or not has_bnb_weights(args.model) else None
+    args.base = args.base if args.adapter or not has_four_bit_config(args.model) else None
     args.base, base = merge_base(args)
     return Merging(base.path, args.adapter, base=args.base, to=to, **base.options)
 
@@ -192,7 +192,7 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             f"{args.adapter} was trained on 4-bit weights, and llama.cpp adds it to those of a GGUF file: "
             f"`{command} --out tuned.gguf` writes the model that was trained; --base original writes the adapter alone"
         )
-    args.base = "dequantized" if has_bnb_weights(args.model) else "original"
+    args.base = "dequantized" if has_four_bit_config(args.model) else "original"
     work = _merging(args, "fp32")
     with as_write_error(out), atomic_file(out) as partial:
         return export_adapter(work, partial)

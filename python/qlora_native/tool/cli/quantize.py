@@ -13,7 +13,7 @@ from qlora_native.tool.cli._weights import (
     DTYPE_NAMES,
     add_quantizing,
     add_shard_size,
-    has_bnb_weights,
+    has_four_bit_config,
     quantizing,
 )
 from qlora_native.weight import CALIBRATED
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = args.out
     refuse_existing(out, "--out")
-    if has_bnb_weights(args.model):
+    if has_four_bit_config(args.model):
         raise UserError(f"{args.model} is 4-bit already; give the 16-bit model it was made from")
     given = {name: getattr(args, f"calibration_{name}") for name in ("rows", "length", "format")}
     flags = [f"--calibration-{name}" for name, value in given.items() if value is not None]
