@@ -19,14 +19,20 @@ from scikit_build_core.build import *  # noqa: F403
 # The packages of CUDA 12 hold no nvcc. Their versions are NVIDIA's: cccl has its own beside the same release.
 PACKAGES = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 DRIVER = 580  # the oldest that runs what CUDA 13 compiles
+OLDEST = 12  # release of CUDA whose nvcc compiles the kernels
 TOOLKITS = Path("/usr/local")
 
 
 def nvcc() -> str | None:
-    """One that is here, as cmake/find_nvcc.cmake finds it."""
+    """One that is here, as cmake/find_nvcc.cmake finds it, but for those that are too old for the kernels."""
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *TOOLKITS.glob("cuda*")]
     path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/bin" for folder in folders if folder)])
-    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+    if found is None or os.environ.get("CUDACXX"):
+        return found
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", said)
+    return None if release and int(release[1]) < OLDEST else found
 
 
 def has_card() -> bool:
@@ -39,8 +45,10 @@ def has_card() -> bool:
     return any(int(release) >= DRIVER for release in re.findall(r"^(\d+)\.", listed, re.MULTILINE))
 
 
-def packages() -> list[str]:
-    mode = os.environ.get("QLORA_NATIVE_CUDA", "AUTO").upper()
+def packages(settings: Any) -> list[str]:
+    """Those that pip is asked for; ``settings`` are its ``--config-settings``."""
+    given = (settings or {}).get("cmake.define.QLORA_NATIVE_CUDA", "AUTO")
+    mode = os.environ.get("QLORA_NATIVE_CUDA", given).upper()
     is_wanted = mode == "ON" or (mode == "AUTO" and has_card())
     return PACKAGES if is_wanted and sys.platform == "linux" and nvcc() is None else []
 
@@ -59,11 +67,11 @@ def use_packages() -> None:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build.get_requires_for_build_wheel(config_settings), *packages()]
+    return [*build.get_requires_for_build_wheel(config_settings), *packages(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build.get_requires_for_build_editable(config_settings), *packages()]
+    return [*build.get_requires_for_build_editable(config_settings), *packages(config_settings)]
 
 
 def build_wheel(*arguments: Any) -> str:

@@ -18,6 +18,7 @@ from emulated import Emulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
+from qlora_native.models import graphs as graphs_of_models
 from qlora_native.ops import _cuda_kernels
 
 PoolId = tuple[int, int]
@@ -76,6 +77,7 @@ class Cuda:
         self.is_capturing = self.is_spoiled = False
         self.generator = Generator()
         self.watch: Waits | None = None
+        self.chosen_devices: list[torch.device] = []
 
     def new_stream(self, handle: int | None = None) -> Any:
         if handle is None:
@@ -111,6 +113,12 @@ class Cuda:
 
     def pool(self) -> MemPool:
         return MemPool(self)
+
+    @contextmanager
+    def chosen(self, device: torch.device) -> Iterator[None]:
+        """torch.cuda.device; all tensors are a CPU's here."""
+        self.chosen_devices.append(device)
+        yield
 
     def graph(self) -> CUDAGraph:
         return CUDAGraph(self)
@@ -189,12 +197,13 @@ def graphs(version: str = "2.13.0", emulator: Emulator | None = None) -> Iterato
     cuda = Cuda(VERSIONS[version], emulator)
     with pytest.MonkeyPatch.context() as patch:
         stand_ins = {
-            "Stream": cuda.new_stream,
+            "Stream": lambda device=None: cuda.new_stream(),
             "MemPool": cuda.pool,
             "CUDAGraph": cuda.graph,
             "current_stream": lambda device=None: cuda.current,
             "set_stream": cuda.set_stream,
             "current_device": lambda: 0,
+            "device": cuda.chosen,
             "_get_device_index": lambda *_: 0,
             "synchronize": cuda.wait,
             "empty_cache": lambda: None,
@@ -209,4 +218,6 @@ def graphs(version: str = "2.13.0", emulator: Emulator | None = None) -> Iterato
         patch.setattr(torch._C, "_cuda_releasePool", cuda.release)
         patch.setattr(_cuda_kernels, "is_capturing", lambda device: cuda.is_capturing)
         patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: cuda.is_capturing)
+        graphs_of_models._stream.cache_clear()
         yield cuda
+    graphs_of_models._stream.cache_clear()

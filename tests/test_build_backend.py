@@ -45,6 +45,8 @@ CARD = "/bin/echo 580.65.06"
         (None, "printf '550.54\\n580.65\\n'", None, True),
         (None, CARD, "bin", False),
         (None, CARD, "cuda-12.9/bin", False),
+        (None, CARD, "bin 11.8", True),  # too old for the kernels
+        (None, CARD, "bin 12.0", False),
         ("OFF", CARD, None, False),
         ("ON", None, None, True),  # wheels that others use
         ("ON", None, "bin", False),
@@ -60,14 +62,19 @@ def test_an_nvcc_is_asked_for_where_there_is_a_card_and_none(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if mode is not None:
-        monkeypatch.setenv("QLORA_NATIVE_CUDA", mode)
     if nvidia_smi is not None:
         write_program(tmp_path / "bin" / "nvidia-smi", nvidia_smi)
     if nvcc is not None:
-        write_program(tmp_path / nvcc / "nvcc", "exit 0")
-    asked = getattr(backend, f"get_requires_for_build_{hook}")()
-    assert [name for name in asked if name.startswith("nvidia")] == (backend.PACKAGES if is_asked else [])
+        folder, _, release = nvcc.partition(" ")
+        write_program(tmp_path / folder / "nvcc", f"/bin/echo 'Cuda compilation tools, release {release}, V{release}'")
+    settings: list[dict[str, str] | None] = [None]
+    if mode is not None:  # an option of CMake counts where the environment has none
+        monkeypatch.setenv("QLORA_NATIVE_CUDA", mode)
+        settings.append({"cmake.define.QLORA_NATIVE_CUDA": mode})
+    for given in settings:
+        asked = getattr(backend, f"get_requires_for_build_{hook}")(given)
+        assert [name for name in asked if name.startswith("nvidia")] == (backend.PACKAGES if is_asked else [])
+        monkeypatch.delenv("QLORA_NATIVE_CUDA", raising=False)
 
 
 @pytest.mark.parametrize("hook", ["wheel", "editable"])

@@ -18,6 +18,7 @@ from emulated import Emulator
 from emulated_graphs import Cuda
 from helpers import same_bytes
 from torch import Tensor
+from transformers.cache_utils import StaticCache
 
 import qlora_native as qn
 from qlora_native import errors, lora
@@ -25,7 +26,7 @@ from qlora_native.lora.layer import adapters_off
 from qlora_native.models import decode, fuse, generate
 from qlora_native.models.decode import EAGER_STEPS, Decodes
 from qlora_native.models.generate import Sampling
-from qlora_native.ops import _cuda_products, linear_cross_entropy
+from qlora_native.ops import _cuda_copies, _cuda_products, linear_cross_entropy
 
 GREEDY = Sampling(max_tokens=200)
 
@@ -210,6 +211,74 @@ def test_what_cannot_be_captured_is_generated_eagerly(
     assert not replays
 
 
+def test_a_beam_search_moves_its_cache(model: Any, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To other memory after each token, where no graph would look."""
+
+    def answer() -> Tensor:
+        found: Tensor = model.generate(
+            **padded(2), num_beams=3, max_new_tokens=12, pad_token_id=0, cache_implementation="static"
+        )
+        return found
+
+    expected = eagerly(monkeypatch, answer)
+    assert torch.equal(answer(), expected) and not replays
+
+
+def test_layers_of_an_offloaded_cache_are_not_captured(model: Any) -> None:
+    cache = StaticCache(model.config, max_cache_len=64)
+    assert decode._why_eager(model, cache) is None
+    cache.offloading = True
+    assert "offloaded" in str(decode._why_eager(model, cache))
+
+
+def test_a_cache_that_is_used_again_takes_the_adapter_of_the_day(
+    capturing: Cuda, model: Any, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures are on the model's device, whichever is the thread's."""
+
+    def turn(cache: Any, ids: list[int]) -> list[int]:
+        found, given = [], torch.tensor([ids])
+        for _ in range(9):
+            given = model(input_ids=given, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            found.append(int(given))
+        return found
+
+    @torch.no_grad()
+    def turns() -> list[list[int]]:
+        cache = StaticCache(model.config, max_cache_len=64)
+        first = turn(cache, [5, 6, 7])
+        with adapters_off(model):
+            return [first, turn(cache, [8, 9])]
+
+    expected = eagerly(monkeypatch, turns)
+    assert turns() == expected and len(replays) == 2 * (8 - EAGER_STEPS)
+    assert capturing.chosen_devices == [model.device] * 2
+
+
+def test_masks_by_kind_of_layer_are_captured_too(
+    capturing: Cuda, tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path / "model", "Qwen2")
+
+    def answer() -> Tensor:
+        found: Tensor = made.generate(**padded(2), max_new_tokens=20, pad_token_id=0, cache_implementation="static")
+        return found
+
+    assert made.config.layer_types
+    expected = eagerly(monkeypatch, answer)
+    assert torch.equal(answer(), expected) and replays
+
+
+def test_only_what_lasts_is_kept_from_token_to_token() -> None:
+    """A slice of a stack of experts is another tensor in each pass."""
+    copies: _cuda_copies.Kept = {}
+    matrix = torch.nn.Parameter(torch.randn(4, 8))
+    with torch.no_grad(), _cuda_copies.kept_in(copies):
+        for given, count in ((matrix[:2], 0), (matrix, 1), (matrix, 1)):
+            _cuda_copies.copy_of(given, torch.bfloat16, 2.0, lambda tensor, dtype, scale: tensor.to(dtype) * scale)
+            assert len(copies) == count
+
+
 def test_logits_are_not_those_of_the_next_pass(model: Any) -> None:
     """A caller may keep them; and what a model is asked for beside them is computed."""
     cache = decode.static_cache(model, 20)
@@ -235,3 +304,6 @@ def test_on_a_cpu_nothing_changes(tmp_path: Path) -> None:
     assert decode.static_cache(model, 8) is None and model.get_compiled_call(None) == model.__call__
     assert torch.equal(model.generate(ids, max_new_tokens=6, cache_implementation="static"), expected)
     assert not decode._passes
+    with pytest.MonkeyPatch.context() as patch:  # of transformers' class, as some libraries do
+        patch.setattr(type(model).__bases__[1], "forward", lambda self, **inputs: "another")
+        assert model(input_ids=ids) == "another"

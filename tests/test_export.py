@@ -188,9 +188,16 @@ def test_a_gguf_file_keeps_its_tokenizer(files: Path) -> None:
 
 
 def test_peft_reads_an_adapter_of_another_place(files: Path) -> None:
-    out = files / "for-peft"
+    out, file = files / "for-peft", files / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    # The first pattern that matches counts; both say what is so already.
+    patterns = dict.fromkeys((".*up_proj", ".*down_proj"), settings["lora_alpha"])
+    file.write_text(json.dumps({**settings, "alpha_pattern": patterns}))
     export(files / "model", "--adapter", files / "adapter", "--to", "peft", "--out", out)
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(files / "model")
+    file.write_text(json.dumps(settings))
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(files / "model")
+    assert list(written["alpha_pattern"]) == list(patterns)
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(theirs(IDS).logits, with_adapter(files)(IDS).logits)
 

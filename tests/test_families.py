@@ -65,7 +65,7 @@ def test_an_adapter_of_a_mixture_is_one_here_and_in_peft(tmp_path: Path, kind: s
 
 OPTIONS: list[dict[str, Any]] = [
     {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    {"rank_pattern": {"q_proj": 2, "shared_expert.up_proj|o_proj": 3}, "alpha_pattern": {r"down_\w+": 5}},
+    {"rank_pattern": {"q_proj": 2, "shared_expert.up_proj|o_proj": 3}, "alpha_pattern": {r"down_\w+$": 5}},
     {"rslora": True, "dropout": 0.25, "modules_to_save": ["lm_head"]},
 ]
 

@@ -53,7 +53,7 @@ _TAKEN_FOR_EXPERTS: dict[str, tuple[str, ...]] = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 # A pattern for the path of a layer, for that of its weight as well.
-_OR_WEIGHT = re.compile(r"^\((?P<pattern>.*)\)\(\\\.weight\)\?$", re.DOTALL)
+_OR_WEIGHT = re.compile(r"^\((?P<pattern>.*)\)\(\\\.weight\)\?(?P<end>\$?)$", re.DOTALL)
 
 
 def save_adapter(
@@ -216,7 +216,7 @@ def _peft_config(
     rows = token_rows(model)
     weights = _taken_for_experts(model, layers)
     patterns = {
-        name: {f"({key})(\\.weight)?" if weights else key: value for key, value in own.items()}
+        name: {_or_weight(key) if weights else key: value for key, value in own.items()}
         for name in ("rank_pattern", "alpha_pattern")
         for own in [getattr(config, name)]
     }
@@ -393,9 +393,15 @@ def _our_config(
         )
 
 
+def _or_weight(pattern: str) -> str:
+    """One of :data:`_OR_WEIGHT`; a ``$`` at the end stays there."""
+    end = "$" if re.search(r"(?<!\\)\$$", pattern) else ""
+    return f"({pattern.removesuffix(end)})(\\.weight)?{end}"
+
+
 def _of_layers(patterns: dict[str, Any]) -> dict[str, Any]:
     """The patterns without :data:`_OR_WEIGHT`."""
-    return {_OR_WEIGHT.sub(r"\g<pattern>", key): value for key, value in patterns.items()}
+    return {_OR_WEIGHT.sub(r"\g<pattern>\g<end>", key): value for key, value in patterns.items()}
 
 
 def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: Pairs, base: str) -> None:

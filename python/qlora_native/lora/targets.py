@@ -66,7 +66,9 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether the linear layer computes x W^T + b: routers of modeling code that derive from it do not (PhiMoE, Llama
     4); our classes and bitsandbytes' do."""
     kind = type(module)
-    is_own = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers")
+    is_own = kind.forward is not nn.Linear.forward and kind.__module__.startswith(
+        "transformers.models."
+    )
     return not is_own or kind.__name__ == "FalconLinear"
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.utils import ModelOutput
 
@@ -20,7 +21,10 @@ from qlora_native.errors import say_once
 from qlora_native.models.fuse import PLAIN
 from qlora_native.models.graphs import Pool, rehearsed, why_not_captured
 from qlora_native.nn.experts import Substitute, substitute_class
-from qlora_native.ops import _cuda_copies, _library
+from qlora_native.ops import _library
+
+if TYPE_CHECKING:
+    from qlora_native.ops import _cuda_copies
 
 EAGER_STEPS = 2  # before a capture; in the last of them the host's waits are looked for
 CACHES = ("cache", "past_key_values")  # their name depends on the version of transformers
@@ -35,10 +39,9 @@ class Decodes(Substitute):
 
     @classmethod
     def members(cls, base: Any) -> dict[str, Any]:
-        plain = base.forward
-
-        @wraps(plain)
+        @wraps(base.forward)
         def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+            plain = base.forward  # which somebody may have replaced since
             if args or torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return plain(self, *args, **inputs)
             run = partial(plain, self)
@@ -71,9 +74,22 @@ def _why_eager(model: Any, cache: Cache) -> str | None:
     """Why passes over a cache are not captured, "" where nobody would expect it; None if they are."""
     if not isinstance(cache, StaticCache):
         return ""
+    if cache.offloading:
+        return "layers of the cache are offloaded to the host"
     if any(type(layer) is not StaticLayer for layer in cache.layers):
         return "the host counts the tokens of a sliding window"
     return why_not_captured(model)
+
+
+def _places(inputs: Inputs) -> list[int]:
+    """Where a static cache lies: a beam search puts other tensors into it after each token."""
+    layers = next(inputs[name].layers for name in CACHES if inputs.get(name) is not None)
+    return [
+        tensor.data_ptr()
+        for layer in layers
+        for tensor in vars(layer).values()
+        if isinstance(tensor, Tensor)
+    ]
 
 
 class DecodePasses:
@@ -90,25 +106,35 @@ class DecodePasses:
         """From here on passes have inputs of this kind; none has been seen."""
         self.kind, self.count = kind, 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: dict[str, Tensor] = {}  # those of the graph
+        self.inputs: list[Any] = []  # those of the graph
         self.output: Any = None  # its kind and its logits
 
     def __call__(self, run: Callable[..., Any], inputs: Inputs) -> Any:
+        from qlora_native.ops import (
+            _cuda_copies,
+        )  # a hook on all optimizers, for those on a card alone
+
         if not _cuda_copies.are_current(self.copies):
             self.copies.clear()
             self._begin(None)
-        others = {name: value for name, value in inputs.items() if name not in CACHES}
-        is_plain = all(isinstance(value, (Tensor, *PLAIN)) for value in others.values())
-        is_one = getattr(inputs.get("input_ids"), "shape", ())[1:] == (1,)
+        if getattr(inputs.get("input_ids"), "shape", ())[1:] != (1,):
+            self._begin(None)  # a prompt: since the last one adapters may have been switched
+        elif not self.is_eager:
+            # Masks may come in a dict, one for each kind of layer.
+            leaves, form = tree_flatten({k: v for k, v in inputs.items() if k not in CACHES})
+            if all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+                with _cuda_copies.kept_in(self.copies):
+                    return self._step(run, inputs, leaves, form)
+            self._stop("a pass has other inputs than tensors and numbers")
         with _cuda_copies.kept_in(self.copies):
-            if self.is_eager or not (is_one and is_plain):
-                return run(**inputs)
-            return self._step(run, inputs, others)
+            return run(**inputs)
 
-    def _step(self, run: Callable[..., Any], inputs: Inputs, others: Inputs) -> Any:
-        tensors = {name: value for name, value in others.items() if isinstance(value, Tensor)}
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        kind = {**others, **shapes}, torch.is_inference_mode_enabled()
+    def _step(self, run: Callable[..., Any], inputs: Inputs, leaves: list[Any], form: Any) -> Any:
+        tensors = {at: leaf for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        shapes = [
+            (leaf.shape, leaf.dtype) if at in tensors else leaf for at, leaf in enumerate(leaves)
+        ]
+        kind = shapes, form, _places(inputs), torch.is_inference_mode_enabled()
         if kind != self.kind:
             self._begin(kind)
         self.count += 1
@@ -119,22 +145,23 @@ class DecodePasses:
                 self._stop(f"the host waits for the device in {waits[0]}")
             return output
         if self.graph is None and self.count > EAGER_STEPS:
-            self._capture(run, inputs, tensors)
+            self._capture(run, inputs, leaves, form)
         if self.graph is None:
             return run(**inputs)
-        for name, tensor in tensors.items():
-            self.inputs[name].copy_(tensor)
+        for at, tensor in tensors.items():
+            self.inputs[at].copy_(tensor)
         self.graph.replay()
         make, logits = self.output
         caches = {name: inputs[name] for name in CACHES if name in inputs}
         return make(logits=logits.clone(), **caches)
 
-    def _capture(self, run: Callable[..., Any], inputs: Inputs, tensors: dict[str, Tensor]) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+    def _capture(self, run: Callable[..., Any], inputs: Inputs, leaves: list[Any], form: Any) -> None:
+        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         reason = ""
         try:
-            with Pool().captured() as graph:
-                output = run(**{**inputs, **self.inputs})
+            # The current device is the thread's, and need not be the model's.
+            with torch.cuda.device(inputs["input_ids"].device), Pool().captured() as graph:
+                output = run(**{**inputs, **tree_unflatten(self.inputs, form)})
                 if not isinstance(output, ModelOutput) or {*output} - {"logits", *CACHES}:
                     raise RuntimeError("the model returns more than logits")
             self.graph, self.output = graph, (type(output), output["logits"])

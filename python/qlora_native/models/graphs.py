@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from qlora_native.weights.files import replaced
 
 # What the allocator of torch 2.11 and 2.12 still points to (pytorch#180395).
 _aborted: list[torch.cuda.CUDAGraph] = []
+# A capture, and what a rehearsal replaces, is the process's.
+_alone = threading.RLock()
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -42,9 +46,9 @@ def rehearsed() -> Iterator[list[str]]:
     """Runs eagerly what is to be captured afterwards, on the paths that transformers takes in a capture; at the end the
     list has the lines of Python that wait for the device, which would spoil it."""
     found: list[str] = []
-    before = torch.cuda.get_sync_debug_mode()
     in_capture = replaced(import_utils, "is_cuda_stream_capturing", lambda: True)
-    with warnings.catch_warnings(record=True) as caught, in_capture:
+    with _alone, warnings.catch_warnings(record=True) as caught, in_capture:
+        before = torch.cuda.get_sync_debug_mode()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -58,11 +62,17 @@ def rehearsed() -> Iterator[list[str]]:
     ]
 
 
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one for captures: torch leaves a workspace of cuBLAS behind for each."""
+    return torch.cuda.Stream(device)
+
+
 class Pool:
     """Memory of the current CUDA device and a stream, for captures whose graphs run one after another."""
 
     def __init__(self) -> None:
-        self.memory, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        self.memory, self.stream = torch.cuda.MemPool(), _stream(torch.cuda.current_device())
 
     @contextmanager
     def captured(self, parameters: Iterable[Tensor] = ()) -> Iterator[torch.cuda.CUDAGraph]:
@@ -74,9 +84,10 @@ class Pool:
         memory: Any = self.memory.id
         try:
             # Backward has a thread of its own.
-            with torch.cuda.graph(
+            capture = torch.cuda.graph(
                 graph, pool=memory, stream=self.stream, capture_error_mode="thread_local"
-            ):
+            )
+            with _alone, capture:
                 yield graph
         except BaseException:
             # torch ends a capture first, which raises for a spoiled one, and does the rest only where it did not.

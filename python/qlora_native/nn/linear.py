@@ -322,11 +322,12 @@ def is_read_raw(model: nn.Module, path: str) -> bool:
     """Whether the parent's code uses the weight of this linear layer itself, as Mamba does ``self.dt_proj.weight``, or
     casts to its dtype, as DeepSeek-V3.2's indexer does.
 
-    Slices are taken only where tensor parallelism is imitated, which is off by default.
+    Slices are taken only where tensor parallelism is imitated, which is off by default; ``init.normal_(self.x.weight)``
+    is no use.
     """
     parent, _, name = path.rpartition(".")
     weight = rf"self\.{re.escape(name)}\.weight\b"
-    used = rf"(?<!isinstance\(){weight}(?!\[|\.(dtype|device|shape)\b)|\.to\({weight}\.dtype\)"
+    used = rf"(?<!isinstance\()(?<!_\(){weight}(?!\[|\.(dtype|device|shape)\b)|\.to\({weight}\.dtype\)"
     return re.search(used, _source_of(type(model.get_submodule(parent)))) is not None  # type: ignore[arg-type]
 
 

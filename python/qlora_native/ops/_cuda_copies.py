@@ -93,7 +93,8 @@ def _state(matrix: Tensor) -> tuple[int, int]:
 
 def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[..., Tensor]) -> Tensor:
     """``make(matrix, dtype, scale)``, which is scale times the matrix in a dtype; a kept one, where it still holds."""
-    if (kept := _generation.copies) is not None and not recording.on:
+    kept = _generation.copies
+    if kept is not None and not recording.on and isinstance(matrix, torch.nn.Parameter):
         found = kept.get((id(matrix), dtype, scale))
         if found is None or found[1] != _state(matrix):
             found = matrix, _state(matrix), make(matrix, dtype, scale)

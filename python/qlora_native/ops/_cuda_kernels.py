@@ -40,8 +40,13 @@ def _loaded() -> ModuleType | Missing:
     if not build["cuda_archs"]:
         # Only a compiler that this nvcc refuses has been seen to make it fail.
         host = "CUDAHOSTCXX=g++-12 " if " fails: " in build["cuda_lacking"] else ""
+        driver = (
+            ""
+            if host
+            else " (with a driver older than 580, CUDACXX=/path/of/CUDA-12/bin/nvcc in front)"
+        )
         reason = f"this build has no CUDA kernels ({build['cuda_lacking']})"
-        return Missing(reason, _rebuild(host))
+        return Missing(reason, _rebuild(host) + driver)
     from qlora_native import _cuda
 
     if _cuda.device_count() == 0:
@@ -49,7 +54,7 @@ def _loaded() -> ModuleType | Missing:
             f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version())
         )
         reason = f"the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}"
-        return Missing(reason, f"update the driver; or, with an older nvcc on PATH, {_rebuild()}")
+        return Missing(reason, f"update the driver; or, {_rebuild('CUDACXX=/path/of/an/older/nvcc ')}")
     return _cuda
 
 

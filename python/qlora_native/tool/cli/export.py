@@ -168,7 +168,8 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     config["base_model_name_or_path"] = str(args.model if is_given else work.source.path)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            json.dumps(config, indent=2) + "\n",
+            encoding="utf-8",  # the first pattern that matches counts
         )
         for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
             if is_own_file(args.adapter / name):
