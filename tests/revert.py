@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
-OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
 DECODE = "python/qlora_native/models/decode.py"
 GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
 OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
@@ -172,8 +171,8 @@ MENDS = (
          "make(logits=logits, **caches)", "test_decode.py next_pass"),
     Mend("adapters are copied for each token", f"{OPS}/_cuda_copies.py", "kept = _generation.copies",
          "kept = None", "test_decode.py once_a_generation"),
-    Mend("copies of passing views are kept", f"{OPS}/_cuda_copies.py", " and isinstance(matrix, torch.nn.Parameter)", "",
-         "test_decode.py only_what_lasts"),
+    Mend("copies of passing views are kept", f"{OPS}/_cuda_copies.py", " and isinstance(matrix, torch.nn.Parameter)",
+         "", "test_decode.py only_what_lasts"),
     Mend("a beam search replays where its cache lay", DECODE, "kind = shapes, form, _places(inputs),",
          "kind = shapes, form,", "test_decode.py beam_search"),
     Mend("a cache used again replays the former adapter", DECODE,
