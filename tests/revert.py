@@ -3,9 +3,10 @@
     python tests/revert.py [--only WORDS] [--emulated DIR]
 
 The mends are of what readings of commits ca7f053 and de98c3c found; a row names the finding, the text of today and a
-text that does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules
-that are installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row;
-the exit status is 1 if a row was not noticed.
+text that does what was done before, and the tests that must fail with it. Works on a copy of the tree with the
+modules that are installed; not beside an editable install, which Python would import in place of the copy. The tests
+must pass on the sound tree first, and none may be skipped. Prints a line for each row; the exit status is 1 if a row
+was not noticed.
 """
 
 from __future__ import annotations
