@@ -233,3 +233,16 @@ def late(emulator: Emulator, seed: int) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 emulator.module.run_streams(False, 0)
+
+
+def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that has an item more for each replay of a graph."""
+    found: list[int] = []
+    replay = Graph.replay
+
+    def counted(graph: Graph) -> None:
+        found.append(1)
+        replay(graph)
+
+    monkeypatch.setattr(Graph, "replay", counted)
+    return found

@@ -42,15 +42,7 @@ def capturing(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    found: list[int] = []
-    replay = emulated_torch.Graph.replay
-
-    def counted(graph: emulated_torch.Graph) -> None:
-        found.append(1)
-        replay(graph)
-
-    monkeypatch.setattr(emulated_torch.Graph, "replay", counted)
-    return found
+    return emulated_torch.count_replays(monkeypatch)
 
 
 def make(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:

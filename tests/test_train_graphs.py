@@ -80,14 +80,7 @@ class Run:
 def test_replayed_passes_are_the_eager_ones(model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that come again, with padding behind a row; a learning rate that falls; one shape that comes once."""
     runs = [Run(model(), is_captured) for is_captured in (False, True)]
-    replays: list[int] = []
-    replay = emulated_torch.Graph.replay
-
-    def counted(graph: emulated_torch.Graph) -> None:
-        replays.append(1)
-        replay(graph)
-
-    monkeypatch.setattr(emulated_torch.Graph, "replay", counted)
+    replays = emulated_torch.count_replays(monkeypatch)
     for number in range(5):
         shapes = [(2, 8, 0), (2, 16, 5)] if number != 3 else [(2, 8, 0), (1, 24, 0)]
         expected, got = (run.step(number, shapes) for run in runs)

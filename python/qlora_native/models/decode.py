@@ -110,9 +110,8 @@ class DecodePasses:
         self.output: Any = None  # its kind and its logits
 
     def __call__(self, run: Callable[..., Any], inputs: Inputs) -> Any:
-        from qlora_native.ops import (
-            _cuda_copies,
-        )  # a hook on all optimizers, for those on a card alone
+        # Its import puts a hook on all optimizers, which is for those on a card alone.
+        from qlora_native.ops import _cuda_copies
 
         if not _cuda_copies.are_current(self.copies):
             self.copies.clear()

@@ -78,28 +78,29 @@ class Pool:
     def captured(self, parameters: Iterable[Tensor] = ()) -> Iterator[torch.cuda.CUDAGraph]:
         """Captures into the graph that it gives. Where that fails, by whatever exception, the current stream, the
         gradients of ``parameters``, torch's allocator and its random generator are as before."""
-        graph, users = torch.cuda.CUDAGraph(), self.memory.use_count()
-        stream, device = torch.cuda.current_stream(), torch.cuda.current_device()
-        grads = [(parameter, parameter.grad) for parameter in parameters]
-        memory: Any = self.memory.id
-        try:
-            # Backward has a thread of its own.
-            capture = torch.cuda.graph(
-                graph, pool=memory, stream=self.stream, capture_error_mode="thread_local"
-            )
-            with _alone, capture:
-                yield graph
-        except BaseException:
-            # torch ends a capture first, which raises for a spoiled one, and does the rest only where it did not.
-            torch.cuda.set_stream(stream)
-            with suppress(RuntimeError):  # 2.13 has done it
-                torch._C._cuda_endAllocateToPool(device, memory)
-            graph.reset()
-            _aborted.append(graph)
-            while self.memory.use_count() > users:  # up to 2.13.0 (pytorch#190348)
-                torch._C._cuda_releasePool(device, memory)
-            generator: Any = torch.cuda.default_generators[device]
-            generator.graphsafe_set_state(generator.clone_state())  # one that is in no capture
-            for parameter, grad in grads:
-                parameter.grad = grad  # one made in the capture was never written
-            raise
+        with _alone:
+            graph, users = torch.cuda.CUDAGraph(), self.memory.use_count()
+            stream, device = torch.cuda.current_stream(), torch.cuda.current_device()
+            grads = [(parameter, parameter.grad) for parameter in parameters]
+            memory: Any = self.memory.id
+            try:
+                # Backward has a thread of its own.
+                capture = torch.cuda.graph(
+                    graph, pool=memory, stream=self.stream, capture_error_mode="thread_local"
+                )
+                with capture:
+                    yield graph
+            except BaseException:
+                # torch ends a capture first, which raises for a spoiled one, and does the rest only where it did not.
+                torch.cuda.set_stream(stream)
+                with suppress(RuntimeError):  # 2.13 has done it
+                    torch._C._cuda_endAllocateToPool(device, memory)
+                graph.reset()
+                _aborted.append(graph)
+                while self.memory.use_count() > users:  # up to 2.13.0 (pytorch#190348)
+                    torch._C._cuda_releasePool(device, memory)
+                generator: Any = torch.cuda.default_generators[device]
+                generator.graphsafe_set_state(generator.clone_state())  # one that is in no capture
+                for parameter, grad in grads:
+                    parameter.grad = grad  # one made in the capture was never written
+                raise
