@@ -38,6 +38,9 @@ def weight_of(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
     w = qn.QuantizedWeight.empty((n, k), dtype=torch.bfloat16, quant_type=quant_type)
     w.packed.random_(0, 256)
     blocks = w.packed.view(n * k // w.block_size, -1)
+    if quant_type == "mxfp4":  # an exponent
+        blocks[:, 0] = 118
+        return w
     for at in (208,) if quant_type == "q6_k" else (0, 2):
         blocks[:, at : at + 2] = torch.full((len(blocks), 1), 1e-3).half().view(torch.uint8)
     return w

@@ -11,7 +11,7 @@ from qlora_native.reference import TOLERANCE as TOLERANCE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
-GGUF_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl")
+GGUF_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4")
 
 # To quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
 WEIGHT_SHAPES = ((0,), (1,), (63,), (64,), (65,), (5, 127), (6, 96), (3, 7, 50), (4, 0, 3), (300, 64), (129, 257))

@@ -16,7 +16,18 @@ import isa_env  # noqa: F401  (before torch)
 import torch
 
 F32 = 0  # enum ggml_type
-TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20}
+TYPES = {
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "q4_k": 12,
+    "q5_k": 13,
+    "q6_k": 14,
+    "iq4_nl": 20,
+    "mxfp4": 39,
+}
 ARENA_BYTES = 1 << 30  # beyond the weights: each call takes a little of it for its rounded x; pages come when touched
 
 

@@ -101,6 +101,8 @@ def made_up(n: int, k: int, quant_type: str = "nf4") -> qn.QuantizedWeight:
     w = qn.QuantizedWeight.empty((n, k), dtype=half(), quant_type=quant_type, device=device())
     if w.nested_absmax is None or w.nested_offset is None:
         w.packed.random_(0, 0x3C)
+        if quant_type == "mxfp4":
+            w.packed.view(-1, 17)[:, 0] = 120  # 2^-8, where a byte of exponent is the scale
         return w
     w.packed.random_(0, 256)
     w.absmax.random_(0, 256)

@@ -27,11 +27,12 @@ __device__ __forceinline__ const uint8_t* block_at(const uint8_t* packed, int64_
   return packed + element / kFormatOf<kType>.elements * kFormatOf<kType>.bytes;
 }
 
-// Eight levels of IQ4_NL, the first in the lowest byte: a table that is indexed would lie in local memory.
-constexpr uint64_t iq4_nl_word(int first) {
+// Eight levels of a type that has a table, the first in the lowest byte: a table that is indexed would lie in local
+// memory.
+constexpr uint64_t levels_word(QuantType type, int first) {
   uint64_t word = 0;
   for (int i = first + 7; i >= first; --i) {
-    word = word << 8 | static_cast<uint8_t>(iq4_nl_levels().value[i]);
+    word = word << 8 | static_cast<uint8_t>(code_levels(type).value[i]);
   }
   return word;
 }
@@ -39,10 +40,10 @@ constexpr uint64_t iq4_nl_word(int first) {
 // As Gguf<kType>::code.
 template <QuantType kType>
 __device__ __forceinline__ float code_at(const uint8_t* block, int i) {
-  if constexpr (kType == QuantType::kIq4Nl) {
-    constexpr uint64_t kLow = iq4_nl_word(0);
-    constexpr uint64_t kHigh = iq4_nl_word(8);
-    const int nibble = nibble_of_32(block + 2, i);
+  if constexpr (has_levels(kType)) {
+    constexpr uint64_t kLow = levels_word(kType, 0);
+    constexpr uint64_t kHigh = levels_word(kType, 8);
+    const int nibble = nibble_of_32(block + kFormatOf<kType>.bytes - 16, i);
     return static_cast<float>(static_cast<int8_t>((nibble < 8 ? kLow : kHigh) >> (nibble % 8 * 8)));
   } else {
     return static_cast<float>(Gguf<kType>::code(block, i));

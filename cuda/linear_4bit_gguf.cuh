@@ -42,11 +42,15 @@ QLORA_NATIVE_HD float aligned_half(const uint8_t* p) {
   return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t*>(p)));
 }
 
-// A word at a multiple of 2, or of 4.
+// A word at any byte, at a multiple of 2, or of 4.
 template <QuantType kType>
 __device__ __forceinline__ uint32_t word_at(const uint8_t* p) {
   if constexpr (GgufLayout<kType>::kAlignment >= 4) {
     return *reinterpret_cast<const uint32_t*>(p);
+  } else if constexpr (GgufLayout<kType>::kAlignment == 1) {  // of the words that hold it, of which a stage has both
+    const auto at = static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) % 4);
+    const auto* words = reinterpret_cast<const uint32_t*>(p - at);
+    return __funnelshift_r(words[0], words[at == 0 ? 0 : 1], 8 * at);
   }
   const auto* halves = reinterpret_cast<const uint16_t*>(p);
   return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
@@ -55,10 +59,11 @@ __device__ __forceinline__ uint32_t word_at(const uint8_t* p) {
 // Each of the low four bits in a byte of its own, as a 16.
 __device__ __forceinline__ uint32_t fifth_bits(uint32_t bits) { return (bits & 15) * 0x02040810 & 0x10101010; }
 
-// The levels of IQ4_NL plus 128, of four codes in the bytes of a word.
-__device__ __forceinline__ uint32_t iq4_nl_levels_of(uint32_t codes) {
-  constexpr uint64_t kLow = iq4_nl_word(0) ^ 0x8080808080808080;
-  constexpr uint64_t kHigh = iq4_nl_word(8) ^ 0x8080808080808080;
+// The levels plus 128 of four codes in the bytes of a word.
+template <QuantType kType>
+__device__ __forceinline__ uint32_t levels_of(uint32_t codes) {
+  constexpr uint64_t kLow = levels_word(kType, 0) ^ 0x8080808080808080;
+  constexpr uint64_t kHigh = levels_word(kType, 8) ^ 0x8080808080808080;
   const Selectors of(__byte_perm(codes | codes >> 4, 0, 0x4420));
   const uint32_t low = wp::select_bytes(static_cast<uint32_t>(kLow), kLow >> 32, of.among_eight);
   const uint32_t high = wp::select_bytes(static_cast<uint32_t>(kHigh), kHigh >> 32, of.among_eight);
@@ -92,8 +97,8 @@ __device__ __forceinline__ uint32_t four_codes(const uint8_t* block, unsigned i)
     const uint32_t high = word_at<kType>(block + 128 + i / 128 * 32 + i % 32) >> (i / 32 % 4 * 2) & 0x03030303;
     return low | high << 4;
   } else {
-    static_assert(kType == QuantType::kIq4Nl);
-    return iq4_nl_levels_of(nibble_of_32(2));
+    static_assert(has_levels(kType));
+    return levels_of<kType>(nibble_of_32(GgufLayout<kType>::kFormat.bytes - 16));
   }
 }
 
@@ -101,7 +106,7 @@ template <QuantType kType>
 inline constexpr int kOffsetOf = kType == QuantType::kQ4_0                                 ? 8
                                  : kType == QuantType::kQ5_0                               ? 16
                                  : kType == QuantType::kQ6_K                               ? 32
-                                 : kType == QuantType::kQ8_0 || kType == QuantType::kIq4Nl ? 128
+                                 : kType == QuantType::kQ8_0 || has_levels(kType)          ? 128
                                                                                            : 0;
 
 // Four weights as two words of T, by the exact rule.
@@ -116,7 +121,9 @@ __device__ __forceinline__ void four_weights(uint32_t codes, const GgufScale& sc
   for (int i = 0; i < 4; ++i) {
     const uint32_t bits = kIsWide ? __byte_perm(codes, 0x47000000, 0x7404 | static_cast<unsigned>(i) << 4)
                                   : __byte_perm(codes, 0x43000000, 0x7044 | static_cast<unsigned>(i) << 8);
-    values[i] = __fmaf_rn(__uint_as_float(bits), scale.factor, base);
+    // MXFP4's factors reach 2^127, where the base would overflow.
+    values[i] = kType == QuantType::kMxfp4 ? __fmul_rn(__fsub_rn(__uint_as_float(bits), kBase), scale.factor)
+                                           : __fmaf_rn(__uint_as_float(bits), scale.factor, base);
     values[i] = Gguf<kType>::kAdds ? __fadd_rn(values[i], scale.addend) : values[i];
   }
   first = wp::pack_word<T>(values);
@@ -129,11 +136,13 @@ template <QuantType kType>
 struct GgufRows {
   using Layout = GgufLayout<kType>;
   const uint8_t* of[2];
-  int num_bytes;  // of a row
+  const uint8_t* end;  // of the weight
+  int num_bytes;       // of a row
 
   __device__ GgufRows(const WeightView& weight,  // [n, k]
                       int64_t n, int64_t k, int64_t first_row)
       : num_bytes(static_cast<int>(k / Layout::kFormat.elements) * Layout::kFormat.bytes) {
+    end = weight.packed + n * num_bytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t wanted = first_row + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
@@ -146,7 +155,8 @@ struct GgufRows {
     return static_cast<int>(reinterpret_cast<uintptr_t>(of[half] + at) % 16);
   }
 
-  // Starts the copies of a step. No chunk lies wholly beyond the weight, whose bytes are a multiple of 16 as n is of 8.
+  // Starts the copies of a step. No chunk lies beyond the weight, whose bytes are a multiple of 16 as n is of 8, but of
+  // formats with an odd number of bytes a block: of their last chunk only what is there is read.
   __device__ __forceinline__ void start(int at, uint4* stage) const {  // [kSmallRows, kPitch]
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -158,7 +168,8 @@ struct GgufRows {
 #pragma unroll
       for (int i = 0; i < Layout::kChunks; i += 4) {
         if (16 * i < left) {
-          wp::cp_async_16(to + i, from + 16 * i);
+          const bool is_whole = Layout::kAlignment > 1 || end - (from + 16 * i) >= 16;
+          wp::cp_async_16(to + i, from + 16 * i, is_whole ? 16 : static_cast<int>(end - (from + 16 * i)));
         }
       }
     }

@@ -78,6 +78,7 @@ def signed(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
 HALVES = {
     "q4_0": {0: 8}, "q4_1": {0: 15, 2: 1}, "q5_0": {0: 16}, "q5_1": {0: 31, 2: 1}, "q8_0": {0: 128},
     "q4_k": {0: 63 * 15, 2: 63}, "q5_k": {0: 63 * 31, 2: 63}, "q6_k": {208: 128 * 32}, "iq4_nl": {0: 127},
+    "mxfp4": {},
 }  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def gguf_weight(
     blocks = torch.randint(256, (len(w.packed) // bytes_of(w), bytes_of(w)), dtype=torch.uint8, device="cpu")
     for at, most in {}.items() if any_scale else HALVES[quant_type].items():
         blocks[:, at : at + 2] = (torch.randn(len(blocks), 1, device="cpu") / (4 * most)).half().view(torch.uint8)
+    if quant_type == "mxfp4" and not any_scale:  # powers of two
+        blocks[:, :1] = torch.randint(119, 124, (len(blocks), 1), dtype=torch.uint8, device="cpu")
     w.packed.copy_(blocks.view(-1))
     return w.to(torch.get_default_device())
 

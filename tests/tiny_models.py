@@ -71,7 +71,8 @@ def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, f
     for name, quantized in four_bit_parts(model).items():
         name = name.replace(".base_layer", "")
         there, weight = twin.get_parameter(name), quantized.dequantize(torch.float32)
-        weight = weight.t() if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
+        owner = twin.get_submodule(name.rpartition(".")[0])
+        weight = weight.mT if isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False) else weight
         worst = max(worst, float((weight - there).norm() / there.norm()))
         there.data.copy_(weight)
     return twin, worst

@@ -26,6 +26,7 @@ enum class QuantType : int {
   kQ5_K = 8,
   kQ6_K = 9,
   kIq4Nl = 10,
+  kMxfp4 = 11,
 };
 
 struct Levels {

@@ -20,21 +20,29 @@ struct BlockFormat {
   int bytes;
 };
 
-inline constexpr int kQuantTypes = 11;  // CONTRIBUTING.md, "Where to add", says where a new one goes
+inline constexpr int kQuantTypes = 12;  // CONTRIBUTING.md, "Where to add", says where a new one goes
 
 // By QuantType.
 inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {
-    {"nf4", 0, 0},    {"fp4", 0, 0},      {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},  {"q5_1", 32, 24},
-    {"q8_0", 32, 34}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210}, {"iq4_nl", 32, 18}};
+    {"nf4", 0, 0},    {"fp4", 0, 0},      {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},   {"q5_1", 32, 24},
+    {"q8_0", 32, 34}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210}, {"iq4_nl", 32, 18}, {"mxfp4", 32, 17}};
 
 QLORA_NATIVE_HD constexpr bool is_gguf(QuantType type) { return type >= QuantType::kQ4_0; }
 
-struct Iq4NlLevels {
+// The levels of a format whose levels are not whole numbers one apart, by code.
+struct CodeLevels {
   int8_t value[16];
 };
 
-constexpr Iq4NlLevels iq4_nl_levels() {
-  return {{-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
+QLORA_NATIVE_HD constexpr bool has_levels(QuantType type) {
+  return type == QuantType::kIq4Nl || type == QuantType::kMxfp4;
+}
+
+// MXFP4's are those of FP4 (sign, two bits of exponent, one of mantissa) times two; its zeros of both signs are +0.
+constexpr CodeLevels code_levels(QuantType type) {
+  return type == QuantType::kMxfp4
+             ? CodeLevels{{0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}}
+             : CodeLevels{{-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
 }
 
 // Of 16 neighboring elements.
@@ -45,6 +53,12 @@ struct GgufScale {
 
 // Blocks start at any byte.
 QLORA_NATIVE_HD float half_at(const uint8_t* p) { return to_float(Fp16{static_cast<uint16_t>(p[0] | p[1] << 8)}); }
+
+// Half of the power of two that MXFP4's byte of exponent (E8M0, with a bias of 127) stands for: levels are twice the
+// values of FP4. 0 and 1 give subnormal numbers; ggml has 2^127 in place of NaN for 255.
+QLORA_NATIVE_HD float half_power_of_two(uint8_t exponent) {
+  return std::bit_cast<float>(exponent < 2 ? 0x00200000u << exponent : (exponent - 1u) << 23);
+}
 
 // Element i of 16 bytes: the low nibbles come first.
 QLORA_NATIVE_HD int nibble_of_32(const uint8_t* bytes, int i) { return bytes[i % 16] >> (i / 16 * 4) & 15; }
@@ -146,8 +160,21 @@ struct Gguf<QuantType::kQ6_K> {
 template <>
 struct Gguf<QuantType::kIq4Nl> : OneScale {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
-    constexpr Iq4NlLevels levels = iq4_nl_levels();
+    constexpr CodeLevels levels = code_levels(QuantType::kIq4Nl);
     return levels.value[nibble_of_32(block + 2, i)];
+  }
+};
+
+template <>
+struct Gguf<QuantType::kMxfp4> {
+  static constexpr bool kAdds = false;
+  template <auto kHalf = half_at>
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) {
+    return {half_power_of_two(block[0]), 0.0f};
+  }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
+    constexpr CodeLevels levels = code_levels(QuantType::kMxfp4);
+    return levels.value[nibble_of_32(block + 1, i)];
   }
 };
 
@@ -160,7 +187,7 @@ QLORA_NATIVE_HD float gguf_value(const uint8_t* block, int element) {
 }
 
 // The level of the code 0 of types whose levels are integers one apart, by QuantType.
-inline constexpr int kLowestLevels[kQuantTypes] = {0, 0, -8, 0, -16, 0, 0, 0, 0, -32, 0};
+inline constexpr int kLowestLevels[kQuantTypes] = {0, 0, -8, 0, -16, 0, 0, 0, 0, -32, 0, 0};
 
 // use.operator()<kType>() for a type of GGUF.
 template <typename Use>
@@ -182,8 +209,10 @@ QLORA_NATIVE_HD auto with_gguf(QuantType type, const Use& use) {
       return use.template operator()<QuantType::kQ5_K>();
     case QuantType::kQ6_K:
       return use.template operator()<QuantType::kQ6_K>();
+    case QuantType::kMxfp4:
+      return use.template operator()<QuantType::kMxfp4>();
     default:
-      static_assert(kQuantTypes == 11, "a case for the new format");
+      static_assert(kQuantTypes == 12, "a case for the new format");
       return use.template operator()<QuantType::kIq4Nl>();
   }
 }

@@ -61,7 +61,7 @@ def quant_type_number(quant_type: str) -> int:
 
 @cache
 def levels(quant_type: int) -> torch.Tensor:
-    """The 16 levels of nf4, fp4 or iq4_nl, fp32 [16] on CPU."""
+    """The 16 levels of nf4, fp4, iq4_nl or mxfp4, by code, fp32 [16] on CPU."""
     return _table(_C.levels(quant_type))
 
 

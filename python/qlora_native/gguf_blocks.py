@@ -23,6 +23,7 @@ _FIELDS = {
     "q5_k": ((48, 32, 2, 0), (16, 32, 8, 4)),
     "q6_k": ((0, 64, 2, 0), (128, 32, 4, 4)),
     "iq4_nl": ((2, 16, 2, 0),),
+    "mxfp4": ((1, 16, 2, 0),),
 }
 _LOWEST = {"q4_0": -8, "q5_0": -16, "q6_k": -32, "q8_0": -128}
 # The bit by which stored codes differ from those here, which count levels from the lowest.
@@ -30,10 +31,10 @@ _SIGN = {"q8_0": 128}
 
 
 def levels(quant_type: int) -> Tensor:
-    """The levels by code, ascending, fp32 on CPU; integers one apart for all types but iq4_nl."""
+    """The levels by code, ascending, fp32 on CPU; integers one apart for all types but iq4_nl and mxfp4."""
     name = _native.QUANT_TYPES[quant_type]
-    if name == "iq4_nl":
-        return _native.levels(quant_type)
+    if name in ("iq4_nl", "mxfp4"):
+        return _native.levels(quant_type).sort().values
     bits = sum(8 // count for _, _, count, _ in _FIELDS[name])
     return torch.arange(1 << bits, dtype=torch.float32, device="cpu") + _LOWEST.get(name, 0)
 
@@ -51,6 +52,11 @@ def _shifts(count: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, 8 // count, dtype=torch.uint8, device=device)[:, None]
 
 
+def _ascending(codes: Tensor) -> Tensor:
+    """MXFP4's codes, a sign before a magnitude, as those of :func:`levels`; two zeros stay two."""
+    return torch.where(codes < 8, codes + 8, 15 - codes)
+
+
 def codes(blocks: Tensor, quant_type: int) -> Tensor:
     """The codes of blocks [n, bytes], uint8 [n, elements]."""
     name, (elements, _) = _native.QUANT_TYPES[quant_type], _native.GGUF_BLOCKS[quant_type]
@@ -59,13 +65,15 @@ def codes(blocks: Tensor, quant_type: int) -> Tensor:
         stored = blocks[:, begin : begin + elements // count].reshape(len(blocks), -1, 1, width)
         part = stored >> _shifts(count, blocks.device) & (255 >> (8 - 8 // count))
         found |= part.view(len(blocks), elements) << lowest
-    return found ^ _SIGN.get(name, 0)
+    return _ascending(found) if name == "mxfp4" else found ^ _SIGN.get(name, 0)
 
 
 def with_codes(blocks: Tensor, codes: Tensor, quant_type: int) -> Tensor:
     """The same blocks with these codes, uint8 [n, elements], under the scales that they have."""
     name, (elements, _) = _native.QUANT_TYPES[quant_type], _native.GGUF_BLOCKS[quant_type]
     made, codes = blocks.clone(), codes ^ _SIGN.get(name, 0)
+    if name == "mxfp4":
+        codes = torch.where(codes < 8, 15 - codes, codes - 8)
     for begin, width, count, lowest in _FIELDS[name]:
         part = codes >> lowest & (255 >> (8 - 8 // count))
         shifted = part.view(len(blocks), -1, count, width) << _shifts(count, blocks.device)
@@ -82,6 +90,13 @@ def scales(blocks: Tensor, quant_type: int) -> tuple[Tensor, Tensor | None]:
     def half(at: int) -> Tensor:
         return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
+    if (
+        name == "mxfp4"
+    ):  # half of a power of two: the bits of a float's exponent, below it those of subnormal ones
+        exponent = blocks[:, :1].int()
+        return torch.where(exponent < 2, 1 << 21 << exponent, (exponent - 1) << 23).view(
+            torch.float32
+        ), None
     if name in ("q4_1", "q5_1"):
         return half(0), half(2)
     if name == "q6_k":

@@ -286,7 +286,8 @@ std::vector<float> turning_points() {
 
 inline constexpr QuantType kGgufTypes[] = {QuantType::kQ4_0, QuantType::kQ4_1, QuantType::kQ5_0,
                                            QuantType::kQ5_1, QuantType::kQ8_0, QuantType::kQ4_K,
-                                           QuantType::kQ5_K, QuantType::kQ6_K, QuantType::kIq4Nl};
+                                           QuantType::kQ5_K, QuantType::kQ6_K, QuantType::kIq4Nl,
+                                           QuantType::kMxfp4};
 
 inline int64_t block_of(QuantType type) { return kBlockFormats[static_cast<int>(type)].elements; }
 
@@ -329,6 +330,10 @@ struct RandomWeight {
     const BlockFormat& format = kBlockFormats[static_cast<int>(view.type)];
     const bool adds = with_gguf(view.type, []<QuantType kType>() { return Gguf<kType>::kAdds; });
     for (size_t block = 0; block < packed.size(); block += static_cast<size_t>(format.bytes)) {
+      if (view.type == QuantType::kMxfp4) {
+        packed[block] = static_cast<uint8_t>(116 + random.byte() % 6);
+        continue;
+      }
       for (const size_t at : {size_t{0}, adds ? size_t{2} : size_t{0}}) {
         const Fp16 half = from_float<Fp16>(0.01f * random.uniform());
         std::memcpy(packed.data() + block + (view.type == QuantType::kQ6_K ? 208 : at), &half, sizeof half);

@@ -139,10 +139,10 @@ inline void unpack_run(const RunPlace& at, RunCodes& codes) {
     bits_of_32<3>(block + 128 + run / 4 * kRun, run % 4 * 2, high);
     codes.set_all(Bytes32(low | high << 4) - 32);
   } else {
-    static_assert(kType == QuantType::kIq4Nl);
-    codes.set_nibbles(block + 2);
-    codes.set_halves(look_up_16(iq4_nl_levels().value, codes.half[0]),
-                     look_up_16(iq4_nl_levels().value, codes.half[1]));
+    static_assert(has_levels(kType));
+    static constexpr CodeLevels kLevels = code_levels(kType);
+    codes.set_nibbles(block + kBlockFormat<kType>.bytes - 16);
+    codes.set_halves(look_up_16(kLevels.value, codes.half[0]), look_up_16(kLevels.value, codes.half[1]));
   }
 }
 
@@ -163,7 +163,9 @@ template <QuantType kType>
 class BlockScales {
  public:
   explicit BlockScales(const uint8_t* block)
-      : BlockScales(block, canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0)),
+      : BlockScales(block,
+                    kType == QuantType::kMxfp4 ? half_power_of_two(block[0])
+                                               : canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0)),
                     Gguf<kType>::kAdds ? canonical_half(block + 2) : 0.0f) {}
 
   // By halves that were read before.

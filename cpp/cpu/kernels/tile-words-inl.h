@@ -128,8 +128,8 @@ inline __m512 table_values(const GgufScale& scale) {
     Levels levels{};
     for (int code = 0; code < 16; ++code) {
       levels.value[code] =
-          static_cast<float>(kType == QuantType::kIq4Nl ? iq4_nl_levels().value[code]
-                                                        : code + kFirst + kLowestLevels[static_cast<int>(kType)]);
+          static_cast<float>(has_levels(kType) ? code_levels(kType).value[code]
+                                               : code + kFirst + kLowestLevels[static_cast<int>(kType)]);
     }
     return levels;
   }();
@@ -303,7 +303,11 @@ __attribute__((always_inline)) inline void each_run_of_words(const WeightView& w
     runs -= count;
     if constexpr (kRunsOfBlock<kType> == 1) {
       for (int64_t i = 0; i < count; ++i, block += kBlockFormat<kType>.bytes) {
-        read_halves(block, scale, kType == QuantType::kQ8_0 ? kOfHighestByte : 1.0f);
+        if constexpr (kType == QuantType::kMxfp4) {
+          scale[0] = half_power_of_two(block[0]);
+        } else {
+          read_halves(block, scale, kType == QuantType::kQ8_0 ? kOfHighestByte : 1.0f);
+        }
         use(words_of_block<kType>(block, {read[0], read[1]}));
       }
     } else {

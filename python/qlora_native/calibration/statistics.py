@@ -186,7 +186,8 @@ class InputTaps:
     ) -> Tensor:
         if f"{path}.{leaf}" in names:
             self._note((f"{path}.{leaf}", expert), x)
-        return dense_linear(x, getattr(module, leaf)[expert])
+        dense = getattr(module, leaf)[expert]
+        return dense_linear(x, dense.t() if module.is_transposed else dense)
 
     def _note(self, key: Key, x: Tensor) -> None:
         inputs: Inputs | None = getattr(self._thread, "inputs", None)

@@ -126,11 +126,12 @@ class QuantizedParamWrapper(ParamWrapper):
     """PEFT's LoRA on one stack of 4-bit experts: each expert's product is one autograd node with its adapter."""
 
     def get_param(self) -> Tensor:
-        """A tensor of the stack's shape [E, N, K], dtype and device, all that PEFT asks it for, over one number."""
+        """A tensor of the dense stack's shape, dtype and device, all that PEFT asks it for, over one number."""
         stack = self._experts.stack(self.parameter_name)
         if stack is None:
             return super().get_param()
-        return torch.empty(1, dtype=stack.dtype, device=stack.device).expand(stack.shape)
+        like = torch.empty(1, dtype=stack.dtype, device=stack.device).expand(stack.shape)
+        return like.mT if self._experts.is_transposed else like
 
     @property
     def _experts(self) -> QuantizedExperts:
@@ -168,7 +169,8 @@ class QuantizedParamWrapper(ParamWrapper):
             return
         dense = before.dequantize(torch.float32)
         for name in names:
-            dense += self.get_delta_weight(name)
+            delta = self.get_delta_weight(name)
+            dense += delta.mT if self._experts.is_transposed else delta
         if safe_merge and not dense.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"

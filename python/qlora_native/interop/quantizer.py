@@ -135,7 +135,7 @@ class QLoRANativeQuantizer(HfQuantizer):
             tensor = result[key] = tensors.pop(key)
             if key not in self._weights:
                 continue
-            dense = tensor.t().contiguous() if self._weights[key] else tensor
+            dense = tensor.mT.contiguous() if self._weights[key] else tensor
             try:
                 weight = quantize(dense, **options)
             # Raised after loading, in a sentence: transformers would print a stack trace.

@@ -21,7 +21,7 @@ from qlora_native.weight import QuantizedWeight, quantize, to_bnb
 from qlora_native.weights.config import METADATA, METHOD, bitsandbytes_config, native_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor
 from qlora_native.weights.open import SafetensorsSource, open_source
-from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING, ModelShapes
+from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING, ModelShapes, turned
 from qlora_native.weights.stream import (
     STATE_MARK,
     Entry,
@@ -135,6 +135,10 @@ class Conversion:
             raise UserError(
                 f"{source.path} holds stacks of experts in 4 bits ({stacks[0]}), which bitsandbytes does not have: "
                 "convert it to 16bit first, and that to bitsandbytes."
+            )
+        if target != "16bit" and (source.four_bit_config or {}).get("quant_method") == "mxfp4":
+            raise UserError(
+                f"{source.path} holds MXFP4 weights, which are not written: expected the target 16bit."
             )
         self.weights: set[str] = set()
         if target != "16bit" and not stored:
@@ -267,7 +271,7 @@ class Conversion:
                 for stored in item.entry.parts
             ]
         if item.weight is None:
-            shape = item.shape[::-1] if item.name in self.meta.transposed else item.shape
+            shape = turned(item.shape) if item.name in self.meta.transposed else item.shape
             return [Output(key, self.meta.dtype_of(item.name), shape)]
         # Of memory that nothing is written to.
         tensors = to_bnb(
@@ -307,6 +311,6 @@ class Conversion:
         else:
             parts = (part.to(self.meta.dtype_of(item.name)) for part in item.rows())
             is_turned = item.name in self.meta.transposed
-            for part in slices(torch.cat([*parts]).t()) if is_turned else parts:
+            for part in slices(torch.cat([*parts]).view(item.shape).mT) if is_turned else parts:
                 writer.write(key, part)
             self.report.dequantized += item.name in self.four_bit

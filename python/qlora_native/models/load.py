@@ -123,9 +123,9 @@ def load_model(
             bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
             :func:`qlora_native.weights.open.open_source` made of it.
         quant_type: "nf4" or "fp4", as :func:`qlora_native.quantize`; or "keep", which leaves the weights of a GGUF
-            file in its bytes, mapped, in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K or IQ4_NL, embeddings too.
-            "auto" is "keep" for such a file without ``method``, and "nf4" for all else. Weights that are 4-bit already
-            keep what they have.
+            file in its bytes, mapped, in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL or MXFP4,
+            embeddings too. "auto" is "keep" for such a file without ``method``, and "nf4" for all else. Weights that
+            are 4-bit already keep what they have.
         block_size, double_quant: as :func:`qlora_native.quantize`, for "nf4" and "fp4".
         dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
             float32.
@@ -246,6 +246,7 @@ def load_model(
         model.config.quantization_config = source.four_bit_config or ours
         if is_kept:
             model.config.quantization_config = {"quant_method": "gguf", METADATA: made}
+        if any(weight.is_gguf for weight in four_bit_parts(model).values()):
             model.save_pretrained = partial(_refuse_saving, source.path)
     else:
         model.config.__dict__.pop("quantization_config", None)

@@ -167,7 +167,7 @@ def _original(
         if name not in layers and name not in stacks:
             continue
         absent.discard(name)
-        value = value.t() if name in meta.transposed else value
+        value = value.mT if name in meta.transposed else value
         inner = layers[name][2] if name in layers else None
         if value.shape != (
             (inner.out_features, inner.in_features) if inner is not None else stacks[name][2].shape

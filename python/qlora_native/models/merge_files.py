@@ -82,6 +82,8 @@ class Merging(Conversion):
                 )
         self.codes: dict[str, Path] = {}
         for name in self.meta.transposed:  # an adapter is read for linear layers
+            if not name.endswith(".weight"):
+                continue
             width, height = self.meta.shapes[name].shape
             self.meta.model.set_submodule(
                 name.removesuffix(".weight"), nn.Linear(width, height, device="meta")

@@ -67,8 +67,9 @@ def _blank(kind: type[Substitute], base: type[nn.Module]) -> nn.Module:
 class QuantizedExperts(Substitute, KeepsBits):
     """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
 
-    A stack lies under its own name as frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict
-    holds the keys of :func:`qlora_native.to_bnb`. ``compute_dtype`` is as in :class:`qlora_native.nn.QuantizedLinear`.
+    Where the class replaced ``is_transposed``, its dense stacks are [E, K, N]. A stack lies under its own name as frozen
+    uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict holds the keys of
+    :func:`qlora_native.to_bnb`. ``compute_dtype`` is as in :class:`qlora_native.nn.QuantizedLinear`.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -77,6 +78,7 @@ class QuantizedExperts(Substitute, KeepsBits):
     # The class replaced has these.
     num_experts: int
     has_gate: bool
+    is_transposed: bool
     act_fn: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
 
@@ -114,7 +116,8 @@ class QuantizedExperts(Substitute, KeepsBits):
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         stack = self.stack(name)
         if stack is None:
-            return dense_linear(x, getattr(self, name)[expert])
+            dense = getattr(self, name)[expert]
+            return dense_linear(x, dense.t() if self.is_transposed else dense)
         if self.compute_dtype is not None and self.compute_dtype != x.dtype:
             return self._product(name, expert, x.to(self.compute_dtype)).to(x.dtype)
         slices = self._slices.get(name)
@@ -174,7 +177,12 @@ def by_expert(
     product: Product,
 ) -> Tensor:
     """The rule of a module that :func:`stacks_of` names, expert by expert: ``product(name, e, x [t, K])`` is x times
-    the transpose of that stack's slice e."""
+    the transpose of that stack's slice e [N, K]; biases ``<name>_bias`` [E, N] are added here."""
+
+    def affine(name: str, expert: int, x: Tensor) -> Tensor:
+        y = product(name, expert, x)
+        return y + getattr(experts, f"{name}_bias")[expert].to(y.dtype) if experts.has_bias else y
+
     up, activate = (
         ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
     )
@@ -183,18 +191,18 @@ def by_expert(
         if expert >= experts.num_experts:  # another process has it
             continue
         token, position = torch.where(top_k_index == expert)
-        inner = activate(product(up, expert, hidden_states[token]))
-        outer = product("down_proj", expert, inner) * top_k_weights[token, position, None]
+        inner = activate(affine(up, expert, hidden_states[token]))
+        outer = affine("down_proj", expert, inner) * top_k_weights[token, position, None]
         result = result.index_add(0, token, outer.to(result.dtype))
     return result
 
 
 def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Tensor]]:
-    """(module path, parameter name, parameter [E, N, K]) of the dense stacks that can become 4-bit."""
-    settings = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+    """(module path, parameter name, parameter) of the dense stacks that can become 4-bit, [E, N, K], or [E, K, N] where
+    the module ``is_transposed``."""
+    settings = ("has_post_expert_norm", "_is_expert_parallel")
     for path, module in model.named_modules():
-        # transformers' rule for experts is all that the module does. Biases would be added in `by_expert`, behind each
-        # product; stacks stored as [E, in, out] need their transpose in weights/ (CONTRIBUTING.md, "Where to add").
+        # transformers' rule for experts is all that the module does.
         if hasattr(module, "_apply_gate") and all(
             getattr(module, name, True) is False for name in settings
         ):
@@ -219,11 +227,13 @@ def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
 
 
 def take_stack(module: QuantizedExperts, name: str, dense: Tensor) -> None:
-    """Put ``dense`` [E, N, K] back in place of the 4-bit stack; the module gets its own class back with the last."""
+    """Put ``dense`` [E, N, K] back in place of the 4-bit stack, as the module's class stores it; the module gets that
+    class back with the last."""
     del module._stacks[name]
     for field in _SCALES:
         module._buffers.pop(f"{name}_{field}", None)
     module._parameters.pop(name + _LAID_OUT, None)
+    dense = dense.mT.contiguous() if module.is_transposed else dense
     setattr(module, name, nn.Parameter(dense, requires_grad=False))
     if not module._stacks:
         for attribute in ("_stacks", "_slices", "adapters", "compute_dtype"):

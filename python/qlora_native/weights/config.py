@@ -80,7 +80,7 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
     method = values.get("quant_method")
-    if method == METHOD or (
+    if method in (METHOD, "mxfp4") or (
         method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))
     ):
         return values
@@ -89,7 +89,7 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
     kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else method or "unknown"
     raise UserError(
         f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
-        "format; load the original model."
+        "format or MXFP4; load the original model."
     )
 
 

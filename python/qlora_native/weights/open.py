@@ -33,6 +33,7 @@ from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb
+from qlora_native.weights import mxfp4
 from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import (
     Scratch,
@@ -95,7 +96,9 @@ class SafetensorsSource(Source):
         self.tensors = stored_tensors(folder)
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
-        self.has_bnb_weights = any(STATE_MARK in key for key in self.tensors)
+        self.has_bnb_weights = any(
+            STATE_MARK in key or mxfp4.owner(key, self.tensors) for key in self.tensors
+        )
         self.files = [
             folder / "config.json",
             *sorted({stored.file for stored in self.tensors.values()}),
@@ -143,6 +146,8 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
     four_bit: dict[str, list[StoredTensor]] = {
         key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key
     }
+    of_mxfp4 = {name: [] for key in tensors if (name := mxfp4.owner(key, tensors))}
+    four_bit |= of_mxfp4
     scales = {
         key.removesuffix(SCALE_SUFFIX): tensors[key]
         for key in tensors.keys() - shapes.keys()
@@ -155,7 +160,9 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
         tensors.keys() - {stored.name for stored in scales.values()}, key=dot_natural_key
     ):
         stored = replace(tensors[key], scales=scales.get(key))
-        owner = key
+        if key.endswith(mxfp4.CODES):
+            key = mxfp4.owner(key, tensors) or key
+        owner = mxfp4.owner(key, tensors) or key
         while owner and owner not in four_bit:
             owner = owner.rpartition(".")[0]
         if owner:
@@ -168,8 +175,9 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
         if name not in shapes:
             unexpected.append(stored)
         elif pattern is None:
+            four_bit_of = mxfp4.weight_of if key in of_mxfp4 else _of_bnb
             made = (
-                Entry(name, key, four_bit[key], partial(_of_bnb, key))
+                Entry(name, key, four_bit[key], partial(four_bit_of, key))
                 if owner
                 else Entry(name, key, [stored])
             )

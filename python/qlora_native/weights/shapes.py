@@ -58,7 +58,7 @@ def four_bit_weights(
         for path, module in model.named_modules()
         if is_plain_linear(module) and module is not output and not is_read_raw(model, path)
     }
-    chosen |= {f"{path}.{name}": False for path, name, _ in stacks_of(model, block_size)}
+    chosen |= turned_stacks(model, block_size)
     return {
         name: transposed
         for name, transposed in chosen.items()
@@ -76,6 +76,19 @@ def is_plain_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is a linear that stores its weight as [in, out] (GPT-2's Conv1D)."""
     return is_plain_linear(module) and not isinstance(module, nn.Linear)
+
+
+def turned_stacks(model: nn.Module, block_size: int = 1) -> dict[str, bool]:
+    """The stacks that can become 4-bit, by name, and whether the model stores them transposed, as [E, in, out]."""
+    return {
+        f"{path}.{name}": bool(model.get_submodule(path).is_transposed)
+        for path, name, _ in stacks_of(model, block_size)
+    }
+
+
+def turned(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a matrix, or of a stack of them, transposed."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def keepable_embeddings(meta: ModelShapes, skip_modules: Iterable[str]) -> set[str]:
@@ -132,8 +145,9 @@ class ModelShapes:
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self.in_fp32 = kept_in_fp32(self.model, dtype)
         modules = self.model.named_modules()
-        # As [in, out].
+        # As [in, out], or [E, in, out].
         self.transposed = {f"{path}.weight" for path, module in modules if is_transposed(module)}
+        self.transposed |= {name for name, is_so in turned_stacks(self.model).items() if is_so}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor takes when it stays dense."""
@@ -148,7 +162,7 @@ class ModelShapes:
         """UserError unless the tensor has the shape of the model's parameter or buffer ``name``."""
         expected = self.shapes[name].shape
         transposed = isinstance(value, QuantizedWeight) and name in self.transposed
-        if value.shape != (expected[::-1] if transposed else expected):
+        if value.shape != (turned(expected) if transposed else expected):
             raise UserError(
                 f"{file}: tensor {name} is {list(value.shape)}, but {list(expected)} by config.json; the two are of "
                 "different models."

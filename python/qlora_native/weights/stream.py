@@ -33,7 +33,7 @@ from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import Scratch, StoredTensor, first_sentence, some_of
 from qlora_native.weights.float8 import FLOAT8
-from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes
+from qlora_native.weights.shapes import MODEL_DTYPES, ModelShapes, turned
 
 STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every 4-bit weight in bitsandbytes' format
 PART = 1 << 22  # elements at a time: a multiple of every block size
@@ -276,13 +276,13 @@ def stream(
     sizes = (entry.num_bytes for entry in entries if entry.is_plain and not is_lasting(entry))
     scratch = Scratch(max(sizes, default=0))
     for entry in entries:
-        turned = entry.name in meta.transposed
+        is_turned = entry.name in meta.transposed
         shape = tuple(meta.shapes[entry.name].shape)
         item = Item(
             entry,
-            shape[::-1] if turned else shape,
+            turned(shape) if is_turned else shape,
             partial(entry.values, meta.model, read, None if is_lasting(entry) else scratch),
-            partial(_rows, source, meta, entry, turned),
+            partial(_rows, source, meta, entry, is_turned),
             None if entry.four_bit is None else partial(entry.weight, read),
         )
         for transform in transforms:
@@ -290,22 +290,22 @@ def stream(
         yield item
 
 
-def _rows(source: Source, meta: ModelShapes, entry: Entry, turned: bool) -> Iterator[Tensor]:
+def _rows(source: Source, meta: ModelShapes, entry: Entry, is_turned: bool) -> Iterator[Tensor]:
     if entry.is_plain:
-        parts = parts_of(source, entry.parts[0], turned)
+        parts = parts_of(source, entry.parts[0], is_turned)
     elif entry.is_stack:
         parts = (part for one in entry.slices(source.read) for part in slices(one))
     else:
         parts = (part for _, value in entry.values(meta.model, source.read) for part in slices(value))  # type: ignore[arg-type]
-    width = meta.shapes[entry.name].shape[0 if turned else -1]
+    width = meta.shapes[entry.name].shape[-2 if is_turned else -1]
     return (part.view(-1, width) for part in parts)
 
 
-def parts_of(source: Source, stored: StoredTensor, turned: bool = False) -> Iterator[Tensor]:
+def parts_of(source: Source, stored: StoredTensor, is_turned: bool = False) -> Iterator[Tensor]:
     """The elements of a stored tensor, or of its transpose, whole rows at a time; 8-bit floats as 16-bit."""
-    if stored.scales is not None or stored.dtype in FLOAT8 or turned:
+    if stored.scales is not None or stored.dtype in FLOAT8 or is_turned:
         tensor = source.read(stored)
-        yield from slices(tensor.t() if turned else tensor)
+        yield from slices(tensor.mT if is_turned else tensor)
         return
     yield from stored_parts(source, stored)
 
@@ -333,8 +333,8 @@ def part_size(shape: tuple[int, ...]) -> int:
     return step * max(1, PART // step)
 
 
-def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) -> None:
-    """UserError if the match lacks tensors of the model, or has one of another shape or kind, before any is read."""
+def reading_shapes(read_state: Read) -> Read:
+    """A function that reads tensors onto the meta device, but for the descriptions of bitsandbytes' weights."""
 
     def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         if STATE_MARK in stored.name:
@@ -342,7 +342,12 @@ def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) 
         dtype = torch.bfloat16 if stored.dtype in FLOAT8 else stored.dtype
         return torch.empty(stored.shape, dtype=dtype, device="meta")
 
-    found = set()
+    return read
+
+
+def check_match(match: Match, meta: ModelShapes, read_state: Read, where: Path) -> None:
+    """UserError if the match lacks tensors of the model, or has one of another shape or kind, before any is read."""
+    found, read = set(), reading_shapes(read_state)
     for entry in match.entries:
         for name, value in entry.values(meta.model, read):
             meta.check_shape(name, value, entry.file)

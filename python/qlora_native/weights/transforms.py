@@ -70,7 +70,7 @@ def rounding(
         is_stack = item.entry.is_stack and item.name in names
         for name, value in [(item.name, weight(item))] if is_stack else item.values():
             if name in names and isinstance(value, Tensor):
-                value = value.t() if name in meta.transposed else value
+                value = value.mT if name in meta.transposed else value
                 rows = (part.view(-1, value.shape[-1]) for part in slices(value))
                 value = made(item.entry, rows, tuple(value.shape))
             if isinstance(value, QuantizedWeight):

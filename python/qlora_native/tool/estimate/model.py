@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_native.data.readers import fetch_model, hub_id
-from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.models.build import MetaModel
 from qlora_native.models.load import make_report
@@ -22,7 +20,7 @@ from qlora_native.weights.config import four_bit_config, read_config
 from qlora_native.weights.files import INDEX_NAME, WEIGHTS_NAME
 from qlora_native.weights.open import open_source
 from qlora_native.weights.shapes import OUTPUT_EMBEDDING, dense_beside
-from qlora_native.weights.stream import AUTO, Entry, Source, stream
+from qlora_native.weights.stream import AUTO, Source, reading_shapes, stream
 
 READER_TOKEN = 2720  # bytes of objects that the package gguf makes of a token's text, score and type
 
@@ -144,7 +142,7 @@ def meta_model(
             elif is_kept and item.weight is not None:
                 meta.store(item.name, item.weight().to("meta"), entry.file)
             elif item.weight is not None:
-                options[item.name] = {**quant, **_stored_options(entry, meta)}
+                meta.store(item.name, entry.weight(reading_shapes(source.read)), entry.file)
     trained = _trained(meta, options, setting, Path() if source is None else source.path)
     if source is not None and source.is_whole:
         read = max(0, read - trained.load_report.num_bytes)
@@ -155,7 +153,7 @@ def _trained(meta: MetaModel, options: dict[str, dict[str, Any]], setting: Setti
     """The model as loading leaves it, with its ``load_report``, and with adapters."""
     for name, chosen in options.items():
         dense = meta.shapes[name].to(setting.dtype)
-        meta.store(name, quantize(dense.t() if name in meta.transposed else dense, **chosen), "")
+        meta.store(name, quantize(dense.mT if name in meta.transposed else dense, **chosen), "")
     for name in meta.missing - meta.tied.keys():
         meta.store(name, meta.shapes[name].to(meta.dtype_of(name)), "")
     model = meta.model
@@ -163,16 +161,3 @@ def _trained(meta: MetaModel, options: dict[str, dict[str, Any]], setting: Setti
     model.load_report = make_report(model, path)
     add_lora(model, setting.lora)
     return model.train()
-
-
-def _stored_options(entry: Entry, meta: MetaModel) -> dict[str, Any]:
-    """Of a weight that is 4-bit in the files."""
-    parts = {part.name.removeprefix(entry.key): part for part in entry.parts}
-    blocks = math.prod(parts[".absmax"].shape) if ".absmax" in parts else 0
-    if not blocks:
-        raise UserError(f"{entry.file}: {entry.key} has no scales: expected {entry.key}.absmax.")
-    per_block = meta.shapes[entry.name].numel() / blocks
-    return {
-        "block_size": 1 << max(0, math.ceil(math.log2(per_block))),
-        "double_quant": ".nested_absmax" in parts,
-    }
