@@ -20,7 +20,7 @@ gguf = pytest.importorskip("gguf")
 MIX = {
     "token_embd": "q8_0", "output": "q6_k", "attn_q": "q4_k", "attn_k": "q4_1", "attn_v": "q5_0",
     "attn_output": "iq4_nl", "ffn_gate": "q5_k", "ffn_up": "q4_0", "ffn_down": "q5_1",
-    "blk.1.attn_v": "f16", "blk.1.ffn_up": "bf16",
+    "blk.1.attn_v": "f16", "blk.1.ffn_up": "bf16", "blk.1.ffn_gate": "mxfp4",
 }  # fmt: skip
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -45,18 +45,18 @@ def test_stacks_become_4_bit_and_compute_the_same(tmp_path: Path, kind: str) -> 
     for name, weight in four_bit_parts(model).items():
         other = four_bit_parts(by_hooks)[name]
         assert weight.shape == other.shape and torch.equal(weight.packed, other.packed)
-    assert torch.equal(logits(by_hooks.eval()), logits(model))
+    assert distance(logits(by_hooks.eval()), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_the_class_its_stacks_back(tmp_path: Path, kind: str) -> None:
     base = folder_of(kind, tmp_path / "base")
     stored = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = qn.merge(load_model(base, dtype=torch.float32), base="original")
+    model = qn.merge(load_model(base, dtype=torch.float32), "original", torch.float32)
     assert_same(model.state_dict(), stored.state_dict())
     model = load_model(base, dtype=torch.float32)
     twin, _ = dense_twin(base, model)
-    assert_same(qn.merge(model, base="dequantized").state_dict(), twin.state_dict())
+    assert_same(qn.merge(model, "dequantized", torch.float32).state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +130,7 @@ def test_mxfp4_is_kept_trained_on_and_merged(published: tuple[Path, Any], tmp_pa
     qn.save_adapter(adapted, tmp_path / "adapter")
     want = logits(adapted.eval())
     assert distance(want, logits(twin)) > 0.01
-    merged = qn.merge(adapted, base="dequantized")
+    merged = qn.merge(adapted, "dequantized", torch.float32)
     assert distance(logits(merged), want) < 1e-5
     (tmp_path / "dense").mkdir()
     convert(base, tmp_path / "dense", "16bit")

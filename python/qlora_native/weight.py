@@ -39,8 +39,7 @@ class QuantizedWeight:
         nested_code: fp32 [256], likewise.
         shape: torch.Size of the dense tensor.
         dtype: dtype of the dense tensor, and the default of :meth:`dequantize`.
-        quant_type: "nf4", "fp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl"
-            or "mxfp4".
+        quant_type: "nf4", "fp4", or of GGUF q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl or mxfp4.
         block_size: elements a scale, a power of two from 32 to 4096; of a GGUF format its elements a block, 32 or 256.
         storage_dtype: dtype under which :func:`to_bnb` stores the packed bytes, uint8 by default.
     """

@@ -67,8 +67,8 @@ def _blank(kind: type[Substitute], base: type[nn.Module]) -> nn.Module:
 class QuantizedExperts(Substitute, KeepsBits):
     """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
 
-    Where the class replaced ``is_transposed``, its dense stacks are [E, K, N]. A stack lies under its own name as frozen
-    uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict holds the keys of
+    Where the class replaced ``is_transposed``, its dense stacks are [E, K, N]. A stack lies under its own name as
+    frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict holds the keys of
     :func:`qlora_native.to_bnb`. ``compute_dtype`` is as in :class:`qlora_native.nn.QuantizedLinear`.
     """
 
