@@ -146,8 +146,8 @@ def match_tensors(tensors: Mapping[str, StoredTensor], meta: ModelShapes) -> Mat
     four_bit: dict[str, list[StoredTensor]] = {
         key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key
     }
-    of_mxfp4 = {name: [] for key in tensors if (name := mxfp4.owner(key, tensors))}
-    four_bit |= of_mxfp4
+    of_mxfp4 = {name for key in tensors if (name := mxfp4.owner(key, tensors))}
+    four_bit |= {name: [] for name in of_mxfp4}
     scales = {
         key.removesuffix(SCALE_SUFFIX): tensors[key]
         for key in tensors.keys() - shapes.keys()
