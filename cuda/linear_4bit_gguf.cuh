@@ -103,11 +103,11 @@ __device__ __forceinline__ uint32_t four_codes(const uint8_t* block, unsigned i)
 }
 
 template <QuantType kType>
-inline constexpr int kOffsetOf = kType == QuantType::kQ4_0                                 ? 8
-                                 : kType == QuantType::kQ5_0                               ? 16
-                                 : kType == QuantType::kQ6_K                               ? 32
-                                 : kType == QuantType::kQ8_0 || has_levels(kType)          ? 128
-                                                                                           : 0;
+inline constexpr int kOffsetOf = kType == QuantType::kQ4_0                        ? 8
+                                 : kType == QuantType::kQ5_0                      ? 16
+                                 : kType == QuantType::kQ6_K                      ? 32
+                                 : kType == QuantType::kQ8_0 || has_levels(kType) ? 128
+                                                                                  : 0;
 
 // Four weights as two words of T, by the exact rule.
 template <typename T, QuantType kType>

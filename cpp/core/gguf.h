@@ -23,9 +23,10 @@ struct BlockFormat {
 inline constexpr int kQuantTypes = 12;  // CONTRIBUTING.md, "Where to add", says where a new one goes
 
 // By QuantType.
-inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {
-    {"nf4", 0, 0},    {"fp4", 0, 0},      {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},   {"q5_1", 32, 24},
-    {"q8_0", 32, 34}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210}, {"iq4_nl", 32, 18}, {"mxfp4", 32, 17}};
+inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {{"nf4", 0, 0},      {"fp4", 0, 0},      {"q4_0", 32, 18},
+                                                           {"q4_1", 32, 20},   {"q5_0", 32, 22},   {"q5_1", 32, 24},
+                                                           {"q8_0", 32, 34},   {"q4_k", 256, 144}, {"q5_k", 256, 176},
+                                                           {"q6_k", 256, 210}, {"iq4_nl", 32, 18}, {"mxfp4", 32, 17}};
 
 QLORA_NATIVE_HD constexpr bool is_gguf(QuantType type) { return type >= QuantType::kQ4_0; }
 

@@ -64,7 +64,8 @@ PYBIND11_MODULE(_C, module) {
       "take_threads_of_torch", [](Address count) { cpu::threads_of_torch = reinterpret_cast<int (*)()>(count); },
       py::arg("count"), "Loops take as many threads as at::get_num_threads, whose address this is, returns each time.");
   module.attr("block_formats") = block_formats();  // (name, elements and bytes of a block) by quant_type
-  module.def("levels", &levels, py::arg("quant_type"), "The 16 levels, by code, of nf4 (0), fp4 (1), iq4_nl (10) or mxfp4 (11).");
+  module.def("levels", &levels, py::arg("quant_type"),
+             "The 16 levels, by code, of nf4 (0), fp4 (1), iq4_nl (10) or mxfp4 (11).");
   module.def("boundaries", &boundaries, py::arg("quant_type"),
              "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");
   module.def("nested_code", &nested_code, "The 256 values that double-quantized scales are stored in.");

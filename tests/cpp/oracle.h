@@ -284,10 +284,9 @@ std::vector<float> turning_points() {
   return points;
 }
 
-inline constexpr QuantType kGgufTypes[] = {QuantType::kQ4_0, QuantType::kQ4_1, QuantType::kQ5_0,
-                                           QuantType::kQ5_1, QuantType::kQ8_0, QuantType::kQ4_K,
-                                           QuantType::kQ5_K, QuantType::kQ6_K, QuantType::kIq4Nl,
-                                           QuantType::kMxfp4};
+inline constexpr QuantType kGgufTypes[] = {QuantType::kQ4_0,  QuantType::kQ4_1, QuantType::kQ5_0, QuantType::kQ5_1,
+                                           QuantType::kQ8_0,  QuantType::kQ4_K, QuantType::kQ5_K, QuantType::kQ6_K,
+                                           QuantType::kIq4Nl, QuantType::kMxfp4};
 
 inline int64_t block_of(QuantType type) { return kBlockFormats[static_cast<int>(type)].elements; }
 

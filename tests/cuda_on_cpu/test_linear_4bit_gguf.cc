@@ -85,8 +85,8 @@ TEST(gguf_reads_a_weight_once) {
       const double times = (read - of_x) / stored;
       const bool counts = std::string_view(CUEMU_BUILD) == "race";
       const double most = type == QuantType::kQ6_K || type == QuantType::kMxfp4 ? 1.07 : 1.0;
-      CHECK(!counts || (times >= 1.0 && times <= most),
-            "type %d, m %ld: %.4f times its bytes", static_cast<int>(type), static_cast<long>(m), times);
+      CHECK(!counts || (times >= 1.0 && times <= most), "type %d, m %ld: %.4f times its bytes", static_cast<int>(type),
+            static_cast<long>(m), times);
     }
   }
 }

@@ -127,9 +127,8 @@ inline __m512 table_values(const GgufScale& scale) {
   static constexpr Levels kLevels = [] {
     Levels levels{};
     for (int code = 0; code < 16; ++code) {
-      levels.value[code] =
-          static_cast<float>(has_levels(kType) ? code_levels(kType).value[code]
-                                               : code + kFirst + kLowestLevels[static_cast<int>(kType)]);
+      levels.value[code] = static_cast<float>(
+          has_levels(kType) ? code_levels(kType).value[code] : code + kFirst + kLowestLevels[static_cast<int>(kType)]);
     }
     return levels;
   }();
