@@ -1,7 +1,6 @@
 // The choice of a kernel for a product with a 4-bit weight on a GPU: a pure function, so no GPU is needed.
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "check.h"
 #include "core/gguf.h"
@@ -158,60 +157,58 @@ int64_t most_shared_bytes(int compute_capability) {  // a block's limit, as the 
 // Whatever the sizes: a tile that exists and fits the card, parts that are not empty, a workspace that holds them.
 TEST(plan_is_consistent_for_all_sizes) {
   for (const int architecture : kArchitectures) {
-    for (const auto [sm_count, type] : {std::pair{1, QuantType::kNf4},
-                                        {20, QuantType::kQ8_0},
-                                        {20, QuantType::kNf4},
-                                        {132, QuantType::kQ4_K},
-                                        {132, QuantType::kNf4}}) {
-      const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
-      const int staged = is_gguf(type) ? cuda::gguf_staged_bytes(format) : 0;
-      for (const bool forward : {true, false}) {
-        for (const int64_t m : {1, 8, 9, 16, 17, 33, 64, 65, 129, 500, 4096}) {
-          for (const int64_t n : {8, 64, 1024, 14336, 128256}) {
-            for (const int64_t k : {64, 128, 4096, 14336}) {
-              MatmulQuestion asked = question(m, {architecture, sm_count}, forward, n, k);
-              asked.low_memory = true;
-              asked.type = type;
-              asked.block_size = is_gguf(type) ? format.elements : 64;
-              if (is_gguf(type) && (!forward || k % format.elements != 0)) {
-                check_kind(asked, MatmulKind::kTwoStep);
-                continue;
-              }
-              const MatmulPlan plan = cuda::plan_matmul(asked);
-              const auto fail = [&](const char* what) {
-                CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
-                      static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
-              };
-              if (plan.kind == MatmulKind::kTwoStep) {
-                fail("not fused");
-              }
-              if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
-                fail("too much shared memory");
-              }
-              if (plan.kind == MatmulKind::kGemv) {
-                const bool wide = plan.columns == 16 || plan.columns == 32 || plan.columns == 64;
-                if (m > 16 || !forward || plan.rows < m || !wide || plan.workspace_bytes != 0) {
-                  fail("gemv");
+    for (const int sm_count : {1, 20, 132}) {
+      for (const QuantType type : {QuantType::kNf4, QuantType::kQ8_0, QuantType::kQ4_K}) {
+        const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
+        const int staged = is_gguf(type) ? cuda::gguf_staged_bytes(format) : 0;
+        for (const bool forward : {true, false}) {
+          for (const int64_t m : {1, 8, 9, 16, 17, 33, 64, 65, 129, 500, 4096}) {
+            for (const int64_t n : {8, 64, 1024, 14336, 128256}) {
+              for (const int64_t k : {64, 128, 4096, 14336}) {
+                MatmulQuestion asked = question(m, {architecture, sm_count}, forward, n, k);
+                asked.low_memory = true;
+                asked.type = type;
+                asked.block_size = is_gguf(type) ? format.elements : 64;
+                if (is_gguf(type) && (!forward || k % format.elements != 0)) {
+                  check_kind(asked, MatmulKind::kTwoStep);
+                  continue;
                 }
-                continue;
-              }
-              const auto* const tile =
-                  std::find_if(std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan](const cuda::TileSize& size) {
-                    return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
-                           size.shared_bytes() + staged == plan.shared_bytes;
-                  });
-              if (tile == std::end(cuda::kTiles)) {
-                fail("no such tile");
-                continue;
-              }
-              const int64_t steps = ceil_div(forward ? k : n, 64);
-              if (plan.splits < 1 || plan.splits > steps || (plan.kind == MatmulKind::kSplitK) != (plan.splits > 1)) {
-                fail("splits");
-              }
-              const int64_t columns = ceil_div(forward ? n : k, plan.columns) * plan.columns;
-              if (plan.workspace_bytes != (plan.splits > 1 ? plan.splits * m * columns * 4 : 0) ||
-                  plan.workspace_bytes > 24 << 20) {
-                fail("workspace");
+                const MatmulPlan plan = cuda::plan_matmul(asked);
+                const auto fail = [&](const char* what) {
+                  CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
+                        static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
+                };
+                if (plan.kind == MatmulKind::kTwoStep) {
+                  fail("not fused");
+                }
+                if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
+                  fail("too much shared memory");
+                }
+                if (plan.kind == MatmulKind::kGemv) {
+                  const bool wide = plan.columns == 16 || plan.columns == 32 || plan.columns == 64;
+                  if (m > 16 || !forward || plan.rows < m || !wide || plan.workspace_bytes != 0) {
+                    fail("gemv");
+                  }
+                  continue;
+                }
+                const auto* const tile = std::find_if(
+                    std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan, staged](const cuda::TileSize& size) {
+                      return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
+                             size.shared_bytes() + staged == plan.shared_bytes;
+                    });
+                if (tile == std::end(cuda::kTiles)) {
+                  fail("no such tile");
+                  continue;
+                }
+                const int64_t steps = ceil_div(forward ? k : n, 64);
+                if (plan.splits < 1 || plan.splits > steps || (plan.kind == MatmulKind::kSplitK) != (plan.splits > 1)) {
+                  fail("splits");
+                }
+                const int64_t columns = ceil_div(forward ? n : k, plan.columns) * plan.columns;
+                if (plan.workspace_bytes != (plan.splits > 1 ? plan.splits * m * columns * 4 : 0) ||
+                    plan.workspace_bytes > 24 << 20) {
+                  fail("workspace");
+                }
               }
             }
           }

@@ -72,7 +72,7 @@ TEST(products_keep_their_bank_budgets) {
   }
   for (const QuantType type : oracle::kGgufTypes) {
     for (const int number : {1, 2}) {
-      budgets.push_back({cuemu::tile_plan({}, number, 1), true, 1.3, type});
+      budgets.push_back({cuemu::tile_plan({}, number, 1), true, 1.45, type});
     }
   }
   for (const Budget& budget : budgets) {
