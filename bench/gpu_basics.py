@@ -184,7 +184,7 @@ def products(dtype: torch.dtype) -> bool:
 def products_of_blocks() -> bool:
     """Forward by the fused kernels of every GGUF format against fp32 products on the CPU."""
     errors = []
-    for quant_type, m, dtype in product(GGUF_TYPES, (1, 9, 16), (half(), torch.float16)):
+    for quant_type, m, dtype in product(GGUF_TYPES, (1, 9, 16, 24, 64), (half(), torch.float16)):
         w, x = made_up(N, K, quant_type), (torch.randn(m, K) / K).to(dtype)
         want = x.float() @ w.to("cpu").dequantize(torch.float32).t()
         errors.append(relative_error(qn.linear(x.to(device()), w).cpu(), want))

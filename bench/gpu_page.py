@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import births
 from pages import RESULTS, ROOT, Page, command
@@ -29,9 +30,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?i)nvidia|tesla|geforce", "", name).lower()).strip("-")
 
 
+def model(key: str) -> dict[str, dict[str, Any]]:
+    """What gpu_model.py made, by row and card."""
+    return dict(json.loads((RESULTS / "model.json").read_text(encoding="utf-8"))[key])
+
+
 def predictions() -> dict[str, dict[str, float | None]]:
     """Of gpu_model.py, in ms by row and card."""
-    return dict(json.loads((RESULTS / "model.json").read_text(encoding="utf-8"))["rows"])
+    return model("rows")
 
 
 def merged(results: Iterable[Result]) -> Result:
@@ -112,6 +118,8 @@ def lines(folder: Path) -> str:
     cards = list(dict.fromkeys(name for times in rows.values() for name in times))
     steps = {row: [times[card] for card in cards] for row, times in rows.items() if row.endswith(MODELS)}
     body = ([row, *(number(ms) if ms else "" for ms in times)] for row, times in steps.items())
+    products = model("products")
+    of_blocks = ([row, *(" / ".join(map(number, each)) for each in times.values())] for row, times in products.items())
     return f"""
 {chr(10).join(card_text(result, rows) for result in results) or NOT_MEASURED}
 
@@ -120,6 +128,12 @@ def lines(folder: Path) -> str:
 In ms; an empty cell is a model that does not fit into the card's memory.
 
 {markdown(["", *cards], body)}
+
+## Predicted products with blocks of GGUF
+
+In microseconds: in two steps / by passes of 16 tokens / by the one pass that is planned.
+
+{markdown(["", *next(iter(products.values()))], of_blocks)}
 """
 
 

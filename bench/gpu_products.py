@@ -55,7 +55,7 @@ CASES = {
         *_cases(VARIED, (16, 4096), r=64, ops=DIRECTIONS[2:]),
         *_cases(VARIED, (16, 4096), forms=("fp16", "plain scales")),
         *_cases(VARIED, (16, 4096), forms=("bias",), ops=DIRECTIONS[:1]),
-        *_cases(VARIED[1:], (1, 16), forms=GGUF_TYPES, ops=DIRECTIONS[:1]),
+        *_cases(VARIED[1:], (1, 16, 64), forms=GGUF_TYPES, ops=DIRECTIONS[:1]),
     ],
     "long": _cases(SHAPES_8B[:2], (2048, 8192, 16384)),
     "70b": _cases(SHAPES_70B, (1, 16, 256, 4096)),

@@ -14,10 +14,10 @@ cudaError_t launch_linear_4bit(const ProductJob& product, const MatmulPlan& plan
   }
   switch (product.dtype) {
     case Dtype::kBfloat16:
-      return has_blocks ? launch_gguf<Bf16>(product, plan, stream)
+      return has_blocks ? launch_gguf<Bf16>(product, plan, workspace, stream)
                         : launch_linear<Bf16>(product, plan, workspace, stream);
     case Dtype::kFloat16:
-      return has_blocks ? launch_gguf<Fp16>(product, plan, stream)
+      return has_blocks ? launch_gguf<Fp16>(product, plan, workspace, stream)
                         : launch_linear<Fp16>(product, plan, workspace, stream);
     case Dtype::kFloat32:
       break;

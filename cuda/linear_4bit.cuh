@@ -51,48 +51,50 @@ cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t 
                     static_cast<int64_t>(job.column_tiles) * tile_columns, job.splits);
 }
 
+// The job of a plan, to launch_tile.
+template <typename T>
+TileJob<T> tile_job(const ProductJob& product, const MatmulPlan& plan, void* workspace) {
+  return {product.weight,
+          static_cast<const T*>(product.x),
+          static_cast<const T*>(product.bias),
+          static_cast<const T*>(product.low),
+          static_cast<const T*>(product.up),
+          static_cast<T*>(product.y),
+          plan.splits > 1 ? static_cast<float*>(workspace) : nullptr,
+          product.m,
+          product.k,
+          product.depth(),
+          product.width(),
+          product.r,
+          block_shift_of(product.weight),
+          plan.splits,
+          0,
+          0};
+}
+
 // workspace_bytes: what the plan asked for.
 template <typename Shape, typename T>
 cudaError_t launch_tile(void (*kernel)(TileJob<T>), TileJob<T> job, int64_t workspace_bytes, cudaStream_t stream) {
   const int64_t row_tiles = ceil_div(job.m, Shape::kRows);
   const int64_t column_tiles = ceil_div(job.columns, Shape::kColumns);
+  const bool has_parts = job.splits >= 1 && job.splits <= ceil_div(job.reduction, kReductionStep);
   const bool holds_sums =
-      job.splits == 1 || split_k_workspace_bytes(job.m, job.columns, Shape::kSize, job.splits) <= workspace_bytes;
+      job.splits == 1 || (job.partial != nullptr &&
+                          split_k_workspace_bytes(job.m, job.columns, Shape::kSize, job.splits) <= workspace_bytes);
   const bool counts_columns = !Shape::kSize.fragments || job.k <= kMostSmallColumns;
-  if (row_tiles > kMostCtas / column_tiles || !holds_sums || !counts_columns) {
+  if (row_tiles > kMostCtas / column_tiles || !has_parts || !holds_sums || !counts_columns) {
     return cudaErrorInvalidValue;
   }
   job.row_tiles = static_cast<int>(row_tiles);
   job.column_tiles = static_cast<int>(column_tiles);
   const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles), static_cast<unsigned>(job.splits));
-  const cudaError_t error =
-      wp::launch(kernel, grid, dim3(Shape::kThreads), static_cast<size_t>(Shape::kSize.shared_bytes()), stream, job);
+  const cudaError_t error = wp::launch(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kSharedBytes}, stream, job);
   return error == cudaSuccess && job.splits > 1 ? launch_reduce(job, Shape::kColumns, stream) : error;
 }
 
 template <typename T>
 cudaError_t launch_tiles(const ProductJob& product, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
-  const int64_t reduction = product.depth();
-  const int64_t most_splits = ceil_div(reduction, kReductionStep);
-  if (plan.splits < 1 || plan.splits > most_splits || (plan.splits > 1 && workspace == nullptr)) {
-    return cudaErrorInvalidValue;
-  }
-  const TileJob<T> job{product.weight,
-                       static_cast<const T*>(product.x),
-                       static_cast<const T*>(product.bias),
-                       static_cast<const T*>(product.low),
-                       static_cast<const T*>(product.up),
-                       static_cast<T*>(product.y),
-                       plan.splits > 1 ? static_cast<float*>(workspace) : nullptr,
-                       product.m,
-                       product.k,
-                       reduction,
-                       product.width(),
-                       product.r,
-                       block_shift_of(product.weight),
-                       plan.splits,
-                       0,
-                       0};
+  const TileJob<T> job = tile_job<T>(product, plan, workspace);
   const int64_t bytes = plan.workspace_bytes;
   switch (plan.rows) {
     case Tile16::kRows:
@@ -128,8 +130,10 @@ cudaError_t launch_linear(const ProductJob& product, const MatmulPlan& plan, voi
 
 // Of a weight in a format of GGUF: linear_4bit_gguf.cuh.
 template <typename T>
-cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream);
+cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, void* workspace, cudaStream_t stream);
 
+extern template cudaError_t launch_reduce<Bf16>(const TileJob<Bf16>&, int, cudaStream_t);
+extern template cudaError_t launch_reduce<Fp16>(const TileJob<Fp16>&, int, cudaStream_t);
 extern template cudaError_t launch_linear<Bf16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
 extern template cudaError_t launch_linear<Fp16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
 

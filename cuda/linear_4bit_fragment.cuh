@@ -33,6 +33,8 @@ struct FragmentShape {
   static constexpr int kColumnParts = kRows / 8;
   static constexpr int kWarpsAlongRows = kThreads / 32;
   static constexpr int kResident = kSize.resident();
+  static constexpr int kTogether = 1;
+  static constexpr int kSharedBytes = kSize.shared_bytes();
 };
 using Fragments16 = FragmentShape<4>;
 using Fragments32 = FragmentShape<5>;
@@ -52,6 +54,47 @@ __device__ __forceinline__ void store_fragments(const Tile<T, Shape, true>& tile
       job.partial[(tile.split * job.m + token) * pitch + column] = warp.sums[0][i / 4][i % 4];
     }
   }
+}
+
+// Adds the products of 8 weights a lane of 16 rows with every token of the tile.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply_fragments(WarpSums<T, Shape, true>& warp,
+                                                   const uint4* x,  // its 8 of the first token
+                                                   const uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int tokens = 0; tokens < Shape::kColumnParts; ++tokens) {
+    const uint4 eight = x[8 * (Shape::kSize.step() / 8) * tokens];
+    const uint32_t b[2][2] = {{eight.x, eight.y}, {eight.z, eight.w}};
+    wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[0], b[0]);
+    wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[1], b[1]);
+  }
+}
+
+// What follows the last step: the low-rank term, and y or the sums of a part.
+template <typename T, typename Shape>
+__device__ __forceinline__ void finish_fragments(const Tile<T, Shape, true>& tile, WarpSums<T, Shape, true>& warp) {
+  const TileJob<T>& job = tile.job;
+  wp::cp_async_wait<0>();
+  add_low_rank(tile, warp, tile.weights, tile.x);
+  if (job.partial != nullptr) {
+    store_fragments(tile, warp);
+    return;
+  }
+  __syncthreads();
+  auto* words = wp::dyn_smem<uint16_t>();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int in_tile = warp.row + 8 * half + warp.lane / 4;
+    const int64_t y_column = tile.first_column + in_tile;
+    const float bias = job.bias != nullptr && y_column < job.columns ? widened(job.bias[y_column]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * Shape::kColumnParts; ++i) {
+      const int token = i / 2 * 8 + warp.lane % 4 * 2 + i % 2;
+      words[token * (kTilePitch<Shape> * 8) + in_tile] =
+          from_float<T>(warp.sums[0][i / 2][2 * half + i % 2] + bias).bits;
+    }
+  }
+  store_rows(tile);
 }
 
 template <typename T, typename Shape>
@@ -110,39 +153,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
       const uint4 upper = decode_eight(planes[0], word_of(runs.codes[0], word));
       const uint4 lower = decode_eight(planes[1], word_of(runs.codes[1], word));
       const uint32_t a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
-#pragma unroll
-      for (int tokens = 0; tokens < Shape::kColumnParts; ++tokens) {
-        const uint4 eight = x[(x_at ^ word) + 8 * kChunks * tokens];
-        const uint32_t b[2][2] = {{eight.x, eight.y}, {eight.z, eight.w}};
-        wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[0], b[0]);
-        wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[1], b[1]);
-      }
+      multiply_fragments<T, Shape>(warp, x + (x_at ^ word), a);
       if (word == 2) {
         wp::scheduling_fence(job.splits, word);  // else the compiler loads more of x at once than registers hold
       }
     }
   }
-  wp::cp_async_wait<0>();
-  add_low_rank(tile, warp, tile.weights, tile.x);
-  if (job.partial != nullptr) {
-    store_fragments(tile, warp);
-    return;
-  }
-  __syncthreads();
-  auto* words = wp::dyn_smem<uint16_t>();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int in_tile = warp.row + 8 * half + warp.lane / 4;
-    const int64_t y_column = tile.first_column + in_tile;
-    const float bias = job.bias != nullptr && y_column < job.columns ? widened(job.bias[y_column]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2 * Shape::kColumnParts; ++i) {
-      const int token = i / 2 * 8 + warp.lane % 4 * 2 + i % 2;
-      words[token * (kTilePitch<Shape> * 8) + in_tile] =
-          from_float<T>(warp.sums[0][i / 2][2 * half + i % 2] + bias).bits;
-    }
-  }
-  store_rows(tile);
+  finish_fragments(tile, warp);
 }
 
 }  // namespace qlora_native::cuda

@@ -1,5 +1,6 @@
-// y = x W^T for at most 16 tokens with W in a format of GGUF, bound by reading its blocks once, as they lie.
+// y = x W^T with W in a format of GGUF, of which each tile of tokens reads its blocks once, as they lie.
 //
+// At most 16 tokens are bound by these bytes.
 // As in linear_4bit_small.cuh rows of W fill the 16 rows of the MMA and tokens its columns, eight at once; but weights
 // go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 18 to 210 bytes
 // begin at odd distances: a warp copies the bytes of 256 elements of its rows to shared memory, 16 at a time from the
@@ -16,15 +17,13 @@
 
 #include "core/gguf.h"
 #include "cuda/dequantize_4bit_gguf.cuh"
+#include "cuda/linear_4bit.cuh"
+#include "cuda/linear_4bit_fragment.cuh"
 #include "cuda/linear_4bit_small.cuh"
 #include "cuda/matmul_plan.h"
 #include "cuda/wp.cuh"
 
 namespace qlora_native::cuda {
-
-inline constexpr int kGgufStep = 256;  // of K
-inline constexpr int kGgufWarps = 4;
-inline constexpr int kGgufStages = 2;
 
 // How rows of a format lie in memory and in a stage.
 template <QuantType kType>
@@ -32,9 +31,9 @@ struct GgufLayout {
   static constexpr BlockFormat kFormat = kFormatOf<kType>;
   static constexpr int kAlignment = std::min(16, kFormat.bytes & -kFormat.bytes);  // of every block
   static constexpr int kStepBytes = kGgufStep / kFormat.elements * kFormat.bytes;
-  static constexpr int kChunks = (16 - kAlignment + kStepBytes + 15) / 16;  // of 16 bytes, which hold those of a step
-  static constexpr int kPitch = kChunks | 1;                                // odd, so that rows begin in other banks
-  static constexpr int kStage = kSmallRows * kPitch;                        // chunks
+  static constexpr int kChunks = gguf_chunks(kFormat);
+  static constexpr int kPitch = gguf_pitch(kFormat);
+  static constexpr int kStage = kSmallRows * kPitch;  // chunks
 };
 
 // A half at an even address, by one instruction.
@@ -182,6 +181,21 @@ struct GgufRows {
   }
 };
 
+// Four weights of each of two rows, from element `at` + 4 * quad of their blocks on, as the MMA takes them. Those from
+// `at` on, a multiple of 32, to `at` + 31 come in order, since they share scales.
+template <typename T, QuantType kType>
+__device__ __forceinline__ void decode_quad(const uint8_t* const (&blocks)[2], unsigned at, int quad,
+                                            GgufScale (&scales)[2], uint32_t (&a)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const unsigned first = at + 4 * static_cast<unsigned>(quad);
+    if (quad % 4 == 0 && (quad == 0 || kType == QuantType::kQ6_K)) {
+      scales[half] = Gguf<kType>::template scale<aligned_half>(blocks[half], static_cast<int>(first));
+    }
+    four_weights<T, kType>(four_codes<kType>(blocks[half], first), scales[half], a[half], a[2 + half]);
+  }
+}
+
 // Adds the products of elements `first` to `first` + 31 of a step, which belong to one block. Eight tokens more where
 // `is_wide`.
 template <typename T, QuantType kType>
@@ -190,18 +204,12 @@ __device__ __forceinline__ void gguf_products(const uint8_t* const (&steps)[2], 
   constexpr BlockFormat kFormat = kFormatOf<kType>;
   const unsigned at = first % kFormat.elements;
   const unsigned block = first / kFormat.elements * kFormat.bytes;
+  const uint8_t* const blocks[2] = {steps[0] + block, steps[1] + block};
   GgufScale scales[2];
 #pragma unroll
-  for (unsigned quad = 0; quad < 8; ++quad) {
+  for (int quad = 0; quad < 8; ++quad) {
     uint32_t a[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t* bytes = steps[half] + block;
-      if (quad % 4 == 0 && (quad == 0 || kType == QuantType::kQ6_K)) {
-        scales[half] = Gguf<kType>::template scale<aligned_half>(bytes, static_cast<int>(at + 4 * quad));
-      }
-      four_weights<T, kType>(four_codes<kType>(bytes, at + 4 * quad), scales[half], a[half], a[2 + half]);
-    }
+    decode_quad<T, kType>(blocks, at, quad, scales, a);
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
       const uint4 eight = tokens[group][quad / 2];
@@ -289,15 +297,97 @@ __global__ void __launch_bounds__(32 * kGgufWarps, 4) linear_4bit_gguf_kernel(co
   small_store_y<T, kGgufWarps, kGemvTokens>(job, cta_row, cta_rows, turns, parts);
 }
 
+// A tile of up to 64 tokens: its blocks are staged as above, two steps of x at a time.
+template <int kTile, QuantType kQuantType>
+struct GgufShape : FragmentShape<kTile> {
+  static constexpr QuantType kType = kQuantType;
+  static constexpr int kTogether = kGgufStep / FragmentShape<kTile>::kSize.step();
+  static constexpr int kSharedBytes = FragmentShape<kTile>::kSharedBytes + gguf_staged_bytes(kFormatOf<kType>);
+  static_assert(FragmentShape<kTile>::kThreads == 32 * kGgufWarps);
+  static_assert(FragmentShape<kTile>::kStages <= kTogether + 1, "else blocks are waited for too late");
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
+    linear_4bit_gguf_tile_kernel(const TileJob<T> job) {
+  using Owner = Tile<T, Shape, true>;
+  using Layout = GgufLayout<Shape::kType>;
+  constexpr BlockFormat kFormat = Layout::kFormat;
+  const Owner tile(job);
+  WarpSums<T, Shape, true> warp;  // of y^T
+  const GgufRows<Shape::kType> rows(job.weight, job.columns, job.k, tile.first_column + warp.row);
+  const int before = static_cast<int>(tile.first_step) / Shape::kTogether;
+  uint4* stages = tile.x + Shape::kSize.shared_bytes() / 16 + warp.row * (kGgufStages * Layout::kPitch);
+  const auto start = [&](int step) {  // of the blocks
+    if (Shape::kTogether * step < tile.steps) {
+      rows.start((before + step) * Layout::kStepBytes, stages + step % kGgufStages * Layout::kStage);
+    }
+  };
+  start(0);
+  start(1);
+  TokenCopies<T, Shape, true> copies(tile);
+  for (int step = 0; step < Shape::kStages - 1; ++step) {
+    copies.start_next();
+    wp::cp_async_commit();
+  }
+  const int run = 32 * (warp.lane % 4);  // of a step
+  const int x_at = swizzled<Owner::kStep / 8>(warp.lane / 4, run / 8);
+  int left = static_cast<int>(job.k - tile.first_step * Owner::kStep) - run;  // of a row, from the run on
+  for (int step = 0; step < tile.steps; ++step, left -= Owner::kStep) {
+    // Behind the barrier the step's operands are complete, and those of the last step are no longer read.
+    wp::cp_async_wait<Shape::kStages - 2>();
+    __syncthreads();
+    const int of_blocks = step / Shape::kTogether;
+    if (step > 0 && step % Shape::kTogether == 0) {
+      start(of_blocks + 1);
+    }
+    copies.start_next();
+    wp::cp_async_commit();
+    // Beyond the edge the step's first block takes the place of one, and meets zeros in x.
+    const auto first = static_cast<unsigned>(left > 0 ? step % Shape::kTogether * Owner::kStep + run : 0);
+    const uint4* here = stages + of_blocks % kGgufStages * Layout::kStage;
+    const int at = (before + of_blocks) * Layout::kStepBytes;
+    const unsigned block = first / kFormat.elements * kFormat.bytes;
+    const uint8_t* const blocks[2] = {rows.staged(0, at, here) + block, rows.staged(1, at, here) + block};
+    const uint4* x = tile.x + copies.stage * Owner::kStageChunks;  // the oldest: it is overwritten next
+    GgufScale scales[2];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        decode_quad<T, Shape::kType>(blocks, first % kFormat.elements, 2 * word + i, scales, a[i]);
+      }
+      multiply_fragments<T, Shape>(warp, x + (x_at ^ word), a);
+    }
+  }
+  finish_fragments(tile, warp);
+}
+
 // Rows of bytes that 32 bits count, as LaneRows does.
 inline constexpr int64_t kMostGgufColumns = int64_t{1} << 30;
 
 template <typename T>
-cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream) {
+cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
+  if (!product.forward || product.k > kMostGgufColumns || product.k % product.weight.block_size != 0 ||
+      product.n % 8 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (plan.kind != MatmulKind::kGemv) {
+    return with_gguf(product.weight.type, [&]<QuantType kType>() {
+      using Shape32 = GgufShape<5, kType>;
+      using Shape64 = GgufShape<6, kType>;
+      const TileJob<T> job = tile_job<T>(product, plan, workspace);
+      const int64_t bytes = plan.workspace_bytes;
+      return plan.rows == Shape32::kRows
+                 ? launch_tile<Shape32>(linear_4bit_gguf_tile_kernel<T, Shape32>, job, bytes, stream)
+             : plan.rows == Shape64::kRows
+                 ? launch_tile<Shape64>(linear_4bit_gguf_tile_kernel<T, Shape64>, job, bytes, stream)
+                 : cudaErrorInvalidValue;
+    });
+  }
   const int rows = plan.columns;
-  if (plan.kind != MatmulKind::kGemv || !product.forward || product.m > kGemvTokens || product.k > kMostGgufColumns ||
-      product.k % product.weight.block_size != 0 || product.n % 8 != 0 || (rows != 16 && rows != 32 && rows != 64) ||
-      product.n / rows >= kMostCtas) {
+  if (product.m > kGemvTokens || (rows != 16 && rows != 32 && rows != 64) || product.n / rows >= kMostCtas) {
     return cudaErrorInvalidValue;
   }
   const auto ctas = static_cast<unsigned>(ceil_div(product.n, rows));

@@ -39,7 +39,7 @@ struct TileJob {
   int column_tiles;
 };
 
-// kWarpRows x kWarpColumns warps share the tile.
+// kWarpRows x kWarpColumns warps share the tile. kTogether steps are never in two parts of the reduction.
 template <int kTile, int kWarpRows, int kWarpColumns>
 struct TileShape {
   static constexpr TileSize kSize = kTiles[kTile];
@@ -51,6 +51,8 @@ struct TileShape {
   static constexpr int kColumnParts = kColumns / kWarpColumns / 8;  // 8-column MMAs a warp
   static constexpr int kWarpsAlongRows = kWarpRows;
   static constexpr int kResident = kSize.resident();
+  static constexpr int kTogether = 1;
+  static constexpr int kSharedBytes = kSize.shared_bytes();
   static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kColumnParts % 2 == 0);
 };
 using Tile16 = TileShape<0, 1, 4>;
@@ -94,9 +96,11 @@ struct Tile {
     first_row = static_cast<int64_t>(band * kBand + within % height) * Shape::kRows;
     first_column = static_cast<int64_t>(within / height) * Shape::kColumns;
     split = static_cast<int>(blockIdx.y);
+    constexpr int64_t kUnit = Shape::kTogether;
     const int64_t all_steps = (job.reduction + kStep - 1) / kStep;
-    first_step = all_steps * split / job.splits;
-    steps = static_cast<int>(all_steps * (split + 1) / job.splits - first_step);
+    const int64_t units = (all_steps + kUnit - 1) / kUnit;
+    first_step = units * split / job.splits * kUnit;
+    steps = static_cast<int>(min(units * (split + 1) / job.splits * kUnit, all_steps) - first_step);
     x = wp::dyn_smem<uint4>();
     packed = x + Shape::kStages * kStageChunks;
     weights = Shape::kSize.fragments ? x + Shape::kRows * 8 : packed + Shape::kStages * Shape::kThreads;

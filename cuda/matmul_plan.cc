@@ -53,11 +53,20 @@ int64_t most_shared_bytes(int compute_capability) {  // that a block may ask for
 
 constexpr int64_t kStaticShared = 2 << 10;  // at most, of the kernels' own tables
 
+int64_t shared_bytes_of(const MatmulQuestion& question, const TileSize& tile) {
+  return tile.shared_bytes() +
+         (is_gguf(question.type) ? gguf_staged_bytes(kBlockFormats[static_cast<int>(question.type)]) : 0);
+}
+
 // The size of tile that these sizes may take: the first that holds m, as larger ones would multiply zeros.
 int tile_size(const MatmulQuestion& question) {
-  const bool fits = kTiles[3].shared_bytes() + kStaticShared <= most_shared_bytes(question.compute_capability);
-  const int last = fits ? 3 : 2;
-  int i = 0;
+  const bool has_blocks = is_gguf(question.type);
+  int last = has_blocks ? 2 : 3;
+  while (shared_bytes_of(question, tile_of(question.forward, last)) + kStaticShared >
+         most_shared_bytes(question.compute_capability)) {
+    --last;
+  }
+  int i = has_blocks ? 1 : 0;
   while (i < last && kTiles[i].rows < question.m) {
     ++i;
   }
@@ -81,8 +90,8 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile) {
   const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns_of(question), tile.columns);
   const int64_t steps = steps_of(question);
   constexpr int64_t kReserved = 1 << 10;  // of shared memory, by the driver for each CTA
-  const int64_t by_memory =
-      (most_shared_bytes(question.compute_capability) + kReserved) / (tile.shared_bytes() + kStaticShared + kReserved);
+  const int64_t by_memory = (most_shared_bytes(question.compute_capability) + kReserved) /
+                            (shared_bytes_of(question, tile) + kStaticShared + kReserved);
   const int64_t at_once = question.sm_count * std::clamp<int64_t>(by_memory, 1, tile.resident());
   int best = 1;
   int64_t least = std::numeric_limits<int64_t>::max() / 16;
@@ -118,7 +127,7 @@ MatmulPlan tiled(const MatmulQuestion& question, const TileSize& tile, int split
           tile.columns,
           splits,
           tile.stages,
-          tile.shared_bytes(),
+          shared_bytes_of(question, tile),
           cut ? split_k_workspace_bytes(question.m, columns_of(question), tile, splits) : 0};
 }
 
@@ -133,7 +142,7 @@ bool fused_is_possible(const MatmulQuestion& question) {
                            ? question.compute_capability >= 75
                            : question.dtype == Dtype::kBfloat16 && question.compute_capability >= 80;
   return has_mma &&
-         (is_gguf(question.type) ? takes_gemv(question) && question.k % question.block_size == 0 && question.n % 8 == 0
+         (is_gguf(question.type) ? question.forward && question.k % question.block_size == 0 && question.n % 8 == 0
                                  : rows_are_regular(question.n, question.k, question.block_size, question.forward));
 }
 
@@ -142,7 +151,9 @@ int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile
 }
 
 MatmulPlan plan_matmul(const MatmulQuestion& question) {
-  const bool wins = question.m <= most_fused_tokens(question.compute_capability) || question.low_memory;
+  const int64_t of_blocks = tile_of(true, 2).rows;  // more tokens would decode them again
+  const int64_t most = most_fused_tokens(question.compute_capability);
+  const bool wins = question.m <= (is_gguf(question.type) ? std::min(most, of_blocks) : most) || question.low_memory;
   if (!wins || !fused_is_possible(question)) {
     return two_step();
   }

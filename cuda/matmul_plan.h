@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/codebook.h"
+#include "core/gguf.h"
 #include "core/half.h"
 
 namespace qlora_native::cuda {
@@ -28,7 +29,7 @@ struct MatmulQuestion {
   bool low_memory;         // never two steps, if a fused kernel can do it at all
   int compute_capability;  // 10 * major + minor, e.g. 86
   int sm_count;
-  QuantType type = QuantType::kNf4;  // of W; those of GGUF are fused forward for few tokens alone
+  QuantType type = QuantType::kNf4;  // of W; those of GGUF are fused forward alone
 };
 
 struct MatmulPlan {
@@ -68,6 +69,21 @@ inline constexpr TileSize kTiles[] = {{16, 64, 4},       {32, 64, 4},       {64,
 
 // The tile that the launcher takes for a plan of so many rows: 0 to 3 by size.
 constexpr const TileSize& tile_of(bool forward, int size) { return kTiles[forward && size < 3 ? 4 + size : size]; }
+
+// Blocks of GGUF are staged as they lie, 256 elements of 16 rows a warp, in units of 16 bytes.
+inline constexpr int kGgufStep = 256;  // of K
+inline constexpr int kGgufWarps = 4;
+inline constexpr int kGgufStages = 2;
+
+// Units of a row that hold a step, wherever between two of them its blocks begin.
+constexpr int gguf_chunks(const BlockFormat& format) {
+  const int alignment = std::min(16, format.bytes & -format.bytes);
+  return (16 - alignment + kGgufStep / format.elements * format.bytes + 15) / 16;
+}
+constexpr int gguf_pitch(const BlockFormat& format) { return gguf_chunks(format) | 1; }  // rows begin in other banks
+constexpr int gguf_staged_bytes(const BlockFormat& format) {                             // a CTA
+  return kGgufWarps * kGgufStages * 16 * gguf_pitch(format) * 16;
+}
 
 inline constexpr int kGemvTokens = 16;                // the most
 inline constexpr int64_t kWorkspaceBytes = 24 << 20;  // the most: fits the L2 cache of the large cards

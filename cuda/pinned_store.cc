@@ -15,9 +15,6 @@ std::unique_ptr<PinnedStore> PinnedStore::make(std::vector<StateForm> forms, int
     void* memory = nullptr;
     error = cudaHostAlloc(&memory, num_bytes, cudaHostAllocDefault);
     store->memory_ = static_cast<std::byte*>(memory);
-    if (error == cudaSuccess) {
-      std::memset(memory, 0, num_bytes);
-    }
   }
   return error == cudaSuccess ? std::move(store) : nullptr;
 }

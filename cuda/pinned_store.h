@@ -16,7 +16,7 @@ inline constexpr int64_t kPinnedPageBytes = 4096;  // copies need no pages; chun
 
 class PinnedStore final : public PageStore {
  public:
-  // On the current device; every byte is 0. Null and the error if the memory cannot be had.
+  // On the current device, with any bytes until zero(). Null and the error if the memory cannot be had.
   static std::unique_ptr<PinnedStore> make(std::vector<StateForm> forms, int64_t page_bytes, int64_t chunk_bytes,
                                            cudaError_t& error);
   ~PinnedStore() override;

@@ -131,7 +131,7 @@ MENDS = (
          "including_emulation=True", "test_config.py card_multiplies"),
     Mend("a card without nvcc gets no kernels", "cmake/build_backend.py", 'mode == "AUTO" and has_card()', "False",
          "test_build_backend.py is_asked_for"),
-    Mend("the GPU model charges decoded weights as if they stayed in L2", "bench/gpu_model.py", "(PACKED + 2) * n * k",
+    Mend("the GPU model charges decoded weights as if they stayed in L2", "bench/gpu_model.py", "(packed + 2) * n * k",
          "PACKED * n * k", "test_gpu_check.py respects_the_floors"),
     Mend("the kernels that are measured on one card are taken on another", f"{OPS}/_cuda_choice.py",
          'if stored["card"] == list(card):', "if True:", "test_cuda_choice.py another_card"),

@@ -38,8 +38,9 @@ class Rule(NamedTuple):
 
 
 TILE, FRAGMENT, SMALL = "linear_4bit_tile_kernel", "linear_4bit_fragment_kernel", "linear_4bit_small_kernel"
-BLOCKS = "linear_4bit_gguf_kernel"
-PRODUCTS = {TILE: 10, SMALL: 8, FRAGMENT: 16, BLOCKS: 16}  # of m16n8k16 at least; sm_75 has some of half the depth
+BLOCKS, BLOCK_TILE = "linear_4bit_gguf_kernel", "linear_4bit_gguf_tile_kernel"
+# Of m16n8k16 at least; sm_75 has some of half the depth.
+PRODUCTS = {TILE: 10, SMALL: 8, FRAGMENT: 16, BLOCKS: 16, BLOCK_TILE: 32}
 RULES = (
     Rule(r".*", r"(LDL|STL)(\..*)?", least=0, most=0),
     # Products on the tensor cores, with the shapes that each architecture has; sm_75 has none in bf16, and its kernel
@@ -47,7 +48,7 @@ RULES = (
     *(Rule(kernel + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=n, since=80) for kernel, n in PRODUCTS.items()),
     *(Rule(kernel + "<Fp16, .*>", r"HMMA\.16816\.F32", least=n, since=80) for kernel, n in PRODUCTS.items()),
     *(Rule(kernel + "<Fp16, .*>", r"HMMA\.1688\.F32", least=2 * n, until=75) for kernel, n in PRODUCTS.items()),
-    Rule("linear_4bit_(tile|fragment|small|gguf)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
+    Rule("linear_4bit_(tile|fragment|small|gguf|gguf_tile)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
     # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
     Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
     Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
@@ -66,8 +67,10 @@ RULES = (
     # Blocks of GGUF come by asynchronous copies of whole 16 bytes, tokens as above; a weight takes one FFMA.
     Rule(BLOCKS + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", least=6, since=80),
     Rule(BLOCKS + "<.*>", r"LDG\.E\.128", least=8, since=80),
-    Rule(BLOCKS + "<.*>", r"FFMA(\..*)?", least=64, since=80),
-    Rule(BLOCKS + "<.*>", r"I2F.*", least=0, most=16),  # of scales and in the epilogue's divisions
+    Rule(BLOCK_TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
+    Rule(BLOCK_TILE + "<.*>", r"LDS(\.U)?\.128", least=16, since=80),
+    Rule("linear_4bit_gguf(_tile)?_kernel<.*>", r"FFMA(\..*)?", least=64, since=80),
+    Rule("linear_4bit_gguf(_tile)?_kernel<.*>", r"I2F.*", least=0, most=16),  # of scales and epilogues' divisions
     Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
     Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
     # Passes over memory: 16 bytes at a time, 8 of 16-bit gradients and parameters. The optimizers' pointers come from a

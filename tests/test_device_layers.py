@@ -25,7 +25,7 @@ from helpers import gguf_weight, same_bytes
 from safetensors.torch import load_file
 from sentences import Check
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import qlora_native as qn
 from qlora_native.errors import UserError
@@ -41,6 +41,7 @@ from qlora_native.tool.estimate.memory import CUDA_CONTEXT
 from qlora_native.tool.train import memory, prepare
 from qlora_native.tool.train.loop import Trainer
 from qlora_native.tool.train.passes import why_eager
+from qlora_native.weights.files import mapped_part
 from qlora_native.weights.open import open_source
 
 LAYERS, STEPS, PROMPT = 5, 2, 4
@@ -218,6 +219,31 @@ def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
     expected = train(made())
     got, _ = run_streamed(emulator, train, made())
     assert len(got) > STEPS + 4 and all(map(same_bytes, got, expected))
+
+
+def test_a_mapped_file_is_copied_once(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into pinned memory that nothing wrote before, neither zeros nor a tensor in between."""
+    from gguf_files import write_gguf
+
+    model = qn.load_model(write_gguf(tmp_path / "model.gguf", num_hidden_layers=3), quant_type="keep")
+    parts = [tensor for layer in model.model.layers for *_, tensor in device_layers.frozen_parts(layer)]
+    blocks = [tensor for tensor in parts if tensor.nbytes]
+    assert sum(mapped_part(tensor) is not None for tensor in blocks) > len(blocks) / 2  # not q and k: other rows
+    expected = sorted(tensor.data_ptr() for tensor in parts)
+    sources = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                sources.append(args[1].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(device_layers, "module_for", lambda device: emulator.module)
+    unit = max(unit.num_bytes for unit in device_layers.layer_units(model.model.layers))
+    with emulated_torch.late(emulator, 1), Copies():
+        assert stream_layers(model, "cpu", 2 * unit) is not None
+    assert sorted(sources) == expected
+    assert (device_layers._pinned(4096, torch.device("cpu")) == 0xFF).all()  # as the emulator gives it
 
 
 def test_passes_on_two_streams(emulator: Emulator, folder: Any) -> None:

@@ -68,17 +68,21 @@ def test_panels_of_any_width(
 
 
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
-def test_few_tokens_of_gguf_take_one_launch(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, quant_type: str
-) -> None:
-    """The adapter's product and the bias among it, in each of the kernel's dtypes."""
+def test_few_tokens_of_gguf_are_fused(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, quant_type: str) -> None:
+    """The adapter's product and the bias among it, in each of the kernel's dtypes; parts take a launch more."""
     monkeypatch.setattr(_cuda_products.Cuda, "_two_step", lambda *_: pytest.fail("two steps"))
     w, a, b, bias = gguf_weight(quant_type, (40, 768)), torch.randn(4, 768), torch.randn(40, 4), torch.randn(40)
-    for m, dtype in ((1, torch.float16), (16, torch.bfloat16)):
+    for m, dtype in (
+        (1, torch.float16),
+        (16, torch.bfloat16),
+        (17, torch.float16),
+        (48, torch.bfloat16),
+        (64, torch.float16),
+    ):
         x, dense = torch.randn(m, 768).to(dtype), gguf_truth(w).to(dtype)
         emulator.launches()
         got = qn.lora_linear(x, w, a, b, 2.0, bias=bias)
-        assert len(emulator.launches()) == 1
+        assert len(emulator.launches()) == 1 + (m > 16)
         low = 2.0 * x.double() @ a.double().t() @ b.double().t()
         assert relative_error(got, reference.linear(x, dense, bias) + low) < TOLERANCE[dtype]
 

@@ -202,7 +202,7 @@ void bind_paging(py::module_& module) {
       .def("renew", &on_stream<&PageStore::renew>, py::arg("stream"), unlocked,
            "Asks again for what is on the device by what was asked for: an allocation may have evicted some of it.");
   py::class_<PinnedStore, PageStore, std::shared_ptr<PinnedStore>>(module, "PinnedStore", py::module_local(),
-                                                                   "In pinned host memory, all 0.")
+                                                                   "In pinned host memory, with any bytes.")
       .def(py::init(&make_store<PinnedStore>), forms, page_bytes, chunk_bytes,
            "forms holds (numel, moments, coded) of each tensor.")
       .def_property_readonly("staging_bytes", method(&PinnedStore::staging_bytes));

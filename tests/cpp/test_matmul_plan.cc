@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "check.h"
+#include "core/gguf.h"
 #include "core/layout.h"
 #include "cuda/matmul_plan.h"
 
@@ -105,7 +106,8 @@ TEST(plan_where_no_fused_kernel_can) {
   check_kind(asked, MatmulKind::kSplitK);
 }
 
-// Forward for few tokens, with rows of whole blocks; nothing else, whatever the memory.
+// Forward, with rows of whole blocks; nothing else, whatever the memory. More tokens than a tile has are decoded for
+// anew, which only a lack of memory makes worth it.
 TEST(plan_of_gguf) {
   MatmulQuestion asked = question(16, kA100, true, 4104, 4096 + 32);
   asked.type = QuantType::kQ4_0;
@@ -113,7 +115,17 @@ TEST(plan_of_gguf) {
   asked.low_memory = true;
   check_kind(asked, MatmulKind::kGemv);
   const MatmulQuestion good = asked;
-  asked.m = 17;
+  for (const int64_t m : {17, 32, 33, 64, 65, 4096}) {
+    asked.m = m;
+    check_kind(asked, m < 65 ? MatmulKind::kSplitK : MatmulKind::kTile);
+    CHECK(cuda::plan_matmul(asked).rows == (m < 33 ? 32 : 64), "m %ld", static_cast<long>(m));
+    asked.low_memory = false;
+    check_kind(asked, m < 65 ? MatmulKind::kSplitK : MatmulKind::kTwoStep);
+    asked.low_memory = true;
+  }
+  asked.m = 33;
+  asked.low_memory = false;
+  asked.compute_capability = 100;  // as of other weights
   check_kind(asked, MatmulKind::kTwoStep);
   asked = good;
   asked.forward = false;
@@ -146,47 +158,57 @@ int64_t most_shared_bytes(int compute_capability) {  // a block's limit, as the 
 TEST(plan_is_consistent_for_all_sizes) {
   for (const int architecture : kArchitectures) {
     for (const int sm_count : {1, 20, 132}) {
-      for (const bool forward : {true, false}) {
-        for (const int64_t m : {1, 8, 9, 16, 17, 33, 64, 65, 129, 500, 4096}) {
-          for (const int64_t n : {8, 64, 1024, 14336, 128256}) {
-            for (const int64_t k : {64, 128, 4096, 14336}) {
-              MatmulQuestion asked = question(m, {architecture, sm_count}, forward, n, k);
-              asked.low_memory = true;
-              const MatmulPlan plan = cuda::plan_matmul(asked);
-              const auto fail = [&](const char* what) {
-                CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
-                      static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
-              };
-              if (plan.kind == MatmulKind::kTwoStep) {
-                fail("not fused");
-              }
-              if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
-                fail("too much shared memory");
-              }
-              if (plan.kind == MatmulKind::kGemv) {
-                const bool wide = plan.columns == 16 || plan.columns == 32 || plan.columns == 64;
-                if (m > 16 || !forward || plan.rows < m || !wide || plan.workspace_bytes != 0) {
-                  fail("gemv");
+      for (const QuantType type : {QuantType::kNf4, QuantType::kQ8_0, QuantType::kQ4_K}) {
+        const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
+        const int staged = is_gguf(type) ? cuda::gguf_staged_bytes(format) : 0;
+        for (const bool forward : {true, false}) {
+          for (const int64_t m : {1, 8, 9, 16, 17, 33, 64, 65, 129, 500, 4096}) {
+            for (const int64_t n : {8, 64, 1024, 14336, 128256}) {
+              for (const int64_t k : {64, 128, 4096, 14336}) {
+                MatmulQuestion asked = question(m, {architecture, sm_count}, forward, n, k);
+                asked.low_memory = true;
+                asked.type = type;
+                asked.block_size = is_gguf(type) ? format.elements : 64;
+                if (is_gguf(type) && (!forward || k % format.elements != 0)) {
+                  check_kind(asked, MatmulKind::kTwoStep);
+                  continue;
                 }
-                continue;
-              }
-              const auto* const tile =
-                  std::find_if(std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan](const cuda::TileSize& size) {
-                    return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
-                           size.shared_bytes() == plan.shared_bytes;
-                  });
-              if (tile == std::end(cuda::kTiles)) {
-                fail("no such tile");
-                continue;
-              }
-              const int64_t steps = ceil_div(forward ? k : n, 64);
-              if (plan.splits < 1 || plan.splits > steps || (plan.kind == MatmulKind::kSplitK) != (plan.splits > 1)) {
-                fail("splits");
-              }
-              const int64_t columns = ceil_div(forward ? n : k, plan.columns) * plan.columns;
-              if (plan.workspace_bytes != (plan.splits > 1 ? plan.splits * m * columns * 4 : 0) ||
-                  plan.workspace_bytes > 24 << 20) {
-                fail("workspace");
+                const MatmulPlan plan = cuda::plan_matmul(asked);
+                const auto fail = [&](const char* what) {
+                  CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
+                        static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
+                };
+                if (plan.kind == MatmulKind::kTwoStep) {
+                  fail("not fused");
+                }
+                if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
+                  fail("too much shared memory");
+                }
+                if (plan.kind == MatmulKind::kGemv) {
+                  const bool wide = plan.columns == 16 || plan.columns == 32 || plan.columns == 64;
+                  if (m > 16 || !forward || plan.rows < m || !wide || plan.workspace_bytes != 0) {
+                    fail("gemv");
+                  }
+                  continue;
+                }
+                const auto* const tile = std::find_if(
+                    std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan, staged](const cuda::TileSize& size) {
+                      return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
+                             size.shared_bytes() + staged == plan.shared_bytes;
+                    });
+                if (tile == std::end(cuda::kTiles)) {
+                  fail("no such tile");
+                  continue;
+                }
+                const int64_t steps = ceil_div(forward ? k : n, 64);
+                if (plan.splits < 1 || plan.splits > steps || (plan.kind == MatmulKind::kSplitK) != (plan.splits > 1)) {
+                  fail("splits");
+                }
+                const int64_t columns = ceil_div(forward ? n : k, plan.columns) * plan.columns;
+                if (plan.workspace_bytes != (plan.splits > 1 ? plan.splits * m * columns * 4 : 0) ||
+                    plan.workspace_bytes > 24 << 20) {
+                  fail("workspace");
+                }
               }
             }
           }

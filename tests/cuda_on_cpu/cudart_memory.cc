@@ -97,6 +97,7 @@ cudaError_t cudaMallocHost(void** address, size_t num_bytes) {
   if (*address == nullptr) {
     return remember(cudaErrorMemoryAllocation);
   }
+  std::memset(*address, 0xff, num_bytes);  // NaN, as all memory that nobody wrote
   cuemu::add_range(*address, num_bytes, cuemu::Kind::kPinned);
   return cudaSuccess;
 }

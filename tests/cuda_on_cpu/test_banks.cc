@@ -21,13 +21,15 @@ struct Budget {
   cuda::MatmulPlan plan;
   bool forward;
   double passes;  // for each that an access without conflicts takes, at most
+  QuantType type = QuantType::kNf4;
 };
 
 void launch(const Budget& budget) {
   const int64_t m = budget.plan.rows;
   const int64_t n = 256;
   const int64_t k = 256;
-  const oracle::RandomWeight weight(n * k, 64, true, QuantType::kNf4, 1);
+  const bool is_nf4 = budget.type == QuantType::kNf4;
+  const oracle::RandomWeight weight(n * k, is_nf4 ? 64 : oracle::block_of(budget.type), is_nf4, budget.type, 1);
   const cuemu::DeviceWeight on_device(weight.view);
   oracle::Random random(2);
   const cuemu::DeviceBuffer<Bf16> x(oracle::uniform_values<Bf16>(random, m * 256));
@@ -53,8 +55,8 @@ void check(const Budget& budget) {
                   static_cast<long>(count.accesses), static_cast<long>(count.passes), static_cast<long>(count.least));
     }
   }
-  CHECK(passes <= budget.passes * least, "rows %d, columns %d, forward %d: %g passes for %g", budget.plan.rows,
-        budget.plan.columns, budget.forward, passes, least);
+  CHECK(passes <= budget.passes * least, "rows %d, columns %d, forward %d, type %d: %g passes for %g", budget.plan.rows,
+        budget.plan.columns, budget.forward, static_cast<int>(budget.type), passes, least);
   CHECK(cuemu::counters().ldmatrix == cuemu::counters().ldmatrix_wavefronts, "ldmatrix, rows %d", budget.plan.rows);
 }
 
@@ -66,6 +68,11 @@ TEST(products_keep_their_bank_budgets) {
   for (const int number : {0, 1, 2, 3}) {
     for (const bool forward : {true, false}) {
       budgets.push_back({cuemu::tile_plan({}, number, 1), forward, 1.04});  // nested scales are looked up at random
+    }
+  }
+  for (const QuantType type : oracle::kGgufTypes) {
+    for (const int number : {1, 2}) {
+      budgets.push_back({cuemu::tile_plan({}, number, 1), true, 1.45, type});
     }
   }
   for (const Budget& budget : budgets) {

@@ -1,4 +1,4 @@
-// The products of few tokens with weights in formats of GGUF: every format and edge, and the bytes that they read.
+// Products with weights in formats of GGUF: every format and edge, and the bytes that they read.
 #include <cstdint>
 #include <string_view>
 #include <vector>
@@ -12,6 +12,7 @@ using namespace qlora_native;
 using cuemu::Case;
 using cuemu::gemv_plan;
 using cuemu::Product;
+using cuemu::tile_plan;
 
 namespace {
 
@@ -52,12 +53,50 @@ TEST(gguf_fp16) {
   }
 }
 
+// Tiles of 32 and of 64 tokens, whole and in parts; rows of W beyond the edge, and steps that end early.
+template <typename T>
+void check_tiles(QuantType type) {
+  const bool is_small = oracle::block_of(type) == 32;
+  struct Tiled {
+    Case of;
+    int tile;
+    int splits;
+  };
+  const std::vector<Tiled> cases = {
+      {{17, 40, is_small ? 3 : 1}, 1, 1},
+      {{24, 72, is_small ? 23 : 3, true, 5, true}, 1, 2},
+      {{33, 136, is_small ? 21 : 3, true, 16}, 2, 2},
+      {{48, 64, is_small ? 40 : 5, true, 8, true}, 2, 3},
+      {{64, 24, is_small ? 13 : 2, true, 72, true}, 2, 1},
+      {{70, 64, is_small ? 9 : 2}, 2, 1},  // a second tile of tokens
+  };
+  for (const Tiled& given : cases) {
+    const Case c = of_type(type, given.of);
+    Product<T>(c).check(tile_plan(c, given.tile, given.splits));
+  }
+}
+
+TEST(gguf_tiles_bf16) {
+  for (const QuantType type : oracle::kGgufTypes) {
+    check_tiles<Bf16>(type);
+  }
+}
+
+TEST(gguf_tiles_fp16) {
+  for (const QuantType type : oracle::kGgufTypes) {
+    check_tiles<Fp16>(type);
+  }
+}
+
 TEST(gguf_decoded_to_the_last_bit) {
   for (const QuantType type : oracle::kGgufTypes) {
     for (const int64_t blocks : {3, 16}) {
       const Case c = of_type(type, {16, 40, blocks});
       cuemu::check_one_hot<Bf16>(c, gemv_plan(c, 32));
       cuemu::check_one_hot<Fp16>(c, gemv_plan(c, 16));
+      const Case more = of_type(type, {40, 40, blocks});
+      cuemu::check_one_hot<Bf16>(more, tile_plan(more, 2, 1));
+      cuemu::check_one_hot<Fp16>(more, tile_plan(more, 1, 1));
     }
   }
 }
@@ -68,19 +107,37 @@ TEST(gguf_on_turing) {
   Product<Fp16>(c).check(gemv_plan(c, 16));
 }
 
+// The choice of plan_matmul, run as it is: on a T4 the blocks of Q8_0 leave no room for 64 tokens.
+TEST(gguf_planned) {
+  for (const int architecture : {75, 86}) {
+    const cuemu::WithDevice device(architecture);
+    for (const QuantType type : {QuantType::kQ4_K, QuantType::kQ8_0}) {
+      const Case c = of_type(type, {64, 72, 1024 / oracle::block_of(type), true, 8});
+      const cuda::MatmulPlan plan =
+          cuda::plan_matmul({c.m, c.n, c.k, c.r, c.block_size, Dtype::kFloat16, true, false, architecture, 40, type});
+      CHECK(plan.rows == (architecture == 75 && type == QuantType::kQ8_0 ? 32 : 64), "%d rows", plan.rows);
+      cuemu::take_launches();
+      Product<Fp16>(c).check(plan);
+      CHECK(cuemu::take_launches()[0].shared_bytes == static_cast<size_t>(plan.shared_bytes), "sm_%d", architecture);
+    }
+  }
+}
+
 // Bytes of W that a product reads against those that it has: 16 at a time, so that steps of rows which begin between
 // two multiples of 16 read some twice, out of the cache.
 TEST(gguf_reads_a_weight_once) {
   for (const QuantType type : oracle::kGgufTypes) {
-    for (const int64_t m : {1, 16}) {
-      const Case c = of_type(type, {m, 32, 4096 / oracle::block_of(type)});
+    for (const int64_t m : {1, 16, 17, 64}) {
+      const bool is_tile = m > 16;
+      const Case c = of_type(type, {m, is_tile ? 64 : 32, 4096 / oracle::block_of(type)});
       Product<Bf16> product(c);
       const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(m * c.n));
       cuemu::global_bytes() = {.counts = true, .read = 0, .written = 0};
-      CHECK_LAUNCH(product.launch(gemv_plan(c, 16), y));
+      CHECK_LAUNCH(product.launch(is_tile ? tile_plan(c, m > 32 ? 2 : 1, 1) : gemv_plan(c, 16), y));
       const auto read = static_cast<double>(cuemu::global_bytes().read);
       cuemu::global_bytes() = {};
-      const double of_x = static_cast<double>(c.n / 16 * 8 * c.k * 2) * (m > 8 ? 2 : 1);  // by the lanes of each warp
+      const int64_t tokens = is_tile ? m : c.n / 16 * (m > 8 ? 16 : 8);  // read once, or by the lanes of each warp
+      const auto of_x = static_cast<double>(tokens * c.k * 2);
       const auto stored = static_cast<double>(packed_bytes(type, c.n * c.k));
       const double times = (read - of_x) / stored;
       const bool counts = std::string_view(CUEMU_BUILD) == "race";
@@ -96,10 +153,13 @@ TEST(gguf_refused) {
   Product<Bf16> product(c);
   const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(17 * 16));
   cuemu::take_launches();
-  CHECK(product.launch(cuemu::tile_plan(c, 0, 1), y) == cudaErrorInvalidValue, "a tile");
+  CHECK(product.launch(tile_plan(c, 0, 1), y) == cudaErrorInvalidValue, "a tile of 16 tokens");
   CHECK(product.launch(gemv_plan(c, 48), y) == cudaErrorInvalidValue, "no such number of rows");
   for (Case other : {Case{17, 16, 2}, Case{16, 20, 2}, Case{16, 16, 2, false}}) {
     other = of_type(QuantType::kQ4_0, other);
+    const bool is_tiled = other.m == 17 && other.n == 16;
+    CHECK(is_tiled || Product<Bf16>(other).launch(tile_plan(other, 1, 1), y) == cudaErrorInvalidValue,
+          "a tile of 20 rows, or of a gradient");
     CHECK(Product<Bf16>(other).launch(gemv_plan(other, 16), y) == cudaErrorInvalidValue,
           "17 tokens, 20 rows, or a gradient");
   }

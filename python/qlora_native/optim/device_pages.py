@@ -83,9 +83,9 @@ class DevicePages(Pages):
                     store = self.module.ManagedStore(
                         forms, self.module.managed_page_bytes, chunk_bytes
                     )
-                    store.zero(self._budget_of(store), stream)
                 else:
                     store = self.module.PinnedStore(forms, self.module.pinned_page_bytes, chunk_bytes)
+                store.zero(self._budget_of(store), stream)
         except RuntimeError as error:
             if self.paged is True or not self.managed:
                 advice = "Use bits=8, which takes a quarter, or paged=False."
