@@ -117,7 +117,7 @@ TEST(plan_of_gguf) {
   const MatmulQuestion good = asked;
   for (const int64_t m : {17, 32, 33, 64, 65, 4096}) {
     asked.m = m;
-    check_kind(asked, m < 65 ? MatmulKind::kSplitK : MatmulKind::kTile);
+    check_kind(asked, m < 66 ? MatmulKind::kSplitK : MatmulKind::kTile);
     CHECK(cuda::plan_matmul(asked).rows == (m < 33 ? 32 : 64), "m %ld", static_cast<long>(m));
     asked.low_memory = false;
     check_kind(asked, m < 65 ? MatmulKind::kSplitK : MatmulKind::kTwoStep);
