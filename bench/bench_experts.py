@@ -108,8 +108,8 @@ def row(layer: Layer, part: str, is_adapted: bool, is_backward: bool, repeats: i
         return lambda: layer.run(is_adapted, is_backward, forward)
 
     functions = {name: runner(forward) for name, forward in sides.items()}
-    ours = functions["ours"]()[0]
-    truth = functions["loop"]()[0] if part == "layer" else torch.cat(functions["products"]())
+    ours = functions["ours"]()[0].detach()
+    truth = (functions["loop"]()[0] if part == "layer" else torch.cat(functions["products"]())).detach()
     match = relative_error(ours, truth) < 1e-2 if part == "layer" else torch.equal(ours, truth)
     return {"match": match} | timings(interleaved(functions, repeats), BARS)
 

@@ -22,7 +22,7 @@ NESTED_BLOCK = reference.NESTED_BLOCK
 # T or float32, whichever is wider; float is any of FLOATS; native is what the kernels take. Shapes: a name stands for
 # one size throughout a call, B? for B or 1; ... for any number of dimensions, the same throughout a call. Without a
 # shape the op itself checks the number of elements. In an op that takes a weight, N and K are its dimensions, and ...
-# is its whole shape where the rules name neither; E, N and K where they name E. A name with ? may be None.
+# is its whole shape where the rules name neither; E too where they name it. A name with ? may be None.
 OPERANDS = {
     "quantize_4bit": "t native",
     "search_scales_4bit": "t native; moment float32; table float32; multiplier float32; offset float32; initial uint8",
@@ -33,9 +33,9 @@ OPERANDS = {
     "linear_4bit_grad_input": "grad_y T [..., N]",
     "lora_linear_4bit": "x T [..., K]; x_lora? T [..., K]; a float [r, K]; b float [N, r]; bias? float [N]",
     "lora_linear_4bit_backward": "x T [..., K]; grad_y T [..., N]; xa T [..., r]; a float [r, K]; b float [N, r]",
-    "experts_4bit": "x T [M, K]; token? int64 [S]; offsets int64 [O]; a float [E, r, K]; b float [E, N, r]",
+    "experts_4bit": "x T [M, K]; token? int64 [S]; offsets int64 [E + 1]; a float [E, r, K]; b float [E, N, r]",
     "experts_4bit_backward": (
-        "grad_y T [S, N]; x T [S, K]; offsets int64 [O]; xa T [S, r]; a float [E, r, K]; b float [E, N, r]"
+        "grad_y T [S, N]; x T [S, K]; offsets int64 [E + 1]; xa T [S, r]; a float [E, r, K]; b float [E, N, r]"
     ),
     "dense_linear": "x T [..., K]; weight T [N, K]; bias? float [N]",
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
@@ -261,6 +261,7 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
             sizes["..."] = shape
         elif len(shape) == len(names):
             sizes = {name: (size,) for name, size in zip(names, shape, strict=True)}
+            sizes["E + 1"] = (shape[0] + 1,)
         else:
             count = "three" if "E" in axes else "two"
             raise ValueError(
