@@ -59,8 +59,6 @@ MENDS = (
          "test_families.py gets_no_adapter"),
     Mend("activations are cast to the dtype of packed weights", "python/qlora_native/nn/linear.py",
          r'|\.to\({weight}\.dtype\)"', '"', "test_families.py step_of_training and glm_moe_dsa"),
-    Mend("gradients of a token's experts are added in 16 bits", f"{OPS}/experts_4bit.py", "wide = WIDE[grad_x.dtype]",
-         "wide = grad_x.dtype", "test_experts_4bit.py single_products and aligned and bfloat16"),
     Mend("experts keep inputs that no adapter reads", f"{OPS}/experts_4bit.py", "x if a.shape[1] else None", "x",
          "test_experts_4bit.py no_x_is_kept"),
     Mend("experts are computed one after another", "python/qlora_native/nn/experts.py",
