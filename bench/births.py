@@ -45,6 +45,7 @@ _STEP = (*_MODEL, *(f"{_PACKAGE}/{name}" for name in ("optim", "_threads.py", "_
 _RUN = (*_STEP, f"{_PACKAGE}/tool/train", f"{_PACKAGE}/data")
 _TRAIN = (*_STEP, "bench/bench_train.py", "bench/train_sides.py")
 _RESIDENCY = (*_RUN, "cpp/cpu/files", f"{_PACKAGE}/tool/estimate", "bench/bench_residency.py")
+_EXPERTS = ("ops/experts_4bit.py", "ops/lora_linear_4bit.py", "nn/experts.py")
 _QUANTIZE = ("quantize_4bit", "dequantize_4bit", "kernels/quantize", "kernels/nearest", "kernels/scales")
 
 # Name of the results -> what a figure of them depends on, as git's pathspecs.
@@ -54,6 +55,12 @@ PATHS: dict[str, tuple[str, ...]] = {
     "real": (*_STEP, "bench/bench_real.py", "bench/train_sides.py"),
     "generate": (*_MODEL, "bench/bench_generate.py"),
     "linear": (*_PRODUCTS, f"{_PACKAGE}/functional.py", "bench/bench_linear.py", "bench/linear_contenders.py"),
+    "experts": (
+        *_PRODUCTS,
+        "cpp/cpu/experts_4bit*",
+        *(f"{_PACKAGE}/{name}" for name in _EXPERTS),
+        "bench/bench_experts.py",
+    ),
     "quantize": (*_KERNELS, *(f"cpp/cpu/{name}*" for name in _QUANTIZE), "bench/bench_quantize.py"),
     "optim": (*_OPTIMIZER, "bench/bench_optim.py"),
     "gguf": (*_PRODUCTS, "cpp/cpu/kernels/gguf*", "bench/bench_gguf.py", "bench/ggml_peer.py"),

@@ -55,6 +55,7 @@ JOBS = (
     Job("start", "bench_start.py", 30, (), 6),
     Job("generate", "bench_generate.py", 3, ("bitsandbytes",)),
     Job("linear", "bench_linear.py", 8, ("bitsandbytes",)),
+    Job("experts", "bench_experts.py", 2),
     Job("quantize", "bench_quantize.py", 1, ("bitsandbytes",)),
     Job("optim", "bench_optim.py", 3, ("bitsandbytes",)),
     Job("gguf", "bench_gguf.py", 8),

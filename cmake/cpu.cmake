@@ -16,6 +16,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/adamw_step.cc
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
+  cpp/cpu/experts_4bit.cc
   cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/linear_4bit.cc

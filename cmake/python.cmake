@@ -16,6 +16,7 @@ pybind11_add_module(_C MODULE
   cpp/python/bind_adamw_step.cc
   cpp/python/bind_causal_attention.cc
   cpp/python/bind_dequantize_4bit.cc
+  cpp/python/bind_experts_4bit.cc
   cpp/python/bind_gptq_4bit.cc
   cpp/python/bind_gradient_norm.cc
   cpp/python/bind_linear_4bit.cc

@@ -42,6 +42,15 @@ def calls(sizes: Sizes = SMALL, dtype: torch.dtype = torch.float32) -> dict[str,
     def four_bit(double_quant: bool = True) -> list[Any]:
         return list(qn.quantize(torch.randn(n, k), double_quant=double_quant).op_args())
 
+    def experts(double_quant: bool = True) -> list[Any]:
+        return list(qn.quantize(torch.randn(3, n, k), double_quant=double_quant).op_args())
+
+    def factors(rank: int = r) -> list[Tensor]:
+        return [torch.randn(3, rank, k), torch.randn(3, n, rank)]
+
+    def offsets(behind: int = 0) -> Tensor:
+        return torch.tensor([0, m // 3, m // 3, m - behind])
+
     def gguf(quant_type: str) -> list[Any]:
         return list(gguf_weight(quant_type, (n, k)).op_args())
 
@@ -80,6 +89,9 @@ def calls(sizes: Sizes = SMALL, dtype: torch.dtype = torch.float32) -> dict[str,
         "lora_linear_4bit": lambda: [x(), x(), a(), b(), 2.0, bias(), *four_bit()],
         "lora_linear_4bit plain": lambda: [x(), None, a(), b(), 2.0, None, *four_bit()],
         "lora_linear_4bit_backward": lambda: [y(), x(), low(), a(), b(), 2.0, False, wanted, *four_bit()],
+        "experts_4bit": lambda: [x(), torch.randint(m, (m,)), offsets(), *factors(), 2.0, *experts()],
+        "experts_4bit plain": lambda: [x(), None, offsets(1), *factors(0), 1.0, *experts(False)],
+        "experts_4bit_backward": lambda: [y(), x(), offsets(1), low(), *factors(), 2.0, *experts()],
         "dense_linear": lambda: [of(m, k, to=native), of(n, k, to=native), bias()],
         "dense_linear_grad_input": lambda: [of(m, n, to=native), of(n, k, to=native)],
         "dense_linear_grad_weight": lambda: [of(m, n, to=native), of(m, k, to=native)],

@@ -177,7 +177,7 @@ def op(name: str) -> Call:
     """An op, and its plain-torch implementation for devices without kernels. Derivatives that are computed there from
     the inputs alone, not from what the forward kept, are compared with those of contiguous copies."""
 
-    is_derivative = name in ("causal_attention_backward", "rms_norm_backward")
+    is_derivative = name in ("causal_attention_backward", "experts_4bit_backward", "rms_norm_backward")
     torch_only = IMPLEMENTATIONS[name.split()[0], "CompositeExplicitAutograd"]
     return Call(overload_of(name), CALLS[name], overload_of(name) if is_derivative else torch_only)
 
@@ -317,6 +317,8 @@ class Stride(int):  # which belongs to an address
 MEMORY = torch.zeros(1 << 16)
 AT = Address(MEMORY.data_ptr())
 ORDER = torch.arange(64)
+SPLIT = torch.tensor([0, 9, 12])
+OFFSETS = Address(SPLIT.data_ptr())
 STRIDES = tuple(map(Stride, (320, 80, 16)))
 HEADS = (AT, *STRIDES)
 NONE = Address(0)
@@ -343,6 +345,8 @@ NATIVE: dict[str, list[Any]] = {
     "linear_4bit": [True, 0, AT, NONE, NONE, 1.0, AT, AT, 4, AT, 3, 48, 64, *ROOM, WEIGHT],
     "dense_linear": [True, 0, AT, AT, NONE, 1.0, AT, 3, 48, 64, *ROOM],
     "outer": [0, AT, AT, 3, 4, 64, 1.0, AT, *ROOM],
+    "experts_4bit": [0, AT, OFFSETS, 3, *[AT] * 4, 4, 1.0, AT, AT, 12, 24, 64, WEIGHT, *ROOM],
+    "experts_4bit_backward": [0, AT, AT, OFFSETS, 3, *[AT] * 3, 4, 1.0, *[AT] * 4, 12, 24, 64, WEIGHT, *ROOM],
     "adamw_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 1e-8, 0.0, True)], 1.0, *PAGED],
     "lion_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 0.0)], 1.0, *PAGED],
     "gradient_norm": [Address(ROWS.data_ptr()), 1],

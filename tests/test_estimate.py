@@ -40,7 +40,8 @@ from qlora_native.tool.train.setup import make_optimizer
 
 GIB = 1 << 30
 RANK, ROWS, LENGTH = 8, 2, 64
-# Class, options, how far the kept bytes may be off: experts meet as many tokens as they happen to.
+# Class, options, how far the kept bytes may be off: those of experts on a GPU depend on how many tokens each of them
+# happens to meet.
 KINDS: list[tuple[str, dict[str, Any], float]] = [
     ("Llama", {"head_dim": 32}, 0.0),
     ("Mistral", {"sliding_window": 32}, 0.002),

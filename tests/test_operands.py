@@ -35,12 +35,14 @@ def test_every_native_function_is_called() -> None:
 
 
 # What an op is asked to take apart, whatever its size.
-OF_ANY_SIZE = {("quantize_4bit", 0), ("gradient_norm", 0), ("search_scales_4bit", 2)}
+OF_ANY_SIZE = {("quantize_4bit", 0), ("gradient_norm", 0), ("search_scales_4bit", 2), ("experts_4bit", 1)}
 # Biases and adapters are cast, as rows of a head, and gradients to the dtype of their parameters.
 OF_ANY_FLOAT = {
     *(("adamw_step", 1), ("lion_step", 1), ("linear_4bit", 1), ("dense_linear", 2), ("linear_cross_entropy", 5)),
     *(("lora_linear_4bit", i) for i in (2, 3, 5)),
     *(("lora_linear_4bit_backward", i) for i in (3, 4)),
+    *(("experts_4bit", i) for i in (3, 4)),
+    *(("experts_4bit_backward", i) for i in (4, 5)),
 }
 
 

@@ -26,6 +26,7 @@ DIFFERENTIABLE = {
     "linear_4bit": (0, 1),
     "linear_4bit_grad_input": (0,),
     "lora_linear_4bit": (0, 1, 2, 3, 5),
+    "experts_4bit": (0, 3, 4),
     "dense_linear": (0, 1, 2),
     "dense_linear_grad_input": (0, 1),
     "dense_linear_grad_weight": (0, 1),
@@ -104,6 +105,7 @@ def test_threads_and_repeats_change_no_byte(call: str, dtype: torch.dtype) -> No
 KEPT: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]]] = {
     "linear_4bit": ((0, 1), (2, 3, 4, 5), []),
     "lora_linear_4bit plain": ((0, 2, 3), (0, 2, 3, 6, 7, 8, 9), [(3, 4)]),  # x A^T
+    "experts_4bit": ((0, 3, 4), (0, 1, 2, 3, 4, 6, 7, 8, 9), [(3, 4)]),
     "dense_linear": ((0,), (1,), []),
     "linear_cross_entropy": ((0,), (1,), [(3, 64), (0,)]),  # the gradients themselves
     "linear_cross_entropy rows": ((0, 5), (1,), [(3, 64), (4, 64)]),
@@ -151,10 +153,19 @@ def rotary(_: qn.QuantizedWeight, x: Tensor) -> Any:
     return OPS.rotary(x, cos, sin, False)
 
 
+def experts(_: qn.QuantizedWeight, *operands: Tensor) -> Tensor:
+    """Rows of a token for two experts and for none, in a stack of its own."""
+    stack = qn.quantize(torch.linspace(-1, 1, 64).view(2, 4, 8), block_size=32).op_args()
+    x, *factors = operands
+    token, offsets = torch.tensor([0, 2, 1, 0, 1]), torch.tensor([0, 3, 4])
+    return OPS.experts_4bit(x, token, offsets, *factors, 0.5, *stack)[0]
+
+
 # Functions of a weight [6, 8] and of leaves of these shapes, of which so many, the first, have second derivatives.
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], int]] = {
     "linear": (lambda w, x, bias: qn.linear(x, w, bias), ((3, 8), (6,)), 2),
     "lora_linear": (lora_linear, ((3, 8), (2, 8), (6, 2), (6,), (3, 8)), 5),
+    "experts_4bit": (experts, ((3, 8), (2, 2, 8), (2, 4, 2)), 3),
     "dense_linear": (lambda _, *x: OPS.dense_linear(*x), ((3, 5), (4, 5), (4,)), 3),
     "linear_cross_entropy": (loss, ((6, 5), (11, 5)), 0),
     "linear_cross_entropy rows": (loss_of_rows, ((6, 5), (2, 5)), 0),

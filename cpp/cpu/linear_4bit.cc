@@ -121,6 +121,69 @@ void linear_4bit(const GemmCall& call, unsigned char* scratch) {
   }
 }
 
+int64_t part_scratch_bytes(const GemmCall& call, int64_t columns) {
+  switch (path_of(call)) {
+    case Path::kRows:
+      return kernels().rows[index_of(call.job.dtype)].scratch_bytes(call.job);
+    case Path::kTiles: {
+      TileProduct product = tile_product_of(call);
+      const int64_t bytes = tile_part_scratch_bytes(product, 0);
+      product.down = nullptr;
+      return std::max(bytes, tile_part_scratch_bytes(product, columns));
+    }
+    default:
+      return gemm_part_bytes(call.job, columns);
+  }
+}
+
+void project_part(const GemmCall& call, unsigned char* scratch) {
+  const GemmJob& job = call.job;
+  switch (path_of(call)) {
+    case Path::kRows:
+      kernels().fp32_rows[index_of(job.dtype)]({job.x, job.down, job.made_low, job.m, job.r, job.k}, 0, job.r);
+      return;
+    case Path::kTiles:
+      tile_part(tile_product_of(call), 0, 0, scratch);
+      return;
+    default:
+      gemm_low(job, scratch);
+  }
+}
+
+void linear_4bit_part(const GemmCall& call, int64_t first, int64_t last, unsigned char* scratch) {
+  const GemmJob& job = call.job;
+  switch (path_of(call)) {
+    case Path::kRows: {
+      const RowKernels& rows = kernels().rows[index_of(job.dtype)];
+      rows.reorder(job, scratch);
+      rows.product({job, static_cast<const float*>(job.up), call.up_scale, scratch}, first, last);
+      return;
+    }
+    case Path::kTiles: {
+      TileProduct product = tile_product_of(call);
+      product.down = nullptr;
+      tile_part(product, first, last, scratch);
+      return;
+    }
+    default:
+      gemm_part(job, first, last, scratch);
+  }
+}
+
+int64_t outer_part_scratch_bytes(Dtype dtype, const OuterJob& job, int64_t columns) {
+  return takes_tiles(dtype) ? tile_outer_scratch_bytes(job.m, job.r)
+                            : kernels().gemm[index_of(dtype)].outer_bytes(columns);
+}
+
+void outer_part(Dtype dtype, const OuterJob& job, int64_t first, int64_t last, unsigned char* scratch) {
+  if (takes_tiles(dtype)) {
+    tile_outer_part(static_cast<const Bf16*>(job.left), static_cast<const Bf16*>(job.right), job.m, job.r, job.width,
+                    job.scale, first, last, job.out, scratch);
+  } else {
+    kernels().gemm[index_of(dtype)].outer(job, first, last, scratch);
+  }
+}
+
 int64_t outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width) {
   return takes_tiles(dtype) ? tile_outer_scratch_bytes(m, r) : gemm_outer_scratch_bytes(dtype, m, r, width);
 }

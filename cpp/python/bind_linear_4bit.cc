@@ -10,10 +10,6 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-bool holds(Address scratch, int64_t scratch_bytes, int64_t needed) {
-  return scratch_bytes >= needed && scratch % 64 == 0 && (scratch != 0 || needed == 0);
-}
-
 // Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
 int64_t run(const cpu::GemmCall& call, Address scratch, int64_t scratch_bytes) {
   const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
@@ -22,15 +18,6 @@ int64_t run(const cpu::GemmCall& call, Address scratch, int64_t scratch_bytes) {
     return 0;
   }
   return needed;
-}
-
-void check_shape(int64_t n, int64_t k, int64_t numel) {
-  checked_size(n, "n");
-  checked_size(k, "k");
-  if (n == 0 ? numel != 0 : numel % n != 0 || numel / n != k) {
-    require(false, "a weight of " + std::to_string(numel) + " elements is not [" + std::to_string(n) + ", " +
-                       std::to_string(k) + "].");
-  }
 }
 
 // A weight that was checked once. Its memory stays the caller's, who keeps it in place.

@@ -24,6 +24,7 @@ using Address = uintptr_t;
 void bind_causal_attention(pybind11::module_& module);
 void bind_quantize_4bit(pybind11::module_& module);
 void bind_dequantize_4bit(pybind11::module_& module);
+void bind_experts_4bit(pybind11::module_& module);
 void bind_linear_4bit(pybind11::module_& module);
 void bind_adamw_step(pybind11::module_& module);
 void bind_lion_step(pybind11::module_& module);
@@ -103,6 +104,21 @@ T* pointer(Address address, int64_t count, const char* what) {
     require(false, std::string(what) + " is not aligned to " + std::to_string(alignof(T)) + " bytes.");
   }
   return reinterpret_cast<T*>(address);
+}
+
+// Whether a function may run in the scratch that it is given.
+inline bool holds(Address scratch, int64_t scratch_bytes, int64_t needed) {
+  return scratch_bytes >= needed && scratch % 64 == 0 && (scratch != 0 || needed == 0);
+}
+
+// A weight of `numel` elements as a matrix.
+inline void check_shape(int64_t n, int64_t k, int64_t numel) {
+  checked_size(n, "n");
+  checked_size(k, "k");
+  if (n == 0 ? numel != 0 : numel % n != 0 || numel / n != k) {
+    require(false, "a weight of " + std::to_string(numel) + " elements is not [" + std::to_string(n) + ", " +
+                       std::to_string(k) + "].");
+  }
 }
 
 inline Dtype checked_dtype(int value) {

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, module) {
   bind_quantize_4bit(module);
   bind_dequantize_4bit(module);
   bind_linear_4bit(module);
+  bind_experts_4bit(module);
   bind_adamw_step(module);
   bind_lion_step(module);
   bind_gptq_4bit(module);

@@ -114,6 +114,23 @@ void gemm(const GemmJob& job, unsigned char* scratch) {
   multiply(without_down(job), scratch);
 }
 
+int64_t gemm_part_bytes(const GemmJob& job, int64_t columns) {
+  const int64_t rows = std::min(job.m, kUnitRows);
+  const int64_t bytes = kernels_of(job).unit_bytes(without_down(job), rows, rounded_up(columns, kColumnGrain));
+  return job.down == nullptr
+             ? bytes
+             : std::max(bytes, kernels_of(job).unit_bytes(low_job_of(job), rows, rounded_up(job.r, kColumnGrain)));
+}
+
+void gemm_low(const GemmJob& job, unsigned char* scratch) { gemm_part(low_job_of(job), 0, job.r, scratch); }
+
+void gemm_part(GemmJob job, int64_t first, int64_t last, unsigned char* scratch) {
+  job.down = nullptr;
+  for (int64_t row = 0; row < job.m; row += kUnitRows) {
+    kernels_of(job).product(job, {row, std::min(row + kUnitRows, job.m), first, last}, scratch);
+  }
+}
+
 int64_t gemm_outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width) {
   const int64_t columns = outer_columns(m, r, width);
   return unit_threads(ceil_div(width, columns)) * kernels().gemm[static_cast<int>(dtype)].outer_bytes(columns);

@@ -28,6 +28,12 @@ GemmPlan plan_gemm(int64_t m, int64_t width, int64_t threads);
 int64_t gemm_scratch_bytes(const GemmJob& job);
 void gemm(const GemmJob& job, unsigned char* scratch);  // scratch: aligned to 64 bytes
 
+// On the calling thread, with the same bits: the adapter's projection of a job with `down`, and columns [first, last)
+// of y for a job whose `low` is given. The scratch is for both.
+int64_t gemm_part_bytes(const GemmJob& job, int64_t columns);
+void gemm_low(const GemmJob& job, unsigned char* scratch);
+void gemm_part(GemmJob job, int64_t first, int64_t last, unsigned char* scratch);
+
 // An outer product of tensors of `dtype`.
 int64_t gemm_outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width);
 void gemm_outer(Dtype dtype, const OuterJob& job, unsigned char* scratch);

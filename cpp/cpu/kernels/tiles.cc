@@ -37,7 +37,7 @@ struct Plan {
   int64_t panel_bytes;
   int64_t partial_bytes;
 
-  explicit Plan(const TileProduct& product) {
+  Plan(const TileProduct& product, int64_t y_columns, int64_t threads) {
     const TileMatrix& matrix = product.matrix;
     const int64_t depth = product.forward ? matrix.columns : matrix.rows;
     width = product.forward ? matrix.rows : matrix.columns;
@@ -50,8 +50,7 @@ struct Plan {
           std::max(turn_pairs, std::min(kLeastTurn, kTokenBytes / (4 * std::max<int64_t>(1, width))) / (2 * kTileRows));
     }
     turn = std::min(turn_pairs * 2 * kTileRows, ceil_div(product.m, kTileRows) * kTileRows);
-    const int64_t threads = available_threads();
-    const int64_t strips = ceil_div(width, kTileStrip);
+    const int64_t strips = std::max<int64_t>(1, ceil_div(y_columns, kTileStrip));
     const int64_t pairs = ceil_div(turn, 2 * kTileRows);
     column_threads = std::max<int64_t>(1, std::min(threads, strips));
     token_threads = std::max<int64_t>(1, std::min(threads / column_threads, pairs));
@@ -117,18 +116,12 @@ void project(const TileProduct& product, const Plan& plan, const Bf16* packed, B
   });
 }
 
-}  // namespace
+int64_t width_of(const TileProduct& product) { return product.forward ? product.matrix.rows : product.matrix.columns; }
 
-bool have_tiles() { return kernels().tiles != nullptr; }
-
-int64_t tile_product_scratch_bytes(const TileProduct& product) { return Plan(product).bytes(); }
-
-void tile_product(const TileProduct& product, unsigned char* scratch) {
-  const Plan plan(product);
+// Columns [first, last) of y.
+void multiply_columns(const TileProduct& product, const Plan& plan, int64_t first_column, int64_t last_column,
+                      unsigned char* scratch) {
   const TileMatrix& matrix = product.matrix;
-  if (product.m == 0 || plan.width == 0) {
-    return;
-  }
   auto* packed = reinterpret_cast<Bf16*>(scratch);
   auto* packed_low = reinterpret_cast<Bf16*>(scratch + plan.token_bytes);
   auto* scales = reinterpret_cast<float*>(scratch + plan.token_bytes + plan.low_bytes);
@@ -160,7 +153,7 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
     job.y = product.y + token * plan.width;
     const int64_t groups = ceil_div(job.m, kTileRows);
     const Bf16* const x = product.x + token * depth;
-    const int64_t strips = ceil_div(plan.width, kTileStrip);
+    const int64_t strips = ceil_div(last_column - first_column, kTileStrip);
     const int64_t pairs = ceil_div(groups, 2);
     const Bf16* low = product.low == nullptr ? nullptr : product.low + token * product.r;
     for (int64_t step = 0; step < plan.steps; step += plan.packed_steps) {
@@ -175,6 +168,9 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
         low = made;
         project(product, plan, packed, made, job.m, own);
       }
+      if (strips == 0) {
+        continue;
+      }
       if (plan.low_steps > 0 && job.last_step == plan.steps) {
         parallel_for(groups, 16, [&](int64_t begin, int64_t end) {
           pack(low, job.m, product.r, product.r, begin, end, packed_low);
@@ -185,8 +181,8 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
           const int64_t c = i % plan.column_threads;
           const int64_t t = i / plan.column_threads;
           TileRange range{};
-          range.first_column = strips * c / plan.column_threads * kTileStrip;
-          range.last_column = std::min(strips * (c + 1) / plan.column_threads * kTileStrip, plan.width);
+          range.first_column = first_column + strips * c / plan.column_threads * kTileStrip;
+          range.last_column = std::min(first_column + strips * (c + 1) / plan.column_threads * kTileStrip, last_column);
           range.first_group = pairs * t / plan.token_threads * 2;
           range.last_group = std::min(pairs * (t + 1) / plan.token_threads * 2, groups);
           unsigned char* const mine = own + i * plan.thread_bytes();
@@ -195,6 +191,29 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
       });
     }
   }
+}
+
+}  // namespace
+
+bool have_tiles() { return kernels().tiles != nullptr; }
+
+int64_t tile_product_scratch_bytes(const TileProduct& product) {
+  return Plan(product, width_of(product), available_threads()).bytes();
+}
+
+void tile_product(const TileProduct& product, unsigned char* scratch) {
+  const int64_t width = width_of(product);
+  if (product.m > 0 && width > 0) {
+    multiply_columns(product, Plan(product, width, available_threads()), 0, width, scratch);
+  }
+}
+
+int64_t tile_part_scratch_bytes(const TileProduct& product, int64_t columns) {
+  return Plan(product, columns, 1).bytes();
+}
+
+void tile_part(const TileProduct& product, int64_t first, int64_t last, unsigned char* scratch) {
+  multiply_columns(product, Plan(product, last - first, 1), first, last, scratch);
 }
 
 int64_t tile_outer_scratch_bytes(int64_t m, int64_t r) {
@@ -208,6 +227,13 @@ void tile_outer(const Bf16* left, const Bf16* right, int64_t m, int64_t r, int64
   parallel_for(ceil_div(width, 64), 1, [&](int64_t begin, int64_t end) {
     tiles().outer(packed, r, right, m, width, scale, begin * 64, std::min(end * 64, width), out);
   });
+}
+
+void tile_outer_part(const Bf16* left, const Bf16* right, int64_t m, int64_t r, int64_t width, float scale,
+                     int64_t first, int64_t last, float* out, unsigned char* scratch) {
+  auto* packed = reinterpret_cast<Bf16*>(scratch);
+  tiles().pack_outer(left, m, r, packed);
+  tiles().outer(packed, r, right, m, width, scale, first, last, out);
 }
 
 }  // namespace qlora_native::cpu

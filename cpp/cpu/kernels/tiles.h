@@ -110,9 +110,16 @@ bool have_tiles();
 int64_t tile_product_scratch_bytes(const TileProduct& product);
 void tile_product(const TileProduct& product, unsigned char* scratch);  // scratch: aligned to 64 bytes
 
+// Columns [first, last) of y on the calling thread, `first` a multiple of kTileStrip, with the same bits; none of them
+// where only low is to be made.
+int64_t tile_part_scratch_bytes(const TileProduct& product, int64_t columns);
+void tile_part(const TileProduct& product, int64_t first, int64_t last, unsigned char* scratch);
+
 // out [r, width] = scale * left^T right in fp32; left [m, r], right [m, width].
 int64_t tile_outer_scratch_bytes(int64_t m, int64_t r);
 void tile_outer(const Bf16* left, const Bf16* right, int64_t m, int64_t r, int64_t width, float scale, float* out,
                 unsigned char* scratch);
+void tile_outer_part(const Bf16* left, const Bf16* right, int64_t m, int64_t r, int64_t width, float scale,
+                     int64_t first, int64_t last, float* out, unsigned char* scratch);
 
 }  // namespace qlora_native::cpu

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import KeepsBits, from_tensors, in_rows, scales_in, state_key, to_tensors
+from qlora_native.ops.experts_4bit import experts_4bit
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
 
 # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack.
@@ -65,7 +66,7 @@ def _blank(kind: type[Substitute], base: type[nn.Module]) -> nn.Module:
 
 
 class QuantizedExperts(Substitute, KeepsBits):
-    """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
+    """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own.
 
     Where the class replaced ``is_transposed``, its dense stacks are [E, K, N]. A stack lies under its own name as
     frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict holds the keys of
@@ -77,6 +78,7 @@ class QuantizedExperts(Substitute, KeepsBits):
 
     # The class replaced has these.
     num_experts: int
+    has_bias: bool
     has_gate: bool
     is_transposed: bool
     act_fn: Callable[[Tensor], Tensor]
@@ -111,7 +113,35 @@ class QuantizedExperts(Substitute, KeepsBits):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
-        return by_expert(self, hidden_states, top_k_index, top_k_weights, product=self._product)
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        is_grouped = hidden_states.device.type == "cpu" and {up, "down_proj"} <= self._stacks.keys()
+        if not is_grouped or any(len(factors) > 1 for factors in self.adapters.values()):
+            return by_expert(self, hidden_states, top_k_index, top_k_weights, product=self._product)
+        tokens, count = top_k_index.shape
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        # Rows of experts that another process has come last, behind the last offset.
+        bounds = torch.arange(self.num_experts + 1, dtype=experts.dtype)
+        offsets = torch.searchsorted(experts, bounds)
+        inner = self._products(up, hidden_states, order // count, experts, offsets)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outer = self._products("down_proj", inner, None, experts, offsets)
+        # As transformers' grouped_mm: weighted, in the order of the tokens, summed in fp32 over their experts.
+        weighted = outer * top_k_weights.reshape(-1, 1).index_select(0, order)
+        weighted = weighted.index_select(0, order.argsort()).view(tokens, count, outer.shape[1])
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def _products(
+        self, name: str, x: Tensor, token: Tensor | None, experts: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """Those of a stack in 4 bits with sorted rows, as the op takes them, each expert with its adapter and bias."""
+        weight: Any = self.stack(name)
+        factors = self.adapters.get(name) or [()]
+        dtype = self.compute_dtype or x.dtype
+        y = experts_4bit(x.to(dtype), token, offsets, weight.op_args(), *factors[0]).to(x.dtype)
+        if not self.has_bias:
+            return y
+        biases = nn.functional.pad(getattr(self, f"{name}_bias"), (0, 0, 0, 1))  # zeros where there is no expert
+        return y + biases.to(y.dtype).index_select(0, experts.clamp(max=self.num_experts))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         stack = self.stack(name)

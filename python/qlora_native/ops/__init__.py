@@ -7,6 +7,7 @@ from qlora_native.ops import (  # noqa: F401  (importing them registers the ops)
     causal_attention,
     dense_linear,
     dequantize_4bit,
+    experts_4bit,
     gptq_4bit,
     gradient_norm,
     linear_4bit,

@@ -48,6 +48,13 @@ SCHEMAS = {
         "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, "
         f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "experts_4bit": (
+        f"(Tensor x, Tensor? token, Tensor offsets, Tensor a, Tensor b, float scale, {WEIGHT}) -> (Tensor, Tensor)"
+    ),
+    "experts_4bit_backward": (
+        f"(Tensor grad_y, Tensor x, Tensor offsets, Tensor xa, Tensor a, Tensor b, float scale, {WEIGHT})"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "dense_linear_grad_input": "(Tensor grad_y, Tensor weight) -> Tensor",
     "dense_linear_grad_weight": "(Tensor grad_y, Tensor x) -> Tensor",

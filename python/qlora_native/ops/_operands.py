@@ -22,7 +22,7 @@ NESTED_BLOCK = reference.NESTED_BLOCK
 # T or float32, whichever is wider; float is any of FLOATS; native is what the kernels take. Shapes: a name stands for
 # one size throughout a call, B? for B or 1; ... for any number of dimensions, the same throughout a call. Without a
 # shape the op itself checks the number of elements. In an op that takes a weight, N and K are its dimensions, and ...
-# is its whole shape where the rules name neither. A name with ? may be None.
+# is its whole shape where the rules name neither; E too where they name it. A name with ? may be None.
 OPERANDS = {
     "quantize_4bit": "t native",
     "search_scales_4bit": "t native; moment float32; table float32; multiplier float32; offset float32; initial uint8",
@@ -33,6 +33,10 @@ OPERANDS = {
     "linear_4bit_grad_input": "grad_y T [..., N]",
     "lora_linear_4bit": "x T [..., K]; x_lora? T [..., K]; a float [r, K]; b float [N, r]; bias? float [N]",
     "lora_linear_4bit_backward": "x T [..., K]; grad_y T [..., N]; xa T [..., r]; a float [r, K]; b float [N, r]",
+    "experts_4bit": "x T [M, K]; token? int64 [S]; offsets int64 [E + 1]; a float [E, r, K]; b float [E, N, r]",
+    "experts_4bit_backward": (
+        "grad_y T [S, N]; x T [S, K]; offsets int64 [E + 1]; xa T [S, r]; a float [E, r, K]; b float [E, N, r]"
+    ),
     "dense_linear": "x T [..., K]; weight T [N, K]; bias? float [N]",
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
     "dense_linear_grad_weight": "x T [..., K]; grad_y T [..., N]",
@@ -251,12 +255,18 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
         if absmax is not None or all(operand.name != "packed" for operand in operands):
             _check_weight.__wrapped__(weight)
         device = packed[2]
-        if not any({"N", "K"} & set(operand.axes) for operand in operands):
+        axes = {axis for operand in operands for axis in operand.axes}
+        names = "ENK" if "E" in axes else "NK"
+        if not {*names} & axes:
             sizes["..."] = shape
-        elif len(shape) == 2:
-            sizes = {"N": shape[:1], "K": shape[1:]}
+        elif len(shape) == len(names):
+            sizes = {name: (size,) for name, size in zip(names, shape, strict=True)}
+            sizes["E + 1"] = (shape[0] + 1,)
         else:
-            raise ValueError(f"{op}: weight is {list(shape)}: expected two dimensions, [N, K].")
+            count = "three" if "E" in axes else "two"
+            raise ValueError(
+                f"{op}: weight is {list(shape)}: expected {count} dimensions, [{', '.join(names)}]."
+            )
     for (name, is_optional, words, axes), found in zip(operands, facts, strict=True):
         if found is None:
             if is_optional:

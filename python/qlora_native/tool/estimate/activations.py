@@ -141,9 +141,12 @@ def layer_bytes(model: PreTrainedModel, setting: Setting) -> list[LayerBytes]:
         if any(map(_is_experts, modules)):
             inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             chosen = getattr(config, "num_experts_per_tok", None) or 1
-            # transformers computes one after another.
-            token += chosen * (size * (4 * inner + 2 * hidden) + 16)
-            widest = max(widest, inner)
+            if setting.device == "cuda":  # one after another
+                token += chosen * (size * (4 * inner + 2 * hidden) + 16)
+                widest = max(widest, inner)
+            else:
+                token += chosen * (size * (3 * inner + hidden + 1) + 24)
+                widest = max(widest, chosen * hidden)
         spare = size * (hidden + 2 * widest)
         gradients = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
         found.append(
@@ -252,7 +255,7 @@ def _saved(call: Callable[[], Any], x: Tensor, own: Iterable[Tensor]) -> Saved:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether transformers computes it expert by expert."""
+    """Whether it is transformers' module of experts."""
     return hasattr(module, "_apply_gate")
 
 
