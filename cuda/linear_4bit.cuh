@@ -72,9 +72,10 @@ TileJob<T> tile_job(const ProductJob& product, const MatmulPlan& plan, void* wor
           0};
 }
 
-// workspace_bytes: what the plan asked for.
+// workspace_bytes: what the plan asked for. staged: bytes of shared memory behind those of the tile.
 template <typename Shape, typename T>
-cudaError_t launch_tile(void (*kernel)(TileJob<T>), TileJob<T> job, int64_t workspace_bytes, cudaStream_t stream) {
+cudaError_t launch_tile(void (*kernel)(TileJob<T>), TileJob<T> job, int64_t workspace_bytes, cudaStream_t stream,
+                        int staged = 0) {
   const int64_t row_tiles = ceil_div(job.m, Shape::kRows);
   const int64_t column_tiles = ceil_div(job.columns, Shape::kColumns);
   const bool has_parts = job.splits >= 1 && job.splits <= ceil_div(job.reduction, kReductionStep);
@@ -88,7 +89,8 @@ cudaError_t launch_tile(void (*kernel)(TileJob<T>), TileJob<T> job, int64_t work
   job.row_tiles = static_cast<int>(row_tiles);
   job.column_tiles = static_cast<int>(column_tiles);
   const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles), static_cast<unsigned>(job.splits));
-  const cudaError_t error = wp::launch(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kSharedBytes}, stream, job);
+  const cudaError_t error = wp::launch(kernel, grid, dim3(Shape::kThreads),
+                                       static_cast<size_t>(Shape::kSize.shared_bytes() + staged), stream, job);
   return error == cudaSuccess && job.splits > 1 ? launch_reduce(job, Shape::kColumns, stream) : error;
 }
 

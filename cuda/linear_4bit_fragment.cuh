@@ -34,7 +34,6 @@ struct FragmentShape {
   static constexpr int kWarpsAlongRows = kThreads / 32;
   static constexpr int kResident = kSize.resident();
   static constexpr int kTogether = 1;
-  static constexpr int kSharedBytes = kSize.shared_bytes();
 };
 using Fragments16 = FragmentShape<4>;
 using Fragments32 = FragmentShape<5>;

@@ -302,7 +302,6 @@ template <int kTile, QuantType kQuantType>
 struct GgufShape : FragmentShape<kTile> {
   static constexpr QuantType kType = kQuantType;
   static constexpr int kTogether = kGgufStep / FragmentShape<kTile>::kSize.step();
-  static constexpr int kSharedBytes = FragmentShape<kTile>::kSharedBytes + gguf_staged_bytes(kFormatOf<kType>);
   static_assert(FragmentShape<kTile>::kThreads == 32 * kGgufWarps);
   static_assert(FragmentShape<kTile>::kStages <= kTogether + 1, "else blocks are waited for too late");
 };
@@ -379,10 +378,11 @@ cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, void*
       using Shape64 = GgufShape<6, kType>;
       const TileJob<T> job = tile_job<T>(product, plan, workspace);
       const int64_t bytes = plan.workspace_bytes;
+      constexpr int kStaged = gguf_staged_bytes(kFormatOf<kType>);
       return plan.rows == Shape32::kRows
-                 ? launch_tile<Shape32>(linear_4bit_gguf_tile_kernel<T, Shape32>, job, bytes, stream)
+                 ? launch_tile<Shape32>(linear_4bit_gguf_tile_kernel<T, Shape32>, job, bytes, stream, kStaged)
              : plan.rows == Shape64::kRows
-                 ? launch_tile<Shape64>(linear_4bit_gguf_tile_kernel<T, Shape64>, job, bytes, stream)
+                 ? launch_tile<Shape64>(linear_4bit_gguf_tile_kernel<T, Shape64>, job, bytes, stream, kStaged)
                  : cudaErrorInvalidValue;
     });
   }

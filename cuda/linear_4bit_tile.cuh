@@ -2,12 +2,11 @@
 // than 64 tokens (linear_4bit_fragment.cuh has the others).
 //
 // Each step takes 64 of the reduction. x and the packed W come by asynchronous copies, `stages` deep. A thread decodes
-// the 32 weights whose 16 bytes it copied itself, once for the CTA, by the exact rule, into 16-bit values in shared
-// memory, one step ahead of the MMAs that read them, so that a step needs one barrier. A warp issues its instructions
-// in order: the next step's work stands between the MMAs of this one, a piece at a time, and without branches, which
-// the compiler would not move MMAs across. Forward, W lies as
-// [columns, 64] and ldmatrix reads it; for the input gradient the reduction runs over the rows of W, it lies as [64,
-// columns], and ldmatrix.trans reads it. The low-rank term is up to r / 64 more steps of the same product.
+// the 32 weights whose 16 bytes it copied, once for the CTA, by the exact rule, into 16-bit values in shared memory,
+// one step ahead of the MMAs that read them, so that a step needs one barrier. A warp issues its instructions in order:
+// the next step's work stands between the MMAs of this one, a piece at a time, and without branches, which the compiler
+// would not move MMAs across. Forward, W lies as [columns, 64] for ldmatrix; for the input gradient, which reduces over
+// the rows of W, as [64, columns] for ldmatrix.trans. The low-rank term is up to r / 64 more steps of the same product.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +51,6 @@ struct TileShape {
   static constexpr int kWarpsAlongRows = kWarpRows;
   static constexpr int kResident = kSize.resident();
   static constexpr int kTogether = 1;
-  static constexpr int kSharedBytes = kSize.shared_bytes();
   static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kColumnParts % 2 == 0);
 };
 using Tile16 = TileShape<0, 1, 4>;
@@ -96,11 +94,9 @@ struct Tile {
     first_row = static_cast<int64_t>(band * kBand + within % height) * Shape::kRows;
     first_column = static_cast<int64_t>(within / height) * Shape::kColumns;
     split = static_cast<int>(blockIdx.y);
-    constexpr int64_t kUnit = Shape::kTogether;
-    const int64_t all_steps = (job.reduction + kStep - 1) / kStep;
-    const int64_t units = (all_steps + kUnit - 1) / kUnit;
-    first_step = units * split / job.splits * kUnit;
-    steps = static_cast<int>(min(units * (split + 1) / job.splits * kUnit, all_steps) - first_step);
+    const int64_t units = (job.reduction + kStep * Shape::kTogether - 1) / (kStep * Shape::kTogether);
+    first_step = units * split / job.splits * Shape::kTogether;
+    steps = static_cast<int>(units * (split + 1) / job.splits * Shape::kTogether - first_step);
     x = wp::dyn_smem<uint4>();
     packed = x + Shape::kStages * kStageChunks;
     weights = Shape::kSize.fragments ? x + Shape::kRows * 8 : packed + Shape::kStages * Shape::kThreads;

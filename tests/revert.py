@@ -138,6 +138,8 @@ MENDS = (
          "test_build_backend.py is_asked_for"),
     Mend("the GPU model charges decoded weights as if they stayed in L2", "bench/gpu_model.py", "(packed + 2) * n * k",
          "PACKED * n * k", "test_gpu_check.py respects_the_floors"),
+    Mend("layers that stream are copied twice on the host", "python/qlora_native/models/device_layers.py",
+         "copy_(tensor.detach())", "copy_(tensor.detach().clone())", "test_device_layers.py mapped_file"),
     Mend("the kernels that are measured on one card are taken on another", f"{OPS}/_cuda_choice.py",
          'if stored["card"] == list(card):', "if True:", "test_cuda_choice.py another_card"),
     Mend("kernels are measured within a capture", f"{OPS}/_cuda_choice.py", "if _cuda_kernels.is_capturing(device):",

@@ -67,8 +67,8 @@ void check_tiles(QuantType type) {
       {{24, 72, is_small ? 23 : 3, true, 5, true}, 1, 2},
       {{33, 136, is_small ? 21 : 3, true, 16}, 2, 2},
       {{48, 64, is_small ? 40 : 5, true, 8, true}, 2, 3},
-      {{64, 24, is_small ? 13 : 2, true, 72, true}, 2, 1},
-      {{70, 64, is_small ? 9 : 2}, 2, 1},  // a second tile of tokens
+      {{64, 24, is_small ? 29 : 4, true, 72, true}, 2, 1},  // every stage of the blocks again
+      {{70, 64, is_small ? 9 : 2}, 2, 1},                   // a second tile of tokens
   };
   for (const Tiled& given : cases) {
     const Case c = of_type(type, given.of);
