@@ -84,7 +84,7 @@ class Stack:
         for expert, (first, last) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
             rows = {"x": x[first:last], **{name: t[expert] for name, t in self.leaves.items() if name != "x"}}
             leaves = {name: t.detach().clone().requires_grad_() for name, t in rows.items()}
-            own = leaves["x"], self.w[expert], *list(leaves.values())[1:]
+            own: Any = leaves["x"], self.w[expert], *list(leaves.values())[1:]
             y = qn.lora_linear(*own, SCALE) if len(own) > 2 else qn.linear(*own)
             found = y, *torch.autograd.grad(y, list(leaves.values()), self.grad_y[first:last])
             for name, value in zip(parts, found, strict=True):
