@@ -25,6 +25,7 @@ from qlora_native import _C
 from qlora_native.lora import LoraConfig
 from qlora_native.models import fuse
 from qlora_native.models.loss import causal_lm_loss
+from qlora_native.nn.experts import QuantizedExperts, by_expert
 from qlora_native.ops import _cuda_copies
 from qlora_native.ops.causal_attention import ALIGNMENT
 from qlora_native.tool.cli.config import PRESETS, preset, shipped
@@ -113,8 +114,10 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
 def test_bytes_on_a_gpu(
     kind: str, options: dict[str, Any], tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model whose norms, gates and rotations are fused there, and of the copies of its adapters."""
+    """Of a model whose norms, gates and rotations are fused there, and whose experts take turns, and of the copies of its
+    adapters."""
     monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(QuantizedExperts, "forward", lambda self, *x: by_expert(self, *x, product=self._product))
     monkeypatch.setattr(_cuda_copies, "_copies", {})
     folder = tiny_models.save(tmp_path, kind, torch.bfloat16, **options)
     estimator, model, batch = assert_same_graph(folder, "cuda", tolerance)
