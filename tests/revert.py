@@ -26,6 +26,7 @@ from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 DECODE = "python/qlora_native/models/decode.py"
 GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
+PROBE = "python/qlora_native/nn/probe.py"
 OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
 
 
@@ -53,12 +54,16 @@ MENDS = (
          "test_families.py settings and dropout"),
     Mend("patterns are sorted by name", f"{LORA}/adapter.py", "json.dumps(settings, indent=2)",
          "json.dumps(settings, indent=2, sort_keys=True)", "test_adapter_peft.py ours_loads and Llama-rank_pattern"),
-    Mend("routers get adapters", f"{LORA}/targets.py", " and _is_plain(module)", "",
+    Mend("routers get adapters", PROBE, "if path in linears and _is_product(module)", "if path in linears",
          "test_families.py step_of_training and phimoe"),
-    Mend("layers that nothing calls get adapters", f"{LORA}/targets.py", " and not is_read_raw(model, path)", "",
-         "test_families.py gets_no_adapter"),
-    Mend("activations are cast to the dtype of packed weights", "python/qlora_native/nn/linear.py",
-         r'|\.to\({weight}\.dtype\)"', '"', "test_families.py step_of_training and glm_moe_dsa"),
+    Mend("layers that nothing calls get adapters", PROBE, "UNUSED if seeds[path].grad is None else USED", "USED",
+         "test_families.py gets_no_adapter and deepseek_v32"),
+    Mend("weights that other code reads become 4-bit", PROBE, "part.is_read = True", "pass",
+         "test_probe.py use_of_each and jamba"),
+    Mend("a failed pass shows nothing at all", PROBE, "found[0] or {", "{} and {",
+         "test_probe.py sources_decide"),
+    Mend("activations are cast to the dtype of packed weights", "python/qlora_native/models/build.py",
+         "if is_asked_for_dtype(model, path)", "if False", "test_families.py step_of_training and glm_moe_dsa"),
     Mend("a sliding window of 0 masks everything", "python/qlora_native/weights/config.py",
          "config.sliding_window = None", "pass", "test_families.py sliding_window"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
