@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from qlora_native.nn.experts import STACKS, Substitute
@@ -47,7 +48,8 @@ def probe(model: nn.Module) -> tuple[dict[str, Use], str]:
     A pass runs once a process for a class and config of transformers. Where it fails, and for models of other libraries
     and families that need none, the sources decide.
     """
-    kind, config = type(model), getattr(model, "config", None)
+    kind = type(model)
+    config: Any = getattr(model, "config", None)
     found: tuple[dict[str, Use], str] = {}, ""
     while issubclass(kind, Substitute):
         kind = kind.__bases__[1]
@@ -113,16 +115,20 @@ def _run(kind: Any, config: Any) -> dict[str, Use]:
         elif any(name in module._parameters for name in STACKS):
             module.forward = lambda x, *_, **__: x * 2
         if "chunk_size" in vars(module):  # scans compute whole chunks
-            module.chunk_size = 4
+            module.chunk_size = 16
         for name, weight in module.named_parameters(recurse=False):
             strides = weight.stride() if weight.numel() <= _NUMBERS else [1] * weight.dim()
             made = _Watched if path in linears and name == "weight" else nn.Parameter
             module._parameters[name] = made(numbers.as_strided(weight.shape, strides), False)
-    tokens = torch.arange(3, 27).view(2, 12)
-    with torch.enable_grad():
+    tokens = torch.arange(3, 15).view(1, 12)
+    # Which functions depend on which is asked, so no values are kept for backward.
+    nothing_kept = saved_tensors_hooks(
+        lambda x: (x.shape, x.dtype), lambda x: torch.zeros(x[0], dtype=x[1])
+    )
+    with torch.enable_grad(), nothing_kept:
         model.train()(tokens, use_cache=False)[0].sum().backward()
     with torch.no_grad():  # generation, with a cache, has other branches
-        model.eval()(tokens[:1])
+        model.eval()(tokens)
 
     def use(path: str) -> Use:
         if path not in seeds:
