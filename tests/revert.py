@@ -26,6 +26,7 @@ from cuda_on_cpu.mutate import ROOT, copy_of_tree
 
 DECODE = "python/qlora_native/models/decode.py"
 GRAPHS, MEMORY = "python/qlora_native/models/graphs.py", "python/qlora_native/tool/train/memory.py"
+PROBE = "python/qlora_native/nn/probe.py"
 OPS, OPTIM, LORA = (f"python/qlora_native/{name}" for name in ("ops", "optim", "lora"))
 
 
@@ -53,7 +54,7 @@ MENDS = (
          "test_families.py settings and dropout"),
     Mend("patterns are sorted by name", f"{LORA}/adapter.py", "json.dumps(settings, indent=2)",
          "json.dumps(settings, indent=2, sort_keys=True)", "test_adapter_peft.py ours_loads and Llama-rank_pattern"),
-    Mend("routers get adapters", f"{LORA}/targets.py", " and _is_plain(module)", "",
+    Mend("routers get adapters", PROBE, "if kind.forward is nn.Linear.forward or", "if True or",
          "test_families.py step_of_training and phimoe"),
     Mend("layers that nothing calls get adapters", f"{LORA}/targets.py", " and not is_read_raw(model, path)", "",
          "test_families.py gets_no_adapter"),
@@ -64,6 +65,14 @@ MENDS = (
     Mend("experts are computed one after another", "python/qlora_native/nn/experts.py",
          'is_grouped = hidden_states.device.type == "cpu"', 'is_grouped = hidden_states.device.type == "none"',
          "test_experts.py as_transformers and mixtral"),
+    Mend("layers that nothing calls get adapters", PROBE, "UNUSED if seeds[path].grad is None else USED", "USED",
+         "test_families.py gets_no_adapter and deepseek_v32"),
+    Mend("weights that other code reads become 4-bit", PROBE, "part.is_read = True", "pass",
+         "test_probe.py use_of_each and jamba"),
+    Mend("a failed pass shows nothing at all", PROBE, "found[0] or {", "{} and {",
+         "test_probe.py sources_decide"),
+    Mend("activations are cast to the dtype of packed weights", "python/qlora_native/models/build.py",
+         "if is_asked_for_dtype(model, path)", "if False", "test_families.py step_of_training and glm_moe_dsa"),
     Mend("a sliding window of 0 masks everything", "python/qlora_native/weights/config.py",
          "config.sliding_window = None", "pass", "test_families.py sliding_window"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",

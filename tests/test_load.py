@@ -34,7 +34,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [
     ("GPT2", {}, 8),  # transposed Conv1D, tied
     ("Falcon", {"new_decoder_architecture": False}, 8),  # a subclass of nn.Linear
     ("Mixtral", {"num_local_experts": 4}, 8),  # experts stored one by one, stacked on loading, 4-bit as stacks
-    ("Mamba", {}, 2),  # most weights are read past their layer
+    ("Mamba", {}, 6),  # dt_proj's weight is read past its layer
 ]
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora_native.errors import say_once
 from qlora_native.lora.config import ALL_LINEAR, LoraConfig
 from qlora_native.lora.layer import LoRALinear
 from qlora_native.lora.tokens import WithTokenRows
-from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear, is_read_raw
+from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
+from qlora_native.nn.probe import USED, kind_of, probe, stacks
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -51,25 +53,20 @@ def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     linears = {path: module for path, module in plain_modules(model) if isinstance(module, nn.Linear)}
     if names == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
+        uses, failed = probe(model)
         chosen = [
             path
             for path, module in linears.items()
-            if module is not output and _is_plain(module) and not is_read_raw(model, path)
+            if module is not output and uses.get(path, USED).adapted
         ]
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layers to adapt.")
+        left = [path for path, use in uses.items() if (path not in linears if use.adapted else failed)]
+        if left := sorted({kind_of(path) for path in [*left, *stacks(model)]}):
+            reason = f" (no pass showed their use: {failed})" if failed else ""
+            say_once(f"target_modules {ALL_LINEAR!r} leaves out {', '.join(left)}{reason}.")
         return chosen
     return _selected(model, names, "target_modules", "linear layer", linears)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the linear layer computes x W^T + b: routers of modeling code that derive from it do not (PhiMoE, Llama
-    4); our classes and bitsandbytes' do."""
-    kind = type(module)
-    is_own = kind.forward is not nn.Linear.forward and kind.__module__.startswith(
-        "transformers.models."
-    )
-    return not is_own or kind.__name__ == "FalconLinear"
 
 
 def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_native._memory import trim_heap
 from qlora_native.nn.experts import put_stack, quantized_stacks
-from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
+from qlora_native.nn.linear import AskedLinear, QuantizedEmbedding, QuantizedLinear
+from qlora_native.nn.probe import is_asked_for_dtype
 from qlora_native.weight import QuantizedWeight, quantize
 from qlora_native.weights.files import check_finite, mapped_part
 from qlora_native.weights.shapes import ModelShapes, is_transposed
@@ -35,15 +36,16 @@ def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight) -> Tensor
         layer = QuantizedEmbedding(weight).train(old.training)
         model.set_submodule(path, layer)
     else:
-        layer = QuantizedLinear.from_quantized(weight)
+        kind = AskedLinear if is_asked_for_dtype(model, path) else QuantizedLinear
+        layer = kind.from_quantized(weight)
         if old.bias is not None:
             layer.bias = old.bias  # type: ignore[assignment]
         layer.fan_in_fan_out = is_transposed(old)  # type: ignore[assignment]  # merging gives the layer back as it was
         layer.train(old.training)
         model.set_submodule(path, layer)
     layer._is_hf_initialized = True  # type: ignore[assignment]  # keeps transformers' initialization off it
-    parameter: Tensor = getattr(layer, leaf)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter: Any = layer._parameters[leaf]
+    parameter._is_hf_initialized = True
     return parameter
 
 

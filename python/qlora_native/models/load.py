@@ -27,7 +27,7 @@ from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, quantize
 from qlora_native.weights.config import METADATA, bitsandbytes_config
 from qlora_native.weights.files import FileMap, mapped_part, some_of
 from qlora_native.weights.open import SafetensorsSource, open_source
-from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING
+from qlora_native.weights.shapes import MODEL_DTYPES, OUTPUT_EMBEDDING, kinds
 from qlora_native.weights.stream import AUTO, KEEP, Item, Source
 
 RESIDENCIES = ("auto", "mapped", "memory")
@@ -50,6 +50,7 @@ class LoadReport:
         seconds: that loading took.
         bytes_mapped: of the weights that lie in mapped files, 0 with residency "memory".
         copied: tensors over 64 KiB that could not be mapped with the others, and why.
+        kinds: what became of its linear layers and experts, and why; by their paths, with ``*`` in place of numbers.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class LoadReport:
     seconds: float = 0.0
     bytes_mapped: int = 0
     copied: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -306,7 +308,7 @@ def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrai
     )
 
 
-def make_report(model: nn.Module, path: Path) -> LoadReport:
+def make_report(model: PreTrainedModel, path: Path) -> LoadReport:
     four_bit = four_bit_parts(model)
     scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
     dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
@@ -320,4 +322,5 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
         method=metadata.get("method") if four_bit else None,
         calibration=metadata.get("calibration"),
+        kinds=kinds(model, four_bit),
     )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Container, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -159,7 +156,7 @@ class QuantizedLinear(KeepsBits, nn.Linear):
         if not self.is_laid_out:
             numel = self.in_features * self.out_features
             self.weight, self.absmax_bytes = in_rows(
-                self.weight, self.absmax, numel, self._about.block_size
+                self._packed, self.absmax, numel, self._about.block_size
             )
             del self.absmax
 
@@ -170,7 +167,11 @@ class QuantizedLinear(KeepsBits, nn.Linear):
 
     def _weight(self) -> Weight:
         """The weight as an op takes it."""
-        return Weight(*self._fields(self.weight.view(-1)))
+        return Weight(*self._fields(self._packed.view(-1)))
+
+    @property
+    def _packed(self) -> Any:
+        return self._parameters["weight"]
 
     def _fields(self, packed: Tensor) -> tuple[Any, ...]:
         """Those of a :class:`Weight`. By dictionary, since by attribute takes as long as a small product."""
@@ -228,8 +229,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        if self.weight.device.type == "meta":  # no values to describe yet
-            destination[prefix + "weight"] = self.weight
+        if self._packed.is_meta:  # no values to describe yet
+            destination[prefix + "weight"] = self._packed
         else:
             destination.update(to_tensors(self.quantized, prefix + "weight"))
 
@@ -256,8 +257,8 @@ class QuantizedLinear(KeepsBits, nn.Linear):
             if value is None:
                 missing_keys.append(name)
             else:
-                on_meta = self.weight.device.type == "meta"
-                self.quantized = value if on_meta else value.to(self.weight.device).map(torch.clone)
+                there = self._packed.device
+                self.quantized = value if there.type == "meta" else value.to(there).map(torch.clone)
         except ValueError as error:
             error_msgs.append(f"'{name}': {error}")
         bias = state_dict.get(prefix + "bias")
@@ -280,6 +281,17 @@ class QuantizedLinear(KeepsBits, nn.Linear):
                 key for key in state_dict if key.startswith(prefix) and not key.startswith(name + ".")
             )
             unexpected_keys += [key for key in ours if key not in (name, prefix + "bias")]
+
+
+class AskedLinear(QuantizedLinear):
+    """A layer whose parent's code casts to the dtype of its weight: ``weight`` has the dtype, shape and device of the
+    dense one, and no values."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        packed: Any = super().__getattr__("weight")
+        dtype = self.compute_dtype or self._about.dtype
+        return packed.new_full((), torch.nan, dtype=dtype).expand(self._about.shape)
 
 
 class QuantizedEmbedding(KeepsBits, nn.Embedding):
@@ -316,27 +328,6 @@ class QuantizedEmbedding(KeepsBits, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._about.quant_type}"
-
-
-def is_read_raw(model: nn.Module, path: str) -> bool:
-    """Whether the parent's code uses the weight of this linear layer itself, as Mamba does ``self.dt_proj.weight``, or
-    casts to its dtype, as DeepSeek-V3.2's indexer does.
-
-    Slices are taken only where tensor parallelism is imitated, which is off by default; ``init.normal_(self.x.weight)``
-    is no use.
-    """
-    parent, _, name = path.rpartition(".")
-    weight = rf"self\.{re.escape(name)}\.weight\b"
-    used = rf"(?<!isinstance\()(?<!_\(){weight}(?!\[|\.(dtype|device|shape)\b)|\.to\({weight}\.dtype\)"
-    return re.search(used, _source_of(type(model.get_submodule(parent)))) is not None  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=1024)
-def _source_of(kind: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time
-        return ""
 
 
 def in_rows(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 
@@ -15,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_native.errors import UserError
 from qlora_native.nn.experts import stacks_of
-from qlora_native.nn.linear import is_read_raw
+from qlora_native.nn.probe import Use, kind_of, probe, stacks
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
 
 OUTPUT_EMBEDDING = "lm_head"
+EXPERTS = Use(True, False, "experts, which get no adapter and stay dense in some layouts")
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -53,10 +55,11 @@ def four_bit_weights(
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ValueError(f"skip_modules: {type(model).__name__} has no module {entry!r}{hint}")
     output = model.get_output_embeddings() if OUTPUT_EMBEDDING in skip else None
+    modules = (
+        (path, model.get_submodule(path)) for path, use in probe(model)[0].items() if use.four_bit
+    )
     chosen = {
-        f"{path}.weight": is_transposed(module)
-        for path, module in model.named_modules()
-        if is_plain_linear(module) and module is not output and not is_read_raw(model, path)
+        f"{path}.weight": is_transposed(module) for path, module in modules if module is not output
     }
     chosen |= turned_stacks(model, block_size)
     return {
@@ -68,14 +71,33 @@ def four_bit_weights(
     }
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module's forward is x W^T + b; a subclass of nn.Linear may compute something else (routers do)."""
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+def kinds(model: PreTrainedModel, four_bit: Container[str]) -> dict[str, str]:
+    """What becomes of the linear layers and stacks of experts of a model whose parameters ``four_bit`` are 4-bit, and
+    why: by their paths, with ``*`` in place of numbers."""
+    found = defaultdict[str, Counter[str]](Counter)
+    layers, failed = probe(model)
+    uses = {f"{path}.weight": use for path, use in layers.items()}
+    uses |= dict.fromkeys(stacks(model), EXPERTS)
+    output = model.get_output_embeddings()
+    for name, use in uses.items():
+        is_output = model.get_submodule(name.rpartition(".")[0]) is output
+        is_adapted = use.adapted and not is_output
+        why = use.why or ("" if name in four_bit or is_output else "tied, in fp32 or of skip_modules")
+        text = (
+            f"{'4-bit' if name in four_bit else 'dense'}, {'adapted' if is_adapted else 'not adapted'}"
+        )
+        text += f": {why}" if why else ""
+        text += f" (by its source: {failed})" if failed else ""
+        found[kind_of(name.removesuffix(".weight"))][text] += 1
+    return {
+        kind: "; ".join(f"{number} {text}" for text, number in counts.items())
+        for kind, counts in found.items()
+    }
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is a linear that stores its weight as [in, out] (GPT-2's Conv1D)."""
-    return is_plain_linear(module) and not isinstance(module, nn.Linear)
+    return type(module) is Conv1D
 
 
 def turned_stacks(model: nn.Module, block_size: int = 1) -> dict[str, bool]:

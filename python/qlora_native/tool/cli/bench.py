@@ -323,14 +323,19 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     return [(m, n, k) for n, k in weights for m in args.tokens or TOKENS]
 
 
-def layer_shapes(model: Path) -> list[tuple[int, int]]:
-    """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
+def four_bit_of(model: Path) -> tuple[Any, dict[str, bool]]:
+    """The model on the meta device, and the weights that load_model would make 4-bit, by the configuration alone."""
     from qlora_native.models.build import MetaModel
     from qlora_native.weights.open import open_source
 
     with as_user_error():
         meta = MetaModel(open_source(model).config, torch.bfloat16, torch.device("meta"))
-        weights = meta.four_bit_weights(("lm_head",), 64)
+        return meta, meta.four_bit_weights(("lm_head",), 64)
+
+
+def layer_shapes(model: Path) -> list[tuple[int, int]]:
+    """[N, K] of each weight of :func:`four_bit_of`."""
+    meta, weights = four_bit_of(model)
     # The last two axes: of one expert, where a weight is a stack of them.
     shapes = ((meta.shapes[name].shape[-2:], transposed) for name, transposed in weights.items())
     return [

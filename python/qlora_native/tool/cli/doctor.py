@@ -34,7 +34,7 @@ TOKENS = (1, 16, 512)  # of generating, of a few rows at once, of training
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = add_to(parser)
-    add("model", "MODEL", "also list which kernel multiplies by its weights", nargs="?")
+    add("model", "MODEL", "also list its layers: 4-bit or why not, adapted, which kernel", nargs="?")
     add("--json", None, "print one JSON object")
     parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
 the configuration is read.
@@ -80,8 +80,11 @@ def run(args: argparse.Namespace) -> int:
     report = examine()
     if args.model:
         require("qlora doctor MODEL", "transformers", "yaml")
-        from qlora_native.tool.cli.bench import layer_shapes
+        from qlora_native.tool.cli.bench import four_bit_of, layer_shapes
+        from qlora_native.weights.shapes import kinds
 
+        meta, weights = four_bit_of(args.model)
+        report["layers"] = kinds(meta.model, weights)
         report["kernels"] = [
             {"n": n, "k": k, "layers": count, "tokens": m, "kernel": _kernel(m, n, k)}
             for (n, k), count in sorted(Counter(layer_shapes(args.model)).items())
@@ -119,6 +122,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         )
         for row in report.get("kernels", ())
     ]
+    rows += report.get("layers", {}).items()
     width = max(len(name) for name, _ in rows)
     yield from (f"{name:<{width}}  {value}" for name, value in rows)
     for item in report["missing"]:
