@@ -1,5 +1,5 @@
-// y = x W^T with W in a format of GGUF, whose blocks a kernel for at most 16 tokens, or one for tiles of up to 64, reads
-// once, as they lie.
+// y = x W^T with W in a format of GGUF, whose blocks one kernel for at most 16 tokens, or one for tiles of up to 64,
+// reads once, as they lie.
 //
 // As in linear_4bit_small.cuh rows of W fill the 16 rows of the MMA and tokens its columns, eight at once; but weights
 // go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 18 to 210 bytes

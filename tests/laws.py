@@ -342,11 +342,11 @@ def one_stem_per_op(files: Tree) -> list[str]:
     return breaches + [f"{path}: {other} is missing" for path, other in wanted if other not in files]
 
 
-# Of the package: raised only by the change that needs it, with why. Of the last 7,500, 1,900 answer by CUDA graphs, 950
+# Of the package: raised only by the change that needs it, with why. Of the last 9,300, 1,900 answer by CUDA graphs, 950
 # end captures that fail and runs without room for one, 700 time products on a card, 550 write adapters that PEFT reads
 # right, 300 say why a card has no kernels, 750 read MXFP4 and turn experts round that are stored as [E, in, out],
-# 2,100 multiply all experts of a layer by one op.
-MOST_TOKENS, MOST_TOKENS_A_LINE = 210_850, 9.0
+# 2,100 multiply all experts of a layer by one op, 1,750 find what a pass does with each linear layer.
+MOST_TOKENS, MOST_TOKENS_A_LINE = 212_600, 9.0
 
 
 def package_keeps_its_budget(files: Tree) -> list[str]:

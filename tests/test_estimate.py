@@ -114,7 +114,7 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
 def test_bytes_on_a_gpu(
     kind: str, options: dict[str, Any], tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model whose norms, gates and rotations are fused there, and whose experts take turns, and of the copies of its
+    """Of a model whose norms, gates and rotations are fused there, whose experts take turns, and of the copies of its
     adapters."""
     monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)
     monkeypatch.setattr(QuantizedExperts, "forward", lambda self, *x: by_expert(self, *x, product=self._product))

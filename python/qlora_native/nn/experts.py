@@ -140,7 +140,8 @@ class QuantizedExperts(Substitute, KeepsBits):
         y = experts_4bit(x.to(dtype), token, offsets, weight.op_args(), *factors[0]).to(x.dtype)
         if not self.has_bias:
             return y
-        biases = nn.functional.pad(getattr(self, f"{name}_bias"), (0, 0, 0, 1))  # zeros where there is no expert
+        # With zeros for rows of no expert.
+        biases = nn.functional.pad(getattr(self, f"{name}_bias"), (0, 0, 0, 1))
         return y + biases.to(y.dtype).index_select(0, experts.clamp(max=self.num_experts))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
