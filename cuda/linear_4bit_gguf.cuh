@@ -1,15 +1,15 @@
-// y = x W^T with W in a format of GGUF, of which each tile of tokens reads its blocks once, as they lie.
+// y = x W^T with W in a format of GGUF, whose blocks are read once, as they lie: by a kernel for at most 16 tokens, or
+// by one for tiles of up to 64.
 //
-// At most 16 tokens are bound by these bytes.
 // As in linear_4bit_small.cuh rows of W fill the 16 rows of the MMA and tokens its columns, eight at once; but weights
 // go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 18 to 210 bytes
 // begin at odd distances: a warp copies the bytes of 256 elements of its rows to shared memory, 16 at a time from the
-// multiple of 16 before them on, one step ahead of their use, and no other warp meets it before the end.
+// multiple of 16 before them on, one step ahead of their use; of few tokens, it meets no other warp before the end.
 //
-// Lane 4g + t decodes elements 64t to 64t + 63 of rows g and g + 8, four at a time. A code of up to 7 bits, in the
-// third byte of 0x43000000, is the float 128 + code, and one of 8 bits in the second byte of 0x47000000 is 32768 +
-// code. Of such a float, fma(float, factor, -(128 + offset) * factor) is the rounded product (code - offset) * factor:
-// factors have up to 19 bits, so that nothing but the last step rounds.
+// Lane 4g + t decodes elements 64t to 64t + 63 of rows g and g + 8, of tiles 32t to 32t + 31 of each half of them, four
+// at a time. A code of up to 7 bits, in the third byte of 0x43000000, is the float 128 + code, and one of 8 bits in the
+// second byte of 0x47000000 is 32768 + code. Of such a float, fma(float, factor, -(128 + offset) * factor) is the
+// rounded product (code - offset) * factor: factors have up to 19 bits, so that nothing but the last step rounds.
 #pragma once
 
 #include <algorithm>
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(32 * kGgufWarps, 4) linear_4bit_gguf_kernel(co
   small_store_y<T, kGgufWarps, kGemvTokens>(job, cta_row, cta_rows, turns, parts);
 }
 
-// A tile of up to 64 tokens: its blocks are staged as above, two steps of x at a time.
+// A tile of linear_4bit_fragment.cuh, but that the blocks of two of its steps are staged at once.
 template <int kTile, QuantType kQuantType>
 struct GgufShape : FragmentShape<kTile> {
   static constexpr QuantType kType = kQuantType;
