@@ -1,8 +1,8 @@
-// y = x W^T with W in a format of GGUF, whose blocks one kernel for at most 16 tokens, or one for tiles of up to 64,
-// reads once, as they lie.
+// y = x W^T with W in a format of GGUF, whose blocks are read once, as they lie: by a kernel for at most 16 tokens, or
+// by one for tiles of up to 64.
 //
 // As in linear_4bit_small.cuh rows of W fill the 16 rows of the MMA and tokens its columns, eight at once; but weights
-// go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 18 to 210 bytes
+// go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 17 to 210 bytes
 // begin at odd distances: a warp copies the bytes of 256 elements of its rows to shared memory, 16 at a time from the
 // multiple of 16 before them on, one step ahead of their use; of few tokens, it meets no other warp before the end.
 //
