@@ -130,7 +130,7 @@ class QuantizedExperts(Substitute, KeepsBits):
     def _products(self, name: str, x: Tensor, token: Tensor | None, offsets: Tensor) -> Tensor:
         """Those of a stack in 4 bits with sorted rows, as the op takes them, each expert with its adapter."""
         weight: Any = self.stack(name)
-        factors = self.adapters.get(name) or [()]
+        factors: Any = self.adapters.get(name) or [()]
         dtype = self.compute_dtype or x.dtype
         return experts_4bit(x.to(dtype), token, offsets, weight.op_args(), *factors[0]).to(x.dtype)
 
