@@ -126,3 +126,11 @@ def test_two_adapters_at_once_and_a_dense_stack(tmp_path: Path) -> None:
         a, b, scale = factors[0]
         layer.ours.adapters[name] = [(a, b, 2 * scale)]
     assert relative_error(twice, layer.ours(layer.x, layer.index, layer.weights)) < 1e-5
+
+
+def test_compiles_without_breaks(tmp_path: Path, backend: str) -> None:
+    torch._dynamo.reset()
+    layer = Layer(tmp_path, torch.float32)
+    compiled = torch.compile(layer.ours, fullgraph=True, backend=backend)
+    for got, expected in zip(layer.results(compiled), layer.results(layer.ours), strict=True):
+        assert relative_error(got, expected) < 1e-6

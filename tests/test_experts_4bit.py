@@ -70,7 +70,8 @@ class Stack:
 
     def y(self) -> Tensor:
         x, *factors = self.leaves.values()
-        return experts_4bit(x, self.token, self.offsets, self.w.op_args(), *factors, *[SCALE] * bool(factors))
+        adapter: Any = (*factors, SCALE) if factors else ()
+        return experts_4bit(x, self.token, self.offsets, self.w.op_args(), *adapter)
 
     def gradients(self) -> dict[str, Tensor]:
         found = torch.autograd.grad(self.y(), list(self.leaves.values()), self.grad_y)

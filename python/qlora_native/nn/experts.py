@@ -135,7 +135,7 @@ class QuantizedExperts(Substitute, KeepsBits):
     ) -> Tensor:
         """Those of a stack in 4 bits with sorted rows, as the op takes them, each expert with its adapter and bias."""
         weight: Any = self.stack(name)
-        factors = self.adapters.get(name) or [()]
+        factors: Any = self.adapters.get(name) or [()]
         dtype = self.compute_dtype or x.dtype
         y = experts_4bit(x.to(dtype), token, offsets, weight.op_args(), *factors[0]).to(x.dtype)
         if not self.has_bias:

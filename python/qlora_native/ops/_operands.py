@@ -255,15 +255,15 @@ def _check(op: str, facts: Facts, weight: Facts | None) -> None:
         if absmax is not None or all(operand.name != "packed" for operand in operands):
             _check_weight.__wrapped__(weight)
         device = packed[2]
-        axes = {axis for operand in operands for axis in operand.axes}
-        names = "ENK" if "E" in axes else "NK"
-        if not {*names} & axes:
+        named = {axis for operand in operands for axis in operand.axes}
+        names = "ENK" if "E" in named else "NK"
+        if not {*names} & named:
             sizes["..."] = shape
         elif len(shape) == len(names):
             sizes = {name: (size,) for name, size in zip(names, shape, strict=True)}
             sizes["E + 1"] = (shape[0] + 1,)
         else:
-            count = "three" if "E" in axes else "two"
+            count = "three" if "E" in named else "two"
             raise ValueError(
                 f"{op}: weight is {list(shape)}: expected {count} dimensions, [{', '.join(names)}]."
             )
