@@ -86,7 +86,7 @@ class Stack:
             rows = {"x": x[first:last], **{name: t[expert] for name, t in self.leaves.items() if name != "x"}}
             leaves = {name: t.detach().clone().requires_grad_() for name, t in rows.items()}
             own: Any = leaves["x"], self.w[expert], *list(leaves.values())[1:]
-            y = qn.lora_linear(*own, SCALE) if len(own) > 2 else qn.linear(*own)
+            y = qn.linear(*own) if self.case.r == 0 else qn.lora_linear(*own, scale=SCALE)
             found = y, *torch.autograd.grad(y, list(leaves.values()), self.grad_y[first:last])
             for name, value in zip(parts, found, strict=True):
                 parts[name].append(value)
