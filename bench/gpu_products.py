@@ -217,7 +217,7 @@ def crossover_row(context: Context, w: Weights, case: Case) -> Row:
     module: Any = _library.module_for(device())
     sizes = _cuda_products.Sizes(case.m, case.n, case.k, 0, 64, DTYPE_NUMBER[w.dtype], is_forward)
     fused = _cuda_products.plan_of(module, sizes, device(), always_fused=True)
-    product = partial(_cuda_products.engine(module).product, is_forward, t)
+    product = partial(_cuda_products.Cuda(module).product, is_forward, t)
     plans = {"ours": fused, "two_steps": _cuda_products.TWO_STEPS}
     calls = {
         name: [partial(product, Weight(*weight.op_args()), plan=plan) for weight in w.ours]

@@ -172,7 +172,7 @@ MENDS = (
          "make(logits=logits, **caches)", "test_decode.py next_pass"),
     Mend("adapters are copied for each token", f"{OPS}/_cuda_copies.py", "kept = _generation.copies",
          "kept = None", "test_decode.py once_a_generation"),
-    Mend("copies of passing views are kept", f"{OPS}/_cuda_copies.py", " and isinstance(matrix, torch.nn.Parameter)",
+    Mend("copies of passing views are kept", f"{OPS}/_cuda_copies.py", " or not isinstance(matrix, torch.nn.Parameter)",
          "", "test_decode.py only_what_lasts"),
     Mend("a beam search replays where its cache lay", DECODE, "kind = shapes, form, _places(inputs),",
          "kind = shapes, form,", "test_decode.py beam_search"),

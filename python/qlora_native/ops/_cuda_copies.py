@@ -93,15 +93,17 @@ def _state(matrix: Tensor) -> tuple[int, int]:
 
 def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[..., Tensor]) -> Tensor:
     """``make(matrix, dtype, scale)``, which is scale times the matrix in a dtype; a kept one, where it still holds."""
-    kept = _generation.copies
-    if kept is not None and not recording.on and isinstance(matrix, torch.nn.Parameter):
+    if not recording.on:
+        kept = _generation.copies
+        if kept is None or not isinstance(matrix, torch.nn.Parameter):
+            return make(matrix, dtype, scale)
         found = kept.get((id(matrix), dtype, scale))
         if found is None or found[1] != _state(matrix):
             found = matrix, _state(matrix), make(matrix, dtype, scale)
             if not _cuda_kernels.is_capturing(matrix.device):
                 kept[id(matrix), dtype, scale] = found
         return found[2]
-    copies = _copies.get(id(matrix)) if recording.on else None
+    copies = _copies.get(id(matrix))
     if (
         copies is None
         or copies.in_graph

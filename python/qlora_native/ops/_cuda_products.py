@@ -259,7 +259,7 @@ class Cuda(Engine):
         if b.dtype == grad_y.dtype:
             return self.dense(False, grad_y, b, scale=scale)
         # By the copy of B that forward multiplied.
-        return self.dense(False, grad_y, self.adapter(b, grad_y.dtype, scale))
+        return torch.mm(grad_y, self.adapter(b, grad_y.dtype, scale))
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
@@ -271,8 +271,9 @@ class Cuda(Engine):
     def outer(
         self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False
     ) -> Tensor:
-        is_wide = left.dtype == dtype == torch.float32
-        if not is_wide and (left.dtype.itemsize > 2 or (dtype == left.dtype and scale == 1.0)):
+        given = left.dtype
+        is_wide = given == dtype == torch.float32
+        if not is_wide and (given.itemsize > 2 or (dtype == given and scale == 1.0)):
             # torch's product rounds once as well.
             return super().outer(left, right, scale, dtype, transposed)
         if transposed:
@@ -287,11 +288,8 @@ class Cuda(Engine):
 
 @lru_cache
 def _as_tensor(number: float) -> Tensor:
-    """The number as torch makes it of one at every call."""
-    return torch.tensor(number, dtype=torch.float64, device="cpu")
-
-
-engine = lru_cache(maxsize=8)(Cuda)
+    """The number as torch makes it of one at every call, but in the dtype of the product, which spares a conversion."""
+    return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 def multiply_into(addend: Tensor | None, left: Tensor, right: Tensor, out: Tensor) -> None:

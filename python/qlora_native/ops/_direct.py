@@ -22,7 +22,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 may_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # whether for any device
 PLAIN = (Tensor, torch.nn.Parameter)
-_PLAIN_OR_NONE = (*PLAIN, type(None))
+_PLAIN_OR_NONE = {*PLAIN, type(None)}
 
 
 def _key_sets() -> tuple[Any, Any, Any, dict[int, str], frozenset[int]]:
@@ -120,10 +120,12 @@ def kernel_of(
                 return None
             device = found
             needs_grad = needs_grad or tensor.requires_grad
-    if looked_at is None and name in FROZEN:
-        for part in arguments[-1][:6]:
-            if type(part) not in _PLAIN_OR_NONE:
-                return None
+    if (
+        looked_at is None
+        and name in FROZEN
+        and not _PLAIN_OR_NONE.issuperset(map(type, arguments[-1][:6]))
+    ):
+        return None
     if not (needs_grad and _is_grad_enabled()):
         return KERNELS.get((name, device))
     return (NODES if _graph_task() < 0 else RECOMPUTED).get((name, device))

@@ -150,7 +150,7 @@ def save_weight(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
 def saved_weight(ctx: Any) -> tuple[Weight, tuple[Tensor, ...]]:
     """The weight and the other saved tensors."""
     saved = ctx.saved_tensors
-    return Weight(*saved[:6], *ctx.numbers_of_weight), saved[6:]
+    return tuple.__new__(Weight, (*saved[:6], *ctx.numbers_of_weight)), saved[6:]
 
 
 def sum_to_bias(grad_y: Tensor) -> Tensor:

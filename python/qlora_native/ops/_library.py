@@ -226,6 +226,7 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
     """The kernel with its derivative. Autograd, which looks at each input, sees a frozen weight as one."""
     check = CHECKS[name]
     function = FUNCTIONS[name, device]
+    of_weight = [None] * (name in FROZEN)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         check(inputs)
@@ -243,7 +244,7 @@ def _node(name: str, device: str, backward: Function, setup_context: Function) -
             found = backward(ctx, *grads)
         finally:
             recording.on = False  # also after a node within this one: what was kept is then made again
-        return (*found, None) if name in FROZEN else found
+        return (*found, *of_weight)
 
     return _applied(f"{name}_{device.lower()}", forward, derivative)
 

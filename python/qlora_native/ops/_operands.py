@@ -65,8 +65,8 @@ ACCEPTED |= {name: (getattr(torch, name),) for name in ("float32", "int64", "uin
 # What a check looks at. The answer depends on nothing else, so it is kept for the next call with operands alike: in
 # training, for the next layer. Sizes that are symbols, as in tracing, cannot be looked up and are checked each time.
 MOST_KEPT = 4096  # answers
-# Of an operand dtype, shape, device and layout, or None. Of a weight: those of its tensors, with whether it is
-# contiguous in the place of the layout; its shape, quant_type and block_size.
+# Of an operand dtype, shape, device and layout, or None. Of a weight: dtype, elements and device of its tensors, and
+# whether each is contiguous; its shape, quant_type and block_size.
 Facts = tuple[Any, ...]
 
 
@@ -117,7 +117,7 @@ class Weight(NamedTuple):
         """What a check of it looks at."""
         tensors = self[:6]
         parts = [
-            None if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in tensors
+            None if t is None else (t.dtype, t.numel(), t.device, t.is_contiguous()) for t in tensors
         ]
         return tuple(parts), tuple(self.shape), self.quant_type, self.block_size
 
@@ -201,9 +201,9 @@ def _check_weight(weight: Facts) -> None:
     for name, form, fact in zip(Weight._fields, expected, facts, strict=False):
         if fact is None:
             continue
-        dtype, dims, device, is_contiguous = fact
-        if (dtype, math.prod(dims)) != form or not is_contiguous:
-            given = f"{dtype} {list(dims)}{'' if is_contiguous else ', not contiguous'}"
+        dtype, count, device, is_contiguous = fact
+        if (dtype, count) != form or not is_contiguous:
+            given = f"{dtype} [{count}]{'' if is_contiguous else ', not contiguous'}"
             raise ValueError(
                 f"{about}: {name} is {given}: expected {form[1]} contiguous {form[0]} values."
             )
@@ -298,13 +298,15 @@ def check_of(
     packed = parameters.index("packed") if "packed" in parameters else None
 
     def check(given: Sequence[Any]) -> None:
-        tensors = [given[place] for place in places]
+        facts = [
+            None if (t := given[place]) is None else (t.dtype, t.shape, t.device, t.layout)
+            for place in places
+        ]
         weight: Weight | None = given[-1] if is_frozen else None
         if packed is not None:
             weight = tuple.__new__(Weight, given[packed:])
             if weight.absmax is not None:
-                tensors[places.index(packed)] = None  # packed bytes, no dense weight
-        facts = [None if t is None else (t.dtype, t.shape, t.device, t.layout) for t in tensors]
+                facts[places.index(packed)] = None  # packed bytes, no dense weight
         run(op, tuple(facts), None if weight is None else weight.facts())
 
     return check

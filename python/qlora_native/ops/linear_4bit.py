@@ -9,6 +9,8 @@ cpp/cpu/linear_4bit.cc, which chooses among the kernels. For CUDA begin at ``Cud
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -184,11 +186,14 @@ DECODED = Decoded()
 def cuda_engine(device: torch.device) -> Engine:
     """The kernels of a CUDA device; none, after a warning, for one on which they cannot run."""
     module = cuda_kernels().native(device)
-    if module is None:
-        return DECODED
+    return DECODED if module is None else _engine_over(module)
+
+
+@cache  # as cuda_kernels
+def _engine_over(module: ModuleType) -> Engine:
     from qlora_native.ops import _cuda_products
 
-    return _cuda_products.engine(module)
+    return _cuda_products.Cuda(module)
 
 
 # Engines by dispatch key.
