@@ -63,7 +63,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "shipping": (*_RUN, f"{_PACKAGE}/calibration", "bench/bench_shipping.py", "bench/quality_texts.py"),
     "quality": (*_STEP, f"{_PACKAGE}/calibration", "bench/bench_quality.py", "bench/quality_texts.py"),
     "start": ("pyproject.toml", "CMakeLists.txt", "cpp", "cuda", "tests", "bench/bench_start.py"),
-    "host_cost": (f"{_PACKAGE}/ops", f"{_PACKAGE}/functional.py", "bench/host_cost.py", "bench/gpu_passes.py"),
+    "host_cost": (*(f"{_PACKAGE}/{room}" for room in _ROOMS), "bench/host_cost.py", "bench/gpu_passes.py"),
     "gpu_check": ("cpp/core", "cuda", f"{_PACKAGE}/ops", "bench/gpu_*.py"),
 }
 
