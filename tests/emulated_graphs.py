@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -189,6 +189,36 @@ class CUDAGraph:
 
     def __del__(self) -> None:
         self.reset()
+
+
+class Calls(Emulator):
+    """In the place of the emulator and of its module, where all operations are a CPU's: a graph is a list of calls."""
+
+    def __init__(self) -> None:
+        self.module, self.stream = self, 0  # type: ignore[assignment]
+        self.graphs: list[list[Callable[[], object]]] = []
+
+    def new_stream(self) -> int:
+        return 1
+
+    def begin_capture(self, stream: int, relaxed: bool) -> None:
+        self.graphs.append([])
+
+    def call_on_stream(self, stream: int, call: Callable[[], object]) -> None:
+        self.graphs[-1].append(call)
+
+    def synchronize(self, stream: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def end_capture(self, stream: int) -> int:
+        return len(self.graphs) - 1
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        for call in self.graphs[graph]:
+            call()
+
+    def destroy_graph(self, graph: int) -> None:
+        self.graphs[graph].clear()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 import tiny_models
 import torch
 from emulated import Emulator
-from emulated_graphs import Cuda
+from emulated_graphs import Calls, Cuda
 from helpers import same_bytes
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import StaticCache
 
 import qlora_native as qn
@@ -26,7 +28,8 @@ from qlora_native.lora.layer import adapters_off
 from qlora_native.models import decode, fuse, generate
 from qlora_native.models.decode import EAGER_STEPS, Decodes
 from qlora_native.models.generate import Sampling
-from qlora_native.ops import _cuda_copies, _cuda_products, linear_cross_entropy
+from qlora_native.ops import _cuda_copies, _cuda_products, _library, linear_cross_entropy
+from qlora_native.tool.cli import demo_models
 
 GREEDY = Sampling(max_tokens=200)
 
@@ -299,3 +302,36 @@ def test_on_a_cpu_nothing_changes(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # of transformers' class, as some libraries do
         patch.setattr(type(model).__bases__[1], "forward", lambda self, **inputs: "another")
         assert model(input_ids=ids) == "another"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [name for name in demo_models.MODELS if name != "smollm2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_real_model_answers_as_in_the_loop_of_transformers(
+    name: str,
+    dtype: torch.dtype,
+    real_model: Callable[[str], Path],
+    replays: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over the same cache, in fp32 over one that grows. Replayed, but for Gemma's windows; the kernels are a CPU's."""
+    made = qn.load_model(real_model(name), dtype=dtype)
+    lora.add_lora(made, lora.LoraConfig(r=4, seed=0))
+    for _, layer in lora.lora_layers(made):  # a larger one would make much of the last bits
+        torch.nn.init.normal_(layer.lora_B, std=0.002)
+    made.eval().generation_config = GenerationConfig(max_new_tokens=GREEDY.max_tokens)
+    prompt, static = torch.arange(1000, 1016)[None], {"cache_implementation": "static"}
+    is_exact = dtype == torch.float32
+    expected = made.generate(prompt, **({} if is_exact else static))
+    answer = expected[0, prompt.shape[1] :].tolist()
+    assert len(answer) == GREEDY.max_tokens and len(set(answer)) > 2
+    monkeypatch.setattr(_library, "module_for", lambda device: True)
+    monkeypatch.setattr(emulated_torch, "implementation", lambda func: None)
+    monkeypatch.setattr(errors, "_warned", set())
+    slides = "sliding_attention" in made.config.layer_types
+    warned: Any = pytest.warns(UserWarning, match="sliding window") if slides else nullcontext()
+    with warned, emulated_graphs.graphs(emulator=Calls()):
+        assert torch.equal(made.generate(prompt, **static), expected)
+        if is_exact:
+            assert list(generate.stream(made, prompt[0].tolist(), GREEDY, set())) == answer
+    assert len(replays) == (not slides) * (1 + is_exact) * (GREEDY.max_tokens - 1 - EAGER_STEPS)
