@@ -68,9 +68,10 @@ def token_calls() -> dict[str, Callable[[], int]]:
     models[1].__class__ = type(models[1]).__bases__[1]  # transformers' own, whose passes nobody looks at
     pass_for_cuda(PLANS["fused"])
     fuse.is_on_cpu = lambda tensor: False
-    decode.rehearsed = partial(nullcontext, [])
-    decode.Pool = lambda: SimpleNamespace(captured=captured)  # type: ignore[assignment,misc]
-    torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment,misc]
+    loop: Any = decode
+    loop.rehearsed, loop.Pool = partial(nullcontext, []), lambda: SimpleNamespace(captured=captured)
+    cuda: Any = torch.cuda
+    cuda.device = lambda device: nullcontext()
     sampling = Sampling(max_tokens=ANSWER)
     answers = [stream(model, [5, 6, 7], sampling, set()) for model in models]
     return {name: partial(next, answer) for name, answer in zip(("ours", "eager"), answers, strict=True)}

@@ -324,7 +324,7 @@ def test_a_real_model_answers_as_in_the_loop_of_transformers(
     is_exact = dtype == torch.float32
     expected = made.generate(prompt, **({} if is_exact else static))
     answer = expected[0, prompt.shape[1] :].tolist()
-    assert len(answer) == GREEDY.max_tokens and len(set(answer)) > 5
+    assert len(answer) == GREEDY.max_tokens and len(set(answer)) > 2
     monkeypatch.setattr(_library, "module_for", lambda device: True)
     monkeypatch.setattr(emulated_torch, "implementation", lambda func: None)
     monkeypatch.setattr(errors, "_warned", set())
