@@ -85,8 +85,9 @@ class Stack:
         for expert, (first, last) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
             rows = {"x": x[first:last], **{name: t[expert] for name, t in self.leaves.items() if name != "x"}}
             leaves = {name: t.detach().clone().requires_grad_() for name, t in rows.items()}
-            own: Any = leaves["x"], self.w[expert], *list(leaves.values())[1:]
-            y = qn.linear(*own) if self.case.r == 0 else qn.lora_linear(*own, scale=SCALE)
+            own = leaves["x"], self.w[expert]
+            factors = list(leaves.values())[1:]
+            y = qn.lora_linear(*own, factors[0], factors[1], SCALE) if factors else qn.linear(*own)
             found = y, *torch.autograd.grad(y, list(leaves.values()), self.grad_y[first:last])
             for name, value in zip(parts, found, strict=True):
                 parts[name].append(value)
