@@ -64,7 +64,7 @@ def test_what_revert_py_reverts_stands_in_the_sources() -> None:
         ({"packed": 0}, "packed .*null pointer, but 32"),
         ({"out": 4097}, "out is not aligned to 2"),
         ({"dtype": 3}, "dtype is 3: expected 0"),
-        ({"quant_type": 11}, "quant_type is 11: expected 0"),
+        ({"quant_type": 12}, "quant_type is 12: expected 0"),
         ({"block_size": 48}, "block_size is 48: expected a power"),
         ({"numel": -1}, "numel is -1: expected 0 to 2"),
         ({"panel": (32, 0, 3, 0, 32)}, "inside a weight of 64"),

@@ -64,12 +64,13 @@ RULES = (
     Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDS", least=32, since=80),  # two weights a load from the table of pairs
-    # Blocks of GGUF come by asynchronous copies of whole 16 bytes, tokens as above; a weight takes one FFMA.
-    Rule(BLOCKS + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", least=6, since=80),
+    # Blocks of GGUF come by asynchronous copies of 16 bytes, tokens as above; a weight takes one FFMA, but of MXFP4 (11).
+    Rule(BLOCKS + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=6, since=80),
     Rule(BLOCKS + "<.*>", r"LDG\.E\.128", least=8, since=80),
     Rule(BLOCK_TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
     Rule(BLOCK_TILE + "<.*>", r"LDS(\.U)?\.128", least=16, since=80),
-    Rule("linear_4bit_gguf(_tile)?_kernel<.*>", r"FFMA(\..*)?", least=64, since=80),
+    Rule("linear_4bit_gguf(_tile)?_kernel<(?!.* 11>).*>", r"FFMA(\..*)?", least=64, since=80),
+    Rule("linear_4bit_gguf(_tile)?_kernel<.* 11>.*", r"FMUL(\..*)?", least=64, since=80),
     Rule("linear_4bit_gguf(_tile)?_kernel<.*>", r"I2F.*", least=0, most=16),  # of scales and epilogues' divisions
     Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
     Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),

@@ -339,7 +339,7 @@ def test_a_run_opens_the_model_once(make: Make) -> None:
 
 
 def test_one_process_imports_little() -> None:
-    """A reader of the training loop has at most 106,000 tokens to read, and of no needless room."""
+    """A reader of the training loop has at most 110,500 tokens to read, and of no needless room."""
     code = "import sys, qlora_native.tool.train.loop\n"
     code += (
         "print(*(f'{name}={module.__file__}' for name, module in sys.modules.items() if hasattr(module, '__file__')))"
@@ -351,7 +351,7 @@ def test_one_process_imports_little() -> None:
     assert not units & {"calibration", "cli", "estimate", "export"}
     assert {name for name in ours if ".evaluate." in name} == {"qlora_native.tool.evaluate.page"}
     assert "qlora_native.distributed.ranks" not in ours
-    assert sum(tokens.size(file.read_text())[0] for file in ours.values()) <= 106_000
+    assert sum(tokens.size(file.read_text())[0] for file in ours.values()) <= 110_500
 
 
 def test_the_loop_is_short_and_knows_no_observer_by_name() -> None:
