@@ -64,7 +64,8 @@ RULES = (
     Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDS", least=32, since=80),  # two weights a load from the table of pairs
-    # Blocks of GGUF come by asynchronous copies of 16 bytes, tokens as above; a weight takes one FFMA, but of MXFP4 (11).
+    # Blocks of GGUF come by asynchronous copies of 16 bytes, tokens as above; a weight takes one FFMA, one of
+    # MXFP4 (11) an FMUL.
     Rule(BLOCKS + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=6, since=80),
     Rule(BLOCKS + "<.*>", r"LDG\.E\.128", least=8, since=80),
     Rule(BLOCK_TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
