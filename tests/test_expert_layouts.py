@@ -48,6 +48,16 @@ def test_stacks_become_4_bit_and_compute_the_same(tmp_path: Path, kind: str) -> 
     assert distance(logits(by_hooks.eval()), logits(model)) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["wmse", "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrated_stacks(tmp_path: Path, kind: str, method: str) -> None:
+    base = folder_of(kind, tmp_path / "base")
+    model = load_model(base, dtype=torch.float32, method=method, calibration=torch.randint(3, 100, (24, 64)))
+    assert not any(name.endswith(("gate_up_proj[0]", "down_proj[0]")) for name in model.load_report.fell_back)
+    twin, worst = dense_twin(base, model)
+    assert worst < 0.3 and distance(logits(model), logits(twin)) < 1e-5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_the_class_its_stacks_back(tmp_path: Path, kind: str) -> None:
     base = folder_of(kind, tmp_path / "base")

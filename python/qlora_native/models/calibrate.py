@@ -40,6 +40,7 @@ from qlora_native.nn.experts import STACKS
 from qlora_native.weight import QuantizedWeight
 from qlora_native.weights.files import first_sentence
 from qlora_native.weights.open import load_tokenizer
+from qlora_native.weights.shapes import turned
 from qlora_native.weights.stream import Entry, Source, stream
 from qlora_native.weights.transforms import join
 
@@ -238,7 +239,8 @@ class _Layers:
         for name, experts in parts.items():
             tensor, file = stored.pop(name)
             in_order = (experts.pop(expert) for expert in range(len(tensor)))
-            joined = join(in_order, tensor.shape, self.meta.dtype, self.options, self.meta.device)
+            shape = turned(tensor.shape) if self.names[name] else tensor.shape
+            joined = join(in_order, shape, self.meta.dtype, self.options, self.meta.device)
             done[name] = self.store(name, joined, file)
         return done, fell_back
 
