@@ -90,13 +90,10 @@ def scales(blocks: Tensor, quant_type: int) -> tuple[Tensor, Tensor | None]:
     def half(at: int) -> Tensor:
         return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
-    if (
-        name == "mxfp4"
-    ):  # half of a power of two: the bits of a float's exponent, below it those of subnormal ones
+    if name == "mxfp4":  # half a power of two, by its bits: of the smallest two a subnormal number's
         exponent = blocks[:, :1].int()
-        return torch.where(exponent < 2, 1 << 21 << exponent, (exponent - 1) << 23).view(
-            torch.float32
-        ), None
+        bits = torch.where(exponent < 2, 1 << 21 << exponent, (exponent - 1) << 23)
+        return bits.view(torch.float32), None
     if name in ("q4_1", "q5_1"):
         return half(0), half(2)
     if name == "q6_k":

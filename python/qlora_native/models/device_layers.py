@@ -262,7 +262,7 @@ def load_to_device(
         return load_model(path, **options)
     where, source = _with_number(device), open_source(path)
     is_kept = options.get("method") is None and source.keeps(options.get("quant_type", AUTO))
-    if source.has_bnb_weights or is_kept:
+    if source.has_four_bit_weights or is_kept:
         num_bytes = sum(file.stat().st_size for file in source.files)
     else:
         num_bytes = _rounded_bytes(source, options)

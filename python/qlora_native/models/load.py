@@ -209,7 +209,7 @@ def load_model(
     is_mapped = _can_map(source, is_kept, residency, target, reader is None)
     copied: dict[str, str] = {}  # why, of the tensors that could not be mapped
     names: dict[str, bool] = {}  # of the weights that become 4-bit here
-    if not source.has_bnb_weights and not is_kept:
+    if not source.has_four_bit_weights and not is_kept:
         names = meta.four_bit_weights(
             (OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size
         )
@@ -275,7 +275,7 @@ def _can_map(
     """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
     needs = {
         "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept
-        or source.has_bnb_weights,
+        or source.has_four_bit_weights,
         "one process, since several read such a folder together": is_kept or is_alone,
         "a model on the CPU": device.type == "cpu",
         "Linux": hasattr(_C, "MappedFile"),
@@ -298,7 +298,7 @@ def _refuse_saving(path: Path, *_: Any, **__: Any) -> None:
 def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrainedModel:
     """As :func:`load_model`, with nothing quantized."""
     source = open_source(path)
-    if source.has_bnb_weights:
+    if source.has_four_bit_weights:
         raise UserError(
             f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from."
         )

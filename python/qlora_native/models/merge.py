@@ -135,7 +135,7 @@ def _original(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights by name as the files hold them. What else the model holds in a dtype that loses something against the
     files is read into ``parameters``."""
-    if source.has_bnb_weights:
+    if source.has_four_bit_weights:
         raise UserError(
             f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'."
         )

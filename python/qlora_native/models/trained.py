@@ -85,7 +85,7 @@ def record_of(
     source = source_of(model, source)
     if source is None or report is None or not report.bytes_4bit:
         return {}
-    if source.has_bnb_weights or report.is_kept:
+    if source.has_four_bit_weights or report.is_kept:
         return {"sha256": digest(source)}
     folder = output_dir / STORED if stored is None else stored.path
     if can_round_again(report) or not folder.is_dir():

@@ -96,7 +96,7 @@ class SafetensorsSource(Source):
         self.tensors = stored_tensors(folder)
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
-        self.has_bnb_weights = any(
+        self.has_four_bit_weights = any(
             STATE_MARK in key or mxfp4.owner(key, self.tensors) for key in self.tensors
         )
         self.files = [

@@ -190,7 +190,7 @@ class Source:
     config: PreTrainedConfig
     # The files' own description of weights that are 4-bit already.
     four_bit_config: dict[str, object] | None = None
-    has_bnb_weights = False  # 4-bit, in bitsandbytes' format; of a GGUF file's see :meth:`keeps`
+    has_four_bit_weights = False  # by bitsandbytes or MXFP4; of a GGUF file see :meth:`keeps`
     is_whole = False  # the whole 16-bit model is made on reading
 
     def match(self, meta: ModelShapes) -> Match:
@@ -212,7 +212,7 @@ class Source:
 
     def keeps(self, quant_type: str) -> bool:
         """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the bytes of a GGUF file."""
-        if quant_type == KEEP and not self.has_bnb_weights:
+        if quant_type == KEEP and not self.has_four_bit_weights:
             raise UserError(
                 f"{self.path} holds 16-bit weights: quant_type {KEEP!r} keeps those of a GGUF file."
             )

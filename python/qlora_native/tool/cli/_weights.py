@@ -141,10 +141,10 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
         return TrainedBase(model, given)
     source = open_source(model)
     base = "the base" if run is None else run.model
-    options = given if run is None or source.has_bnb_weights else run.options() | given
+    options = given if run is None or source.has_four_bit_weights else run.options() | given
     other = f"and {model} holds others: give {base} in its place"
     folder = Path(os.path.abspath(adapter)).parent / record["folder"] if "folder" in record else None
-    if folder is not None and not source.has_bnb_weights:
+    if folder is not None and not source.has_four_bit_weights:
         if stored := stored_base(adapter, source):
             return TrainedBase(stored.path, {})
         if digest(source) != record["made_from"]:
@@ -158,7 +158,7 @@ def as_trained(args: argparse.Namespace) -> TrainedBase:
             return TrainedBase(model, options)
         raise UserError(f"{adapter} was trained on the weights of {folder or base}, {other}")
     method = run.quant.method
-    if source.has_bnb_weights:
+    if source.has_four_bit_weights:
         metadata = (source.four_bit_config or {}).get(METADATA)
         made = str((metadata if isinstance(metadata, dict) else {}).get("method") or method)
         if made != method and user_path(run.model) != model:

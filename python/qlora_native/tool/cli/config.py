@@ -178,7 +178,7 @@ def config_for(model: Path, gpu: str | None, name: str, train: str | None = None
         source = opened(model)
         estimator = Estimator(source, Setting(device=device))
     if isinstance(source, Source):
-        notes, is_as_it_is = notes_of(source), source.has_bnb_weights or source.keeps(AUTO)
+        notes, is_as_it_is = notes_of(source), source.has_four_bit_weights or source.keeps(AUTO)
     else:
         notes, is_as_it_is = [], four_bit_config(source, model) is not None
     chosen = start(estimator, limit, **rows)

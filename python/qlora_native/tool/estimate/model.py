@@ -118,7 +118,7 @@ def meta_model(
         match = source.match_kept(meta, beside, is_mapped=True)
         entries = match.entries
         options = dict.fromkeys(match.rounded, quant)
-    elif source is None or not source.has_bnb_weights:
+    elif source is None or not source.has_four_bit_weights:
         options = dict.fromkeys(meta.four_bit_weights(skipped, quant["block_size"]), quant)
     if source is None:
         read = max((2 * meta.shapes[name].numel() for name in options), default=0)

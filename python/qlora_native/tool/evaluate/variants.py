@@ -101,13 +101,13 @@ class Variants:
             name, load = forms[0]
             yield f"{name}{ADAPTED}", lambda: load_adapter(load(), adapter)
         if self.shipped is not None:
-            made = load_to_device if open_source(self.shipped).has_bnb_weights else load_dense
+            made = load_to_device if open_source(self.shipped).has_four_bit_weights else load_dense
             yield SHIPPED, partial(made, self.shipped, **self.options)
         yield from forms[1:]
 
 
 def stored_form(source: Source, quant_type: str = AUTO) -> str | None:
     """What a model is in its files, if it is not rounded when it is loaded."""
-    if source.has_bnb_weights:
+    if source.has_four_bit_weights:
         return FOUR_BIT
     return KEPT if source.keeps(quant_type) else None

@@ -229,7 +229,7 @@ def prepare(
     # What watches the steps. Only the first process writes and prints.
     metrics = [Metrics(output_dir / "metrics.jsonl", state.step)] if ranks.is_first else []
     progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
-    is_converted = source is not None and not source.has_bnb_weights
+    is_converted = source is not None and not source.has_four_bit_weights
     progress.note(what_is_trained(config, model, is_converted, total))
     progress.note(rows.stats.describe())
     if held_out is not None:

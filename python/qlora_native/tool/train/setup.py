@@ -235,7 +235,7 @@ def _store(
     folder = output_dir / STORED
     if (
         source is not None
-        and not source.has_bnb_weights
+        and not source.has_four_bit_weights
         and not can_round_again(getattr(model, "load_report", None))
     ):
         store_model(model, folder, tokenizer, advice="; quant.save false trains without it")
